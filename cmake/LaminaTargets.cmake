@@ -1,0 +1,30 @@
+# One place for the flags that every target of ours gets. Generated code does not get them.
+
+add_library(lamina_flags INTERFACE)
+target_compile_options(lamina_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Wold-style-cast
+                            -Woverloaded-virtual -Wimplicit-fallthrough -Werror>)
+if(LAMINA_SANITIZE)
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LAMINA_SANITIZE}>
+                      $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer>)
+  add_link_options(-fsanitize=${LAMINA_SANITIZE})
+endif()
+
+# lamina_library(NAME SOURCES ... [PUBLIC libs...] [PRIVATE libs...]): a static library, one per room.
+function(lamina_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_link_libraries(${name} PUBLIC ${ARG_PUBLIC} PRIVATE lamina_flags ${ARG_PRIVATE})
+endfunction()
+
+# lamina_test(NAME LABELS "unit;op" SOURCES ... LIBS ...): a GoogleTest binary registered with CTest.
+function(lamina_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;SOURCES;LIBS" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE lamina_flags ${ARG_LIBS} GTest::gmock GTest::gtest_main)
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+endfunction()

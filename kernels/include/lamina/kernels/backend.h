@@ -1,0 +1,300 @@
+// The op set: everything that a transformer layer needs of a device, at the granularity at which
+// fused kernels exist. The layer is written once over this class; `cpu` and `cuda` implement it.
+//
+// Letters: B batch, S sequence, T = B*S tokens, H hidden, A heads, D = H/A head dim, I intermediate,
+// K and N a product's reduction and output widths. "act" is the stack's dtype (fp32, bf16, fp16);
+// every product, reduction, softmax and normalisation accumulates in fp32 whatever act is. All tensors
+// are dense, row-major, and live in this backend's memory (on the CPU: any host memory).
+//
+// Conventions. Each public method checks presence, shapes and dtypes and returns INVALID_ARGUMENT
+// naming the tensor; then it calls the private virtual of the same name with `Do` before it, which may
+// rely on the check. Ops are enqueued in order on the backend's one stream and may return before they
+// have run; Synchronize() waits. A device failure surfaces at a later call as INTERNAL and is sticky.
+// Inputs may not alias outputs except where an Args comment says so. Gradients of parameters are fp32
+// and are added to what is there. Every result is a function of the inputs alone: the same call on the
+// same device gives the same bits (deterministic reductions).
+//
+// Threads: one thread at a time may call ops (the engine's device thread). Memory methods may be called
+// from any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "lamina/kernels/dtype.h"
+#include "lamina/kernels/philox.h"
+#include "lamina/kernels/tensor.h"
+
+namespace lamina {
+
+enum class GeluKind : uint8_t {
+  kErf = 1,   // x * Phi(x), Phi the normal distribution function: BERT's
+  kTanh = 2,  // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): DeepSpeed's
+};
+
+struct DeviceInfo {
+  std::string kind;  // "cpu" or "cuda"
+  std::string name;  // the processor's or the card's own name
+  std::string uuid;  // "GPU-..." as the driver prints it; empty on the CPU
+  int ordinal = 0;
+  size_t total_bytes = 0;
+  int threads = 0;          // worker threads (CPU), multiprocessors (CUDA)
+  bool host_memory = false;  // kernels read and write host memory directly: no staging is needed
+};
+
+// Scratch that an op may overwrite; WorkspaceBytes says how much is enough. Aligned to 256 bytes.
+struct Workspace {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+// The dimensions that decide workspace and saved bytes.
+struct LayerDims {
+  int64_t batch = 0, seq = 0, hidden = 0, heads = 0, intermediate = 0;
+  DType dtype = DType::kF32;
+  int64_t tokens() const { return batch * seq; }
+  int64_t head_dim() const { return hidden / heads; }
+};
+
+// One dropout of one training step. ratio 0 means none, and then `rng` may be null.
+struct Dropout {
+  float ratio = 0.0f;             // p in [0, 1)
+  const RngState* rng = nullptr;  // in the backend's memory; read when the kernel runs
+  uint32_t stream = 0;            // DropoutStream(layer, site)
+};
+
+// y = x w^T + bias, or gelu of that.
+struct LinearArgs {
+  TensorView x;     // act [T, K]
+  TensorView w;     // act [N, K]
+  TensorView bias;  // act [N]; absent: none
+  TensorView y;     // act [T, N]
+  bool apply_gelu = false;
+  GeluKind gelu = GeluKind::kErf;
+  TensorView pre;  // act [T, N], only with apply_gelu: receives x w^T + bias for GeluBackward
+};
+
+// dx = dy w
+struct LinearInputGradArgs {
+  TensorView dy;  // act [T, N]
+  TensorView w;   // act [N, K]
+  TensorView dx;  // act [T, K], overwritten
+};
+
+// dw += dy^T x;  dbias += column sums of dy
+struct LinearWeightGradArgs {
+  TensorView dy;     // act [T, N]
+  TensorView x;      // act [T, K]
+  TensorView dw;     // fp32 [N, K], accumulated
+  TensorView dbias;  // fp32 [N], accumulated; absent: none
+};
+
+// y = gelu(x): the recomputation that gelu_checkpoint needs.
+struct GeluArgs {
+  TensorView x;  // act [T, I]
+  TensorView y;  // act [T, I]; may be x
+  GeluKind gelu = GeluKind::kErf;
+};
+
+// dx = dy * gelu'(x);  dbias += column sums of dx
+struct GeluBackwardArgs {
+  TensorView x;      // act [T, I]: the pre-activation
+  TensorView dy;     // act [T, I]
+  TensorView dx;     // act [T, I], overwritten; may be dy
+  TensorView dbias;  // fp32 [I], accumulated; absent: none
+  GeluKind gelu = GeluKind::kErf;
+};
+
+// y = (x - mean) * rstd * gamma + beta over the last dimension, rstd = 1/sqrt(var + eps), biased var.
+struct LayerNormArgs {
+  TensorView x;      // act [T, H]
+  TensorView gamma;  // act [H]
+  TensorView beta;   // act [H]
+  float eps = 1e-12f;
+  TensorView y;     // act [T, H]
+  TensorView mean;  // fp32 [T]; absent in evaluation
+  TensorView rstd;  // fp32 [T]; absent in evaluation
+};
+
+// dx = d(LayerNorm)/dx . dy + residual_grad;  dgamma, dbeta accumulated
+struct LayerNormBackwardArgs {
+  TensorView dy;             // act [T, H]
+  TensorView x;              // act [T, H]: the norm's input
+  TensorView gamma;          // act [H]
+  TensorView mean;           // fp32 [T]
+  TensorView rstd;           // fp32 [T]
+  TensorView residual_grad;  // act [T, H]; absent: zero. May be dx
+  TensorView dx;             // act [T, H], overwritten
+  TensorView dgamma;         // fp32 [H], accumulated
+  TensorView dbeta;          // fp32 [H], accumulated
+};
+
+// sum = residual + dropout(x + bias); and, where gamma is present, y = LayerNorm(sum) in the same pass.
+// The mask is over [T, H].
+struct DropoutAddNormArgs {
+  TensorView x;         // act [T, H]: an output product without its bias
+  TensorView bias;      // act [H]
+  TensorView residual;  // act [T, H]
+  Dropout dropout;
+  TensorView sum;    // act [T, H]; absent only where gamma is present (Post-LN evaluation). May be x
+  TensorView gamma;  // act [H]; absent: no norm
+  TensorView beta;   // act [H]
+  float eps = 1e-12f;
+  TensorView y;     // act [T, H]; present exactly when gamma is
+  TensorView mean;  // fp32 [T]; absent in evaluation
+  TensorView rstd;  // fp32 [T]; absent in evaluation
+};
+
+// With ds = d(LayerNorm)/d(sum) . dy + dsum:
+//   dresidual = ds;  dx = mask * scale * ds;  dbias += column sums of dx;  dgamma, dbeta accumulated.
+struct DropoutAddNormBackwardArgs {
+  TensorView dy;      // act [T, H]: gradient of the norm's output; absent where Forward had no norm
+  TensorView dsum;    // act [T, H]: gradient of sum by its other uses; absent: zero. One of the two at least
+  TensorView sum;     // act [T, H]: only with dy
+  TensorView gamma;   // act [H]: only with dy
+  TensorView mean;    // fp32 [T]: only with dy
+  TensorView rstd;    // fp32 [T]: only with dy
+  Dropout dropout;
+  TensorView dresidual;  // act [T, H]; may be dsum. Absent: not wanted (it equals dsum without dy)
+  TensorView dx;         // act [T, H]
+  TensorView dbias;      // fp32 [H], accumulated
+  TensorView dgamma;     // fp32 [H], accumulated: only with dy
+  TensorView dbeta;      // fp32 [H], accumulated: only with dy
+};
+
+// out = dropout(softmax(q k^T * scale + mask)) v, head by head. A query whose keys are all masked out
+// (-inf) gives zeros, and passes no gradient.
+struct AttentionArgs {
+  LayerDims dims;
+  TensorView qkv;      // act [T, 3H]: q in columns [0, H), k in [H, 2H), v in [2H, 3H); head a at a*D
+  TensorView mask;     // fp32 [B, S], added to the scores of each key; absent: none
+  TensorView lengths;  // int32 [B], 1..S: keys at and after lengths[b] are masked out; absent: none.
+                       // Not both. Rows of padded queries are computed like any other
+  float scale = 1.0f;  // 1/sqrt(D)
+  Dropout dropout;     // mask over [B*A*S, S]
+  TensorView out;      // act [T, H]
+  TensorView saved;    // uint8 [AttentionSavedBytes]: what Backward needs; absent in evaluation
+};
+
+struct AttentionBackwardArgs {
+  LayerDims dims;
+  TensorView qkv, mask, lengths;  // as in Forward
+  float scale = 1.0f;
+  Dropout dropout;
+  TensorView out;    // act [T, H]: Forward's output
+  TensorView saved;  // uint8: Forward's
+  TensorView dout;   // act [T, H]
+  TensorView dqkv;   // act [T, 3H], overwritten
+};
+
+struct CastArgs {
+  TensorView src;  // act or fp32 [n], any shape
+  TensorView dst;  // act or fp32, as many elements; rounds to nearest even
+};
+
+// What GradientStats leaves in the backend's memory for AdamW to read, without a synchronisation.
+struct OptimizerControl {
+  float grad_scale;  // what each gradient is multiplied by: clip / loss_scale
+  float grad_norm;   // L2 norm of grad / loss_scale, before clipping; not finite if any gradient is not
+  int32_t skip;      // 1 where a gradient was not finite: AdamW then changes nothing
+  int32_t reserved;
+};
+
+struct GradientStatsArgs {
+  TensorView grad;          // fp32 [n]
+  float loss_scale = 1.0f;  // > 0
+  float max_norm = 0.0f;    // clip to this L2 norm; 0: no clipping
+  OptimizerControl* control = nullptr;  // in the backend's memory
+};
+
+// AdamW with decoupled decay (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019):
+//   g = grad * grad_scale;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
+//   w = w - lr * (weight_decay * w + (m / correction1) / (sqrt(v / correction2) + eps))
+struct AdamWArgs {
+  TensorView master;   // fp32 [n]
+  TensorView weights;  // act [n], written from master; absent where act is fp32 (master is the weights)
+  TensorView grad;     // fp32 [n]
+  TensorView m, v;     // fp32 [n]
+  float lr = 0, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0;
+  float correction1 = 1, correction2 = 1;  // 1 - beta^t
+  const OptimizerControl* control = nullptr;  // in the backend's memory
+};
+
+class Backend {
+ public:
+  // `device` is "cpu" or "cuda:N". UNIMPLEMENTED for cuda in a build without it; NOT_FOUND where there
+  // is no such device. `threads`: CPU worker threads, 0 for one a core.
+  static absl::StatusOr<std::unique_ptr<Backend>> Create(const std::string& device, int threads = 0);
+
+  virtual ~Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+
+  const DeviceInfo& info() const { return info_; }
+
+  // --- memory ---
+  // Bytes of device memory, 256-byte aligned, contents undefined. RESOURCE_EXHAUSTED with the numbers.
+  virtual absl::StatusOr<void*> Allocate(size_t bytes) = 0;
+  virtual void Free(void* data) = 0;
+  virtual absl::StatusOr<size_t> FreeBytes() const = 0;  // what Allocate can still give, about
+  // Host memory that a copy can move by one DMA (pinned); a no-op on the CPU. Once per mapping.
+  virtual absl::Status RegisterHost(void* data, size_t bytes) = 0;
+  virtual void UnregisterHost(void* data) = 0;
+
+  // --- copies, in stream order ---
+  virtual absl::Status CopyIn(void* device_dst, const void* host_src, size_t bytes) = 0;
+  virtual absl::Status CopyOut(void* host_dst, const void* device_src, size_t bytes) = 0;
+  virtual absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) = 0;
+  virtual absl::Status SetZero(void* data, size_t bytes) = 0;
+  virtual absl::Status Synchronize() = 0;
+
+  // --- sizes, pure functions of the dims; the plan adds them up ---
+  virtual size_t AttentionSavedBytes(const LayerDims& dims) const = 0;
+  // Enough for any op at these dims, for GradientStats of any length too.
+  virtual size_t WorkspaceBytes(const LayerDims& dims) const = 0;
+
+  // --- ops ---
+  absl::Status Linear(const Workspace& ws, const LinearArgs& args);
+  absl::Status LinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args);
+  absl::Status LinearWeightGrad(const Workspace& ws, const LinearWeightGradArgs& args);
+  absl::Status Gelu(const Workspace& ws, const GeluArgs& args);
+  absl::Status GeluBackward(const Workspace& ws, const GeluBackwardArgs& args);
+  absl::Status LayerNorm(const Workspace& ws, const LayerNormArgs& args);
+  absl::Status LayerNormBackward(const Workspace& ws, const LayerNormBackwardArgs& args);
+  absl::Status DropoutAddNorm(const Workspace& ws, const DropoutAddNormArgs& args);
+  absl::Status DropoutAddNormBackward(const Workspace& ws, const DropoutAddNormBackwardArgs& args);
+  absl::Status Attention(const Workspace& ws, const AttentionArgs& args);
+  absl::Status AttentionBackward(const Workspace& ws, const AttentionBackwardArgs& args);
+  absl::Status Cast(const Workspace& ws, const CastArgs& args);
+  absl::Status GradientStats(const Workspace& ws, const GradientStatsArgs& args);
+  absl::Status AdamW(const Workspace& ws, const AdamWArgs& args);
+
+ protected:
+  Backend() = default;
+  DeviceInfo info_;
+
+ private:
+  virtual absl::Status DoLinear(const Workspace& ws, const LinearArgs& args) = 0;
+  virtual absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) = 0;
+  virtual absl::Status DoLinearWeightGrad(const Workspace& ws, const LinearWeightGradArgs& args) = 0;
+  virtual absl::Status DoGelu(const Workspace& ws, const GeluArgs& args) = 0;
+  virtual absl::Status DoGeluBackward(const Workspace& ws, const GeluBackwardArgs& args) = 0;
+  virtual absl::Status DoLayerNorm(const Workspace& ws, const LayerNormArgs& args) = 0;
+  virtual absl::Status DoLayerNormBackward(const Workspace& ws,
+                                           const LayerNormBackwardArgs& args) = 0;
+  virtual absl::Status DoDropoutAddNorm(const Workspace& ws, const DropoutAddNormArgs& args) = 0;
+  virtual absl::Status DoDropoutAddNormBackward(const Workspace& ws,
+                                                const DropoutAddNormBackwardArgs& args) = 0;
+  virtual absl::Status DoAttention(const Workspace& ws, const AttentionArgs& args) = 0;
+  virtual absl::Status DoAttentionBackward(const Workspace& ws,
+                                           const AttentionBackwardArgs& args) = 0;
+  virtual absl::Status DoCast(const Workspace& ws, const CastArgs& args) = 0;
+  virtual absl::Status DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) = 0;
+  virtual absl::Status DoAdamW(const Workspace& ws, const AdamWArgs& args) = 0;
+};
+
+}  // namespace lamina
