@@ -1,21 +1,22 @@
 // The op set: everything that a transformer layer needs of a device, at the granularity at which
 // fused kernels exist. The layer is written once over this class; `cpu` and `cuda` implement it.
 //
-// Letters: B batch, S sequence, T = B*S tokens, H hidden, A heads, D = H/A head dim, I intermediate,
-// K and N a product's reduction and output widths. "act" is the stack's dtype (fp32, bf16, fp16);
-// every product, reduction, softmax and normalisation accumulates in fp32 whatever act is. All tensors
-// are dense, row-major, and live in this backend's memory (on the CPU: any host memory).
+// Letters: B batch, S sequence, T = B*S tokens, H hidden, A heads, D = H/A head dim, I
+// intermediate, K and N a product's reduction and output widths. "act" is the stack's dtype (fp32,
+// bf16, fp16); every product, reduction, softmax and normalisation accumulates in fp32 whatever act
+// is. All tensors are dense, row-major, and live in this backend's memory (on the CPU: any host
+// memory).
 //
 // Conventions. Each public method checks presence, shapes and dtypes and returns INVALID_ARGUMENT
-// naming the tensor; then it calls the private virtual of the same name with `Do` before it, which may
-// rely on the check. Ops are enqueued in order on the backend's one stream and may return before they
-// have run; Synchronize() waits. A device failure surfaces at a later call as INTERNAL and is sticky.
-// Inputs may not alias outputs except where an Args comment says so. Gradients of parameters are fp32
-// and are added to what is there. Every result is a function of the inputs alone: the same call on the
-// same device gives the same bits (deterministic reductions).
+// naming the tensor; then it calls the private virtual of the same name with `Do` before it, which
+// may rely on the check. Ops are enqueued in order on the backend's one stream and may return
+// before they have run; Synchronize() waits. A device failure surfaces at a later call as INTERNAL
+// and is sticky. Inputs may not alias outputs except where an Args comment says so. Gradients of
+// parameters are fp32 and are added to what is there. Every result is a function of the inputs
+// alone: the same call on the same device gives the same bits (deterministic reductions).
 //
-// Threads: one thread at a time may call ops (the engine's device thread). Memory methods may be called
-// from any thread.
+// Threads: one thread at a time may call ops (the engine's device thread). Memory methods may be
+// called from any thread.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +43,7 @@ struct DeviceInfo {
   std::string uuid;  // "GPU-..." as the driver prints it; empty on the CPU
   int ordinal = 0;
   size_t total_bytes = 0;
-  int threads = 0;          // worker threads (CPU), multiprocessors (CUDA)
+  int threads = 0;           // worker threads (CPU), multiprocessors (CUDA)
   bool host_memory = false;  // kernels read and write host memory directly: no staging is needed
 };
 
@@ -109,7 +110,8 @@ struct GeluBackwardArgs {
   GeluKind gelu = GeluKind::kErf;
 };
 
-// y = (x - mean) * rstd * gamma + beta over the last dimension, rstd = 1/sqrt(var + eps), biased var.
+// y = (x - mean) * rstd * gamma + beta over the last dimension, rstd = 1/sqrt(var + eps), biased
+// var.
 struct LayerNormArgs {
   TensorView x;      // act [T, H]
   TensorView gamma;  // act [H]
@@ -133,14 +135,14 @@ struct LayerNormBackwardArgs {
   TensorView dbeta;          // fp32 [H], accumulated
 };
 
-// sum = residual + dropout(x + bias); and, where gamma is present, y = LayerNorm(sum) in the same pass.
-// The mask is over [T, H].
+// sum = residual + dropout(x + bias); and, where gamma is present, y = LayerNorm(sum) in the same
+// pass. The mask is over [T, H].
 struct DropoutAddNormArgs {
   TensorView x;         // act [T, H]: an output product without its bias
   TensorView bias;      // act [H]
   TensorView residual;  // act [T, H]
   Dropout dropout;
-  TensorView sum;    // act [T, H]; absent only where gamma is present (Post-LN evaluation). May be x
+  TensorView sum;  // act [T, H]; absent only where gamma is present (Post-LN evaluation). May be x
   TensorView gamma;  // act [H]; absent: no norm
   TensorView beta;   // act [H]
   float eps = 1e-12f;
@@ -150,14 +152,16 @@ struct DropoutAddNormArgs {
 };
 
 // With ds = d(LayerNorm)/d(sum) . dy + dsum:
-//   dresidual = ds;  dx = mask * scale * ds;  dbias += column sums of dx;  dgamma, dbeta accumulated.
+//   dresidual = ds;  dx = mask * scale * ds;  dbias += column sums of dx;  dgamma, dbeta
+//   accumulated.
 struct DropoutAddNormBackwardArgs {
-  TensorView dy;      // act [T, H]: gradient of the norm's output; absent where Forward had no norm
-  TensorView dsum;    // act [T, H]: gradient of sum by its other uses; absent: zero. One of the two at least
-  TensorView sum;     // act [T, H]: only with dy
-  TensorView gamma;   // act [H]: only with dy
-  TensorView mean;    // fp32 [T]: only with dy
-  TensorView rstd;    // fp32 [T]: only with dy
+  TensorView dy;  // act [T, H]: gradient of the norm's output; absent where Forward had no norm
+  TensorView
+      dsum;  // act [T, H]: gradient of sum by its other uses; absent: zero. One of the two at least
+  TensorView sum;    // act [T, H]: only with dy
+  TensorView gamma;  // act [H]: only with dy
+  TensorView mean;   // fp32 [T]: only with dy
+  TensorView rstd;   // fp32 [T]: only with dy
   Dropout dropout;
   TensorView dresidual;  // act [T, H]; may be dsum. Absent: not wanted (it equals dsum without dy)
   TensorView dx;         // act [T, H]
@@ -166,14 +170,15 @@ struct DropoutAddNormBackwardArgs {
   TensorView dbeta;      // fp32 [H], accumulated: only with dy
 };
 
-// out = dropout(softmax(q k^T * scale + mask)) v, head by head. A query whose keys are all masked out
+// out = dropout(softmax(q k^T * scale + mask)) v, head by head. A query whose keys are all masked
+// out
 // (-inf) gives zeros, and passes no gradient.
 struct AttentionArgs {
   LayerDims dims;
-  TensorView qkv;      // act [T, 3H]: q in columns [0, H), k in [H, 2H), v in [2H, 3H); head a at a*D
-  TensorView mask;     // fp32 [B, S], added to the scores of each key; absent: none
-  TensorView lengths;  // int32 [B], 1..S: keys at and after lengths[b] are masked out; absent: none.
-                       // Not both. Rows of padded queries are computed like any other
+  TensorView qkv;   // act [T, 3H]: q in columns [0, H), k in [H, 2H), v in [2H, 3H); head a at a*D
+  TensorView mask;  // fp32 [B, S], added to the scores of each key; absent: none
+  TensorView lengths;  // int32 [B], 1..S: keys at and after lengths[b] are masked out; absent:
+                       // none. Not both. Rows of padded queries are computed like any other
   float scale = 1.0f;  // 1/sqrt(D)
   Dropout dropout;     // mask over [B*A*S, S]
   TensorView out;      // act [T, H]
@@ -199,36 +204,40 @@ struct CastArgs {
 // What GradientStats leaves in the backend's memory for AdamW to read, without a synchronisation.
 struct OptimizerControl {
   float grad_scale;  // what each gradient is multiplied by: clip / loss_scale
-  float grad_norm;   // L2 norm of grad / loss_scale, before clipping; not finite if any gradient is not
+  float grad_norm;   // L2 norm of grad / loss_scale, before clipping; not finite if any gradient is
+                     // not
   int32_t skip;      // 1 where a gradient was not finite: AdamW then changes nothing
   int32_t reserved;
 };
 
 struct GradientStatsArgs {
-  TensorView grad;          // fp32 [n]
-  float loss_scale = 1.0f;  // > 0
-  float max_norm = 0.0f;    // clip to this L2 norm; 0: no clipping
+  TensorView grad;                      // fp32 [n]
+  float loss_scale = 1.0f;              // > 0
+  float max_norm = 0.0f;                // clip to this L2 norm; 0: no clipping
   OptimizerControl* control = nullptr;  // in the backend's memory
 };
 
-// AdamW with decoupled decay (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019):
+// AdamW with decoupled decay (Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
+// 2019):
 //   g = grad * grad_scale;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
 //   w = w - lr * (weight_decay * w + (m / correction1) / (sqrt(v / correction2) + eps))
 struct AdamWArgs {
-  TensorView master;   // fp32 [n]
-  TensorView weights;  // act [n], written from master; absent where act is fp32 (master is the weights)
-  TensorView grad;     // fp32 [n]
-  TensorView m, v;     // fp32 [n]
+  TensorView master;  // fp32 [n]
+  TensorView
+      weights;  // act [n], written from master; absent where act is fp32 (master is the weights)
+  TensorView grad;  // fp32 [n]
+  TensorView m, v;  // fp32 [n]
   float lr = 0, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0;
-  float correction1 = 1, correction2 = 1;  // 1 - beta^t
+  float correction1 = 1, correction2 = 1;     // 1 - beta^t
   const OptimizerControl* control = nullptr;  // in the backend's memory
 };
 
 class Backend {
  public:
-  // `device` is "cpu" or "cuda:N". UNIMPLEMENTED for cuda in a build without it; NOT_FOUND where there
-  // is no such device. `threads`: CPU worker threads, 0 for one a core.
-  static absl::StatusOr<std::unique_ptr<Backend>> Create(const std::string& device, int threads = 0);
+  // `device` is "cpu" or "cuda:N". UNIMPLEMENTED for cuda in a build without it; NOT_FOUND where
+  // there is no such device. `threads`: CPU worker threads, 0 for one a core.
+  static absl::StatusOr<std::unique_ptr<Backend>> Create(const std::string& device,
+                                                         int threads = 0);
 
   virtual ~Backend() = default;
   Backend(const Backend&) = delete;
@@ -237,7 +246,8 @@ class Backend {
   const DeviceInfo& info() const { return info_; }
 
   // --- memory ---
-  // Bytes of device memory, 256-byte aligned, contents undefined. RESOURCE_EXHAUSTED with the numbers.
+  // Bytes of device memory, 256-byte aligned, contents undefined. RESOURCE_EXHAUSTED with the
+  // numbers.
   virtual absl::StatusOr<void*> Allocate(size_t bytes) = 0;
   virtual void Free(void* data) = 0;
   virtual absl::StatusOr<size_t> FreeBytes() const = 0;  // what Allocate can still give, about
@@ -251,6 +261,14 @@ class Backend {
   virtual absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status SetZero(void* data, size_t bytes) = 0;
   virtual absl::Status Synchronize() = 0;
+
+  // --- time, in stream order: what lets a step be split into input, compute and output without a
+  // wait --- Remembers the moment at which everything enqueued so far is done. `mark` is in [0,
+  // kMarks).
+  static constexpr int kMarks = 8;
+  virtual absl::Status RecordMark(int mark) = 0;
+  // Seconds from one recorded mark to another; both must have passed (call Synchronize first).
+  virtual absl::StatusOr<double> SecondsBetween(int begin, int end) = 0;
 
   // --- sizes, pure functions of the dims; the plan adds them up ---
   virtual size_t AttentionSavedBytes(const LayerDims& dims) const = 0;
@@ -280,7 +298,8 @@ class Backend {
  private:
   virtual absl::Status DoLinear(const Workspace& ws, const LinearArgs& args) = 0;
   virtual absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) = 0;
-  virtual absl::Status DoLinearWeightGrad(const Workspace& ws, const LinearWeightGradArgs& args) = 0;
+  virtual absl::Status DoLinearWeightGrad(const Workspace& ws,
+                                          const LinearWeightGradArgs& args) = 0;
   virtual absl::Status DoGelu(const Workspace& ws, const GeluArgs& args) = 0;
   virtual absl::Status DoGeluBackward(const Workspace& ws, const GeluBackwardArgs& args) = 0;
   virtual absl::Status DoLayerNorm(const Workspace& ws, const LayerNormArgs& args) = 0;

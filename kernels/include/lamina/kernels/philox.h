@@ -2,12 +2,12 @@
 //
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11)
 // gives 128 bits for each counter value; they are cut into eight 16-bit lanes, one per element.
-// A mask covers a matrix [rows, cols]; eight neighbouring columns of a row share one Philox call, so
-// that a kernel which reads 16 bytes of bf16 spends one call on them. Rows never share a call: odd
-// widths cost a partly used call at the row's end, and no tile shape can change a bit.
+// A mask covers a matrix [rows, cols]; eight neighbouring columns of a row share one Philox call,
+// so that a kernel which reads 16 bytes of bf16 spends one call on them. Rows never share a call:
+// odd widths cost a partly used call at the row's end, and no tile shape can change a bit.
 //
-// Element (row, col) is kept when its lane is below KeepThreshold(p). The scale is one over the keep
-// probability which that threshold really gives, so the mean is unbiased at any p.
+// Element (row, col) is kept when its lane is below KeepThreshold(p). The scale is one over the
+// keep probability which that threshold really gives, so the mean is unbiased at any p.
 //
 // C++17 and free of dependencies; every function runs on the host and in kernels.
 #pragma once
@@ -60,8 +60,8 @@ LAMINA_HOST_DEVICE Philox4 Philox4x32_10(const uint32_t counter[4], uint32_t key
   return Philox4{{c0, c1, c2, c3}};
 }
 
-// The eight lanes of columns [8*block, 8*block + 8) of `row`. `stream` is DropoutStream(layer, site).
-// Lane i is DropoutLane(result, i).
+// The eight lanes of columns [8*block, 8*block + 8) of `row`. `stream` is DropoutStream(layer,
+// site). Lane i is DropoutLane(result, i).
 LAMINA_HOST_DEVICE Philox4 DropoutBits(const RngState& rng, uint32_t stream, uint64_t row,
                                        uint32_t block) {
   // The row takes 40 bits, the block 24 (S and H stay far below 2^27 columns), the context counter
@@ -69,9 +69,9 @@ LAMINA_HOST_DEVICE Philox4 DropoutBits(const RngState& rng, uint32_t stream, uin
   const uint32_t counter[4] = {static_cast<uint32_t>(row),
                                static_cast<uint32_t>(row >> 32) | (block << 8), stream,
                                static_cast<uint32_t>(rng.counter)};
-  return Philox4x32_10(counter, static_cast<uint32_t>(rng.seed),
-                       static_cast<uint32_t>(rng.seed >> 32) ^
-                           static_cast<uint32_t>(rng.counter >> 32));
+  return Philox4x32_10(
+      counter, static_cast<uint32_t>(rng.seed),
+      static_cast<uint32_t>(rng.seed >> 32) ^ static_cast<uint32_t>(rng.counter >> 32));
 }
 
 LAMINA_HOST_DEVICE uint32_t DropoutStream(uint32_t layer, DropoutSite site) {

@@ -1,0 +1,161 @@
+// A stack of transformer encoder layers under one config, on one backend: weights, gradients,
+// optimizer state, activation contexts.
+//
+// Layer, with LN the layer norm, drop the inverted dropout, attn the multi-head self-attention:
+//   Pre-LN:   n = LN(x; norm);  a = x + drop(attn(n) Wo + bo);  y = a + drop(gelu(LN(a; attn_n) Wi
+//   + bi) Wout + bout) Post-LN:  a = LN(x + drop(attn(x) Wo + bo); attn_n);        y = LN(a +
+//   drop(gelu(a Wi + bi) Wout + bout); norm)
+// No final norm follows the last layer.
+//
+// Parameters, all [out, in], one set a layer, named "layers.<i>.<name>" with DeepSpeed's names:
+//   attn_qkvw [3H, H]  attn_qkvb [3H]  attn_ow [H, H]  attn_ob [H]  attn_nw [H]  attn_nb [H]
+//   inter_w [I, H]  inter_b [I]  output_w [H, I]  output_b [H]  norm_w [H]  norm_b [H]
+// and, as parts of the fused ones, attn_qw attn_kw attn_vw [H, H], attn_qb attn_kb attn_vb [H].
+//
+// Memory: everything is allocated in Create (and in SetTraining(true)); Forward, Backward and
+// ApplyGradients allocate no device memory. A Stack is not thread-safe: the engine's device thread
+// owns it. All tensors are in the backend's memory; all calls but the Read*/Write* ones and
+// ApplyGradients only enqueue.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "lamina/kernels/backend.h"
+#include "lamina/transformer/config.h"
+#include "lamina/transformer/plan.h"
+
+namespace lamina {
+
+struct LayerRange {
+  int64_t begin = 0;
+  int64_t end = 0;  // exclusive
+};
+
+// What of a parameter is meant.
+enum class ParameterPart : uint8_t {
+  kMaster = 0,    // fp32 master weights; writing them also rounds into the weights
+  kWeights = 1,   // in the stack's dtype; writing them also sets the master
+  kGradient = 2,  // fp32, accumulated since the last ZeroGradients
+  kMoment1 = 3,   // fp32, AdamW's m
+  kMoment2 = 4,   // fp32, AdamW's v
+};
+
+struct ParameterInfo {
+  std::string name;  // "layers.3.attn_qkvw"
+  Shape shape;       // [out, in] or [out]
+};
+
+// What one training Forward saved: a part of the stack's context arena, freed by its destructor.
+// Must not outlive its Stack.
+class Context {
+ public:
+  virtual ~Context() = default;
+  virtual LayerRange layers() const = 0;
+  virtual int64_t batch() const = 0;
+  virtual int64_t seq() const = 0;
+  virtual size_t bytes() const = 0;
+};
+
+struct ForwardArgs {
+  LayerRange layers;
+  TensorView input;    // act [B, S, H]
+  TensorView mask;     // fp32 [B, S], added to the scores of each key; absent: none
+  TensorView lengths;  // int32 [B], each 1..S (the caller has checked); absent: none. Not both
+  TensorView output;   // act [B, S, H]; may not overlap input
+};
+
+struct AdamWOptions {
+  double learning_rate = 0;           // >= 0, finite
+  double beta1 = 0.9, beta2 = 0.999;  // [0, 1)
+  double epsilon = 1e-8;              // > 0
+  double weight_decay = 0.0;          // >= 0; decoupled
+  bool decay_biases_and_norms = false;
+  double max_grad_norm = 0.0;  // global L2 norm to clip to; 0: no clipping
+  double loss_scale = 1.0;     // > 0: what the loss was multiplied by
+};
+
+struct ApplyResult {
+  bool applied = false;    // false: a gradient was not finite, nothing was changed
+  double grad_norm = 0.0;  // of the unscaled gradients, before clipping; may be inf or NaN
+  int64_t step = 0;        // optimizer steps applied so far
+};
+
+// Everything beyond the tensors that a checkpoint must hold to go on bit for bit.
+struct StackCounters {
+  int64_t optimizer_step = 0;
+  uint64_t rng_counter = 0;  // training Forwards so far
+  int64_t skipped_steps = 0;
+};
+
+class Stack {
+ public:
+  // `config` is resolved. Allocates the whole plan: RESOURCE_EXHAUSTED with the plan's numbers and
+  // what is free, before anything is allocated. Weights are normal(0, initializer_range) drawn from
+  // (seed, parameter, element) alone, so the same on every backend.
+  static absl::StatusOr<std::unique_ptr<Stack>> Create(Backend& backend, const StackConfig& config);
+  virtual ~Stack() = default;
+
+  virtual const StackConfig& config() const = 0;
+  virtual const MemoryPlan& plan() const = 0;
+
+  // Evaluation: no dropout, nothing kept.
+  virtual absl::Status ForwardEval(const ForwardArgs& args) = 0;
+  // Training: draws the next rng counter. RESOURCE_EXHAUSTED (with the numbers) when the context
+  // arena is full; FAILED_PRECONDITION when training is off. On failure nothing has changed, the
+  // rng counter included. The input and mask are copied into the context: the caller may reuse them
+  // once the call's work is done.
+  virtual absl::StatusOr<std::unique_ptr<Context>> ForwardTraining(const ForwardArgs& args) = 0;
+  // Adds to the gradients of the context's layers. output_grad: act [B, S, H]; input_grad: act
+  // [B, S, H] or absent; the two may not overlap. The context is spent afterwards: a second
+  // Backward on it is FAILED_PRECONDITION.
+  virtual absl::Status Backward(Context& context, const TensorView& output_grad,
+                                const TensorView& input_grad) = 0;
+
+  virtual absl::Status ZeroGradients() = 0;
+  // Synchronises: the outcome decides what the next step's bias corrections are.
+  virtual absl::StatusOr<ApplyResult> ApplyGradients(const AdamWOptions& options) = 0;
+
+  // What can change on a live stack. Ratios in [0, 1), checked.
+  virtual absl::Status SetDropout(double attn_ratio, double hidden_ratio) = 0;
+  // On: allocates what training needs (RESOURCE_EXHAUSTED changes nothing). Off: frees it; contexts
+  // must be gone (FAILED_PRECONDITION).
+  virtual absl::Status SetTraining(bool training) = 0;
+
+  // Stored parameters in order, fused ones only: what a checkpoint holds.
+  virtual const std::vector<ParameterInfo>& parameters() const = 0;
+  // The separate Q, K, V names too. NOT_FOUND naming what exists.
+  virtual absl::StatusOr<ParameterInfo> FindParameter(const std::string& name) const = 0;
+  // Host copies; synchronise. bytes must be exactly the part's size. dst and src are any host
+  // memory. FAILED_PRECONDITION for gradients and moments where training is off.
+  virtual absl::Status ReadParameter(const std::string& name, ParameterPart part, void* dst,
+                                     size_t bytes) = 0;
+  virtual absl::Status WriteParameter(const std::string& name, ParameterPart part, const void* src,
+                                      size_t bytes) = 0;
+  // Bytes of a part: elements x (4 or the stack dtype's size).
+  virtual absl::StatusOr<size_t> ParameterBytes(const std::string& name,
+                                                ParameterPart part) const = 0;
+
+  virtual StackCounters counters() const = 0;
+  virtual void set_counters(const StackCounters& counters) = 0;
+
+  // Bytes of the context arena in use and the most that ever was.
+  virtual size_t context_bytes_in_use() const = 0;
+  virtual size_t context_bytes_high_water() const = 0;
+
+  // Device copies of a call's tensors, for backends whose kernels can't read host memory; each
+  // holds the largest call. FAILED_PRECONDITION on the others.
+  enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths };
+  virtual absl::StatusOr<TensorView> StagingView(Staging slot, DType dtype, const Shape& shape) = 0;
+
+  // Floating-point operations of a call, as users count them: forward per layer
+  // 2BS(4H^2 + 2HI) + 4BS^2H; backward twice that.
+  static double ForwardFlops(const StackConfig& config, int64_t layers, int64_t batch, int64_t seq);
+};
+
+}  // namespace lamina

@@ -1,0 +1,220 @@
+// The engine: stacks, their contexts, and the one device thread that runs every call on them.
+//
+// Calls come from any thread and block until the device thread has finished them (or refused them).
+// The queue between is bounded: a full one answers RESOURCE_EXHAUSTED at once. A call whose
+// deadline passes or that is cancelled while it waits in the queue is dropped with nothing changed;
+// once the device thread has begun it, it runs to its end.
+//
+// All checks of a call against its stack (dtype, shape, ranges) happen before anything is changed;
+// the messages name the field as the proto does. Ids of sessions and regions never reach this
+// layer: a session is a SessionKey here, a region's slice is a HostTensor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "lamina/kernels/backend.h"
+#include "lamina/transformer/config.h"
+#include "lamina/transformer/plan.h"
+#include "lamina/transformer/stack.h"
+
+namespace lamina {
+
+class MetricSet;  // server/metrics/metrics.h
+
+// A session as the engine knows it: a number that is never used twice and is no secret.
+using SessionKey = uint64_t;
+
+// How a tensor crosses the boundary; the values are the proto's.
+enum class TensorTransport : uint8_t { kNone = 0, kInline = 1, kMemfd = 2 };
+
+// A dense tensor in host memory that a call reads or writes. `keep` holds the memory (a region's
+// mapping, a message's bytes) for as long as the call needs it.
+struct HostTensor {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  Shape shape;
+  TensorTransport transport = TensorTransport::kNone;
+  std::shared_ptr<const void> keep;
+
+  explicit operator bool() const { return data != nullptr; }
+  size_t bytes() const { return static_cast<size_t>(shape.elements()) * SizeOf(dtype); }
+};
+
+// How long a call may wait for the device thread.
+struct CallControl {
+  absl::Time deadline = absl::InfiniteFuture();
+  std::function<bool()>
+      cancelled;  // empty: never; called from the device thread before the call begins
+};
+
+struct StepTimes {
+  double queue_seconds = 0, input_seconds = 0, compute_seconds = 0, output_seconds = 0;
+};
+
+struct ForwardCall {
+  std::string stack;
+  SessionKey session = 0;
+  std::optional<LayerRange> layers;  // absent: all
+  std::optional<bool> training;      // absent: as the stack's config says
+  HostTensor input;                  // act [B, S, H]
+  HostTensor mask;                   // fp32 [B, 1, 1, S] or [B, S]; absent: none
+  HostTensor lengths;  // int32 [B]; absent: none. Copied once, then the copy is checked
+  HostTensor output;   // act [B, S, H]; data is null: the engine provides `inline_output`
+};
+
+struct ForwardOutcome {
+  std::string context_id;     // empty in evaluation
+  std::string inline_output;  // the output's bytes where ForwardCall::output had no data
+  Shape output_shape;
+  DType output_dtype = DType::kF32;
+  StepTimes times;
+};
+
+struct BackwardCall {
+  std::string stack;
+  SessionKey session = 0;
+  std::string context_id;
+  HostTensor output_grad;  // act [B, S, H]
+  HostTensor input_grad;   // act [B, S, H]; data null and want_input_grad: inline
+  bool want_input_grad = false;
+};
+
+struct BackwardOutcome {
+  std::string inline_input_grad;
+  Shape shape;
+  DType dtype = DType::kF32;
+  StepTimes times;
+};
+
+struct ApplyOutcome {
+  ApplyResult result;
+  StepTimes times;
+};
+
+// A stack as GetStack shows it.
+struct StackInfo {
+  std::string name;
+  StackConfig config;
+  MemoryPlan plan;
+  int64_t parameter_count = 0;
+  StackCounters counters;
+  int64_t outstanding_contexts = 0;
+  std::vector<ParameterInfo> parameters;
+};
+
+struct StackUpdate {
+  std::optional<double> attn_dropout_ratio, hidden_dropout_ratio;
+  std::optional<bool> training;
+  std::optional<bool> normalize_invertible, gelu_checkpoint, attn_dropout_checkpoint;
+};
+
+// Values to write to one parameter: fp32 or the stack's dtype.
+struct ParameterValue {
+  std::string name;
+  HostTensor tensor;
+};
+
+struct ParameterRead {
+  ParameterInfo info;
+  DType dtype = DType::kF32;
+};
+
+struct CheckpointInfo {
+  std::string path;
+  uint64_t bytes = 0;
+  int64_t step = 0;
+};
+
+struct PlanOutcome {
+  StackConfig config;  // resolved
+  MemoryPlan plan;
+  size_t free_bytes = 0;
+};
+
+struct EngineOptions {
+  std::string checkpoint_dir;  // empty: checkpoints answer FAILED_PRECONDITION
+  int queue_capacity = 256;    // calls that wait
+  size_t inline_cap_bytes = size_t{16} << 20;
+};
+
+class Engine {
+ public:
+  // `backend` is owned; `metrics` outlives the engine. Starts the device thread.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(std::unique_ptr<Backend> backend,
+                                                        MetricSet* metrics, EngineOptions options);
+  virtual ~Engine() = default;  // drains, then joins the device thread
+
+  virtual const DeviceInfo& device() const = 0;
+  virtual size_t device_free_bytes() const = 0;
+  virtual const EngineOptions& options() const = 0;
+
+  // --- stacks; names are 1..64 of letters, digits, '.', '_', '-', not beginning with '.' ---
+  virtual absl::StatusOr<StackInfo> CreateStack(const std::string& name, const StackConfig& config,
+                                                const CallControl& control) = 0;
+  virtual absl::StatusOr<StackInfo> GetStack(const std::string& name) = 0;
+  virtual std::vector<StackInfo> ListStacks() = 0;
+  virtual absl::StatusOr<StackInfo> UpdateStack(const std::string& name, const StackUpdate& update,
+                                                const CallControl& control) = 0;
+  virtual absl::Status DeleteStack(const std::string& name, const CallControl& control) = 0;
+  virtual absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) = 0;
+
+  // --- steps ---
+  virtual absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
+                                                 const CallControl& control) = 0;
+  virtual absl::StatusOr<BackwardOutcome> Backward(const BackwardCall& call,
+                                                   const CallControl& control) = 0;
+  virtual absl::StatusOr<ApplyOutcome> ApplyGradients(const std::string& stack,
+                                                      const AdamWOptions& options,
+                                                      bool zero_gradients,
+                                                      const CallControl& control) = 0;
+  virtual absl::Status ZeroGradients(const std::string& stack, const CallControl& control) = 0;
+  virtual absl::Status ReleaseContext(const std::string& stack, SessionKey session,
+                                      const std::string& context_id) = 0;
+
+  // --- parameters; `names` empty: all stored ones ---
+  // What a read of these would give, to size a target with. NOT_FOUND names the missing one.
+  virtual absl::StatusOr<std::vector<ParameterRead>> DescribeParameters(
+      const std::string& stack, const std::vector<std::string>& names, DType dtype,
+      bool gradients) = 0;
+  // Writes the parts one after another to dst, which holds exactly their bytes.
+  virtual absl::Status ReadParameters(const std::string& stack,
+                                      const std::vector<std::string>& names, DType dtype,
+                                      bool gradients, void* dst, size_t bytes,
+                                      const CallControl& control) = 0;
+  // All or none; every value is checked before the first is written.
+  virtual absl::Status WriteParameters(const std::string& stack,
+                                       const std::vector<ParameterValue>& values,
+                                       const CallControl& control) = 0;
+
+  // --- checkpoints; an empty name means the stack's ---
+  virtual absl::StatusOr<CheckpointInfo> SaveCheckpoint(const std::string& stack,
+                                                        const std::string& name,
+                                                        const CallControl& control) = 0;
+  virtual absl::StatusOr<StackInfo> LoadCheckpoint(const std::string& stack,
+                                                   const std::string& name, bool create,
+                                                   const CallControl& control) = 0;
+
+  // --- host memory that the device will move by DMA; any thread ---
+  virtual absl::Status RegisterHost(void* data, size_t bytes) = 0;
+  virtual void UnregisterHost(void* data) = 0;
+
+  // Frees a session's contexts once the calls it already queued are done. Returns when that is so.
+  virtual void EndSession(SessionKey session) = 0;
+
+  // Refuses new calls with UNAVAILABLE; returns when the queue is empty. Idempotent.
+  virtual void Drain() = 0;
+  // OK, or the device failure that made the engine refuse everything.
+  virtual absl::Status health() const = 0;
+};
+
+}  // namespace lamina

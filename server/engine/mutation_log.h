@@ -1,0 +1,67 @@
+// Exactly once: the sequence of one session's mutations and the answers to the last of them.
+//
+//   auto ticket = log.Begin(sequence, digest, control);   // may wait for the one before
+//   if (!ticket.ok()) return ticket.status();
+//   if (ticket->replay) return *ticket->replay;           // ran before: the same answer
+//   ... run ...
+//   ok ? log.Commit(sequence, answer) : log.Abort(sequence);
+//
+// Sequence n + 1 that arrives while n runs waits for it; a repeat of n that arrives while n runs
+// waits too and gets n's answer. An aborted sequence was not used up.
+//
+// Threads: all methods from any thread.
+#pragma once
+
+#include <array>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/engine/engine.h"
+
+namespace lamina {
+
+// SHA-256 of the request's body.
+using BodyDigest = std::array<uint8_t, 32>;
+BodyDigest DigestOf(const std::string& bytes);
+
+class MutationLog {
+ public:
+  static constexpr int kReplayWindow = 16;  // answers kept
+
+  struct Ticket {
+    std::shared_ptr<const std::string>
+        replay;  // the serialized answer of the first run; null: run it now
+  };
+
+  // INVALID_ARGUMENT: sequence 0. ALREADY_EXISTS: used with another body, or used and its answer no
+  // longer kept. FAILED_PRECONDITION: beyond the next one (says which is next). DEADLINE_EXCEEDED
+  // or CANCELLED while waiting.
+  absl::StatusOr<Ticket> Begin(uint64_t sequence, const BodyDigest& digest,
+                               const CallControl& control);
+  void Commit(uint64_t sequence, std::string answer);
+  void Abort(uint64_t sequence);
+
+  uint64_t applied() const;  // the last committed sequence
+
+ private:
+  struct Entry {
+    uint64_t sequence;
+    BodyDigest digest;
+    std::shared_ptr<const std::string> answer;
+  };
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  uint64_t applied_ = 0;             // guarded by mutex_
+  std::optional<uint64_t> running_;  // guarded by mutex_: the sequence in flight
+  BodyDigest running_digest_{};      // guarded by mutex_
+  std::deque<Entry> answers_;        // guarded by mutex_: at most kReplayWindow, ascending
+};
+
+}  // namespace lamina

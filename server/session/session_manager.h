@@ -1,0 +1,93 @@
+// Sessions, their leases and their regions.
+//
+// A session is one client's lease. It ends when its keeper goes (its KeepAlive stream), when
+// nothing was heard of it for the lease's length, or when it is deleted. Then, in this order: no
+// new call finds it, the end hook runs (the engine finishes its queued calls and frees its
+// contexts), its regions are unmapped as soon as no call holds them, its bytes are uncharged.
+//
+// Session and region ids are 128-bit capabilities in hexadecimal; they appear in no status message
+// and no log line. Threads: all methods from any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace lamina {
+
+// Shared memory that the daemon made: a memfd sealed against resizing, mapped here, charged to its
+// session. Destroyed (unregistered, unmapped, closed, uncharged) when its session let go of it and
+// no call holds it.
+class Region {
+ public:
+  virtual ~Region() = default;
+  virtual void* data() const = 0;
+  virtual size_t length() const = 0;   // bytes, whole pages
+  virtual int descriptor() const = 0;  // owned by the region
+  virtual bool registered() const = 0;
+  virtual const std::string& id() const = 0;
+};
+
+struct SessionOptions {
+  absl::Duration lease = absl::Seconds(30);
+  int64_t session_cap = 1024;
+  int64_t region_cap = 256;                          // regions a session
+  size_t region_cap_bytes = size_t{8} << 30;         // bytes a session's regions have together
+  size_t total_region_cap_bytes = size_t{32} << 30;  // bytes of all sessions
+};
+
+// Hooks that the composition root fills in; called without locks held.
+struct SessionHooks {
+  std::function<absl::Status(void* data, size_t bytes)> register_host;  // pin for DMA; empty: none
+  std::function<void(void* data)> unregister_host;
+  std::function<void(uint64_t key, const std::string& reason)>
+      ended;  // free contexts; reason for metrics
+};
+
+// What a handler holds while it serves a call of a session: the session cannot vanish meanwhile.
+class Session {
+ public:
+  virtual ~Session() = default;
+  virtual uint64_t key() const = 0;  // no secret; never used twice
+  virtual const std::string& client_name() const = 0;
+
+  // RESOURCE_EXHAUSTED with the cap's numbers; INVALID_ARGUMENT for size 0 or over 2^46.
+  virtual absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) = 0;
+  // NOT_FOUND for any id that is not this session's.
+  virtual absl::StatusOr<std::shared_ptr<Region>> FindRegion(const std::string& id) = 0;
+  virtual std::vector<std::shared_ptr<Region>> ListRegions() = 0;
+  virtual absl::Status ReleaseRegion(const std::string& id) = 0;
+};
+
+class SessionManager {
+ public:
+  static std::unique_ptr<SessionManager> Create(SessionOptions options, SessionHooks hooks);
+  virtual ~SessionManager() = default;  // ends every session
+
+  struct Opened {
+    std::string id;
+    std::shared_ptr<Session> session;
+  };
+  virtual absl::StatusOr<Opened> Open(const std::string& client_name) = 0;
+  // Renews the lease. NOT_FOUND.
+  virtual absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id) = 0;
+  // Binds the lease to a KeepAlive stream: one a session (ALREADY_EXISTS). Unbinding ends the
+  // session.
+  virtual absl::Status BindKeeper(const std::string& id) = 0;
+  virtual void UnbindKeeper(const std::string& id, const std::string& reason) = 0;
+  virtual absl::Status Delete(const std::string& id) = 0;
+
+  virtual int64_t live_sessions() const = 0;
+  virtual int64_t live_regions() const = 0;
+  virtual size_t region_bytes() const = 0;
+  virtual const SessionOptions& options() const = 0;
+};
+
+}  // namespace lamina
