@@ -3,7 +3,9 @@
 add_library(lamina_flags INTERFACE)
 target_compile_options(lamina_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Wold-style-cast
-                            -Woverloaded-virtual -Wimplicit-fallthrough -Werror>)
+                            -Woverloaded-virtual -Wimplicit-fallthrough -Werror
+                            # Args structs leave optional members to their defaults.
+                            -Wno-missing-field-initializers>)
 if(LAMINA_SANITIZE)
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LAMINA_SANITIZE}>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer>)
