@@ -53,6 +53,9 @@ struct StackConfig {
 // or stochastic_mode that this version lacks. `device_ordinal` is what local_rank is compared with.
 absl::StatusOr<StackConfig> Resolve(StackConfig config, int device_ordinal);
 
+// OK for a ratio in [0, 1) that is still below 1 as fp32; else INVALID_ARGUMENT naming the field.
+absl::Status CheckDropoutRatio(const char* name, double ratio);
+
 // The config as a JSON object with the field names above, and back; a checkpoint's header carries
 // it. Unknown keys are an INVALID_ARGUMENT, missing ones take their defaults.
 std::string ToJson(const StackConfig& config);

@@ -1,0 +1,236 @@
+#include "layer.h"
+
+#include <cmath>
+
+namespace lamina {
+namespace {
+
+// A row of ops: the first failure is kept and the rest are left out, so that a layer reads as its
+// formula.
+class Ops {
+ public:
+  Ops(Backend& backend, const Workspace& workspace) : backend_(backend), ws_(workspace) {}
+
+  void Linear(const LinearArgs& a) { Run(&Backend::Linear, a); }
+  void LinearInputGrad(const LinearInputGradArgs& a) { Run(&Backend::LinearInputGrad, a); }
+  void LinearWeightGrad(const LinearWeightGradArgs& a) { Run(&Backend::LinearWeightGrad, a); }
+  void GeluBackward(const GeluBackwardArgs& a) { Run(&Backend::GeluBackward, a); }
+  void LayerNorm(const LayerNormArgs& a) { Run(&Backend::LayerNorm, a); }
+  void LayerNormBackward(const LayerNormBackwardArgs& a) { Run(&Backend::LayerNormBackward, a); }
+  void DropoutAddNorm(const DropoutAddNormArgs& a) { Run(&Backend::DropoutAddNorm, a); }
+  void DropoutAddNormBackward(const DropoutAddNormBackwardArgs& a) {
+    Run(&Backend::DropoutAddNormBackward, a);
+  }
+  void Attention(const AttentionArgs& a) { Run(&Backend::Attention, a); }
+  void AttentionBackward(const AttentionBackwardArgs& a) { Run(&Backend::AttentionBackward, a); }
+
+  // out = x + residual. The op set has no plain sum; a DropoutAddNorm without dropout and norm, and
+  // with a bias of zeros, is one.
+  void Add(const TensorView& x, const TensorView& residual, const TensorView& zeros,
+           const TensorView& out) {
+    DropoutAddNorm({.x = x, .bias = zeros, .residual = residual, .sum = out});
+  }
+
+  const absl::Status& status() const { return status_; }
+
+ private:
+  template <typename Args>
+  void Run(absl::Status (Backend::*op)(const Workspace&, const Args&), const Args& args) {
+    if (status_.ok()) status_ = (backend_.*op)(ws_, args);
+  }
+
+  Backend& backend_;
+  Workspace ws_;
+  absl::Status status_;
+};
+
+float AttentionScale(const LayerDims& dims) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(dims.head_dim())));
+}
+
+}  // namespace
+
+LayerActivations ScratchActivations(const LayerDims& dims, const LayerScratch& scratch) {
+  LayerActivations a;
+  a.attn_in = scratch.branch;
+  a.qkv = TensorView{scratch.wide.data, dims.dtype, {dims.tokens(), 3 * dims.hidden}};
+  a.attn_out = scratch.product;
+  a.attn_sum = scratch.sum;
+  a.ffn_in = scratch.branch;  // attn_in is spent by then
+  a.inter = TensorView{scratch.wide.data, dims.dtype, {dims.tokens(), dims.intermediate}};
+  a.ffn_sum = scratch.product;  // attn_out is spent by then
+  return a;
+}
+
+Dropout Layer::DropoutAt(const LayerCall& call, DropoutSite site) const {
+  const float ratio =
+      site == DropoutSite::kAttentionProbs ? call.attn_dropout : call.hidden_dropout;
+  if (ratio == 0.0f) return Dropout{};
+  return Dropout{ratio, call.rng, DropoutStream(static_cast<uint32_t>(index_), site)};
+}
+
+absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
+                            const TensorView& y) const {
+  Ops ops(backend_, call.workspace);
+  const bool pre_norm = call.pre_layer_norm;
+  const bool evaluation = !s.norm_mean;
+
+  // n = LN(x; norm), or x itself
+  if (pre_norm)
+    ops.LayerNorm({.x = x,
+                   .gamma = w_.norm_w,
+                   .beta = w_.norm_b,
+                   .eps = call.eps,
+                   .y = s.attn_in,
+                   .mean = s.norm_mean,
+                   .rstd = s.norm_rstd});
+  const TensorView& n = pre_norm ? s.attn_in : x;
+
+  // attn(n)
+  ops.Linear({.x = n, .w = w_.attn_qkvw, .bias = w_.attn_qkvb, .y = s.qkv});
+  ops.Attention({.dims = call.dims,
+                 .qkv = s.qkv,
+                 .mask = call.mask,
+                 .lengths = call.lengths,
+                 .scale = AttentionScale(call.dims),
+                 .dropout = DropoutAt(call, DropoutSite::kAttentionProbs),
+                 .out = s.attn_out,
+                 .saved = s.attn_saved});
+
+  // attn_sum = x + drop(attn(n) Wo + bo);  ffn_in = LN(attn_sum; attn_n).
+  // Post-LN needs the sum in Backward alone.
+  ops.Linear({.x = s.attn_out, .w = w_.attn_ow, .y = s.attn_sum});
+  ops.DropoutAddNorm({.x = s.attn_sum,
+                      .bias = w_.attn_ob,
+                      .residual = x,
+                      .dropout = DropoutAt(call, DropoutSite::kAttentionOutput),
+                      .sum = evaluation && !pre_norm ? TensorView{} : s.attn_sum,
+                      .gamma = w_.attn_nw,
+                      .beta = w_.attn_nb,
+                      .eps = call.eps,
+                      .y = s.ffn_in,
+                      .mean = s.attn_mean,
+                      .rstd = s.attn_rstd});
+
+  // inter = gelu(ffn_in Wi + bi)
+  ops.Linear({.x = s.ffn_in,
+              .w = w_.inter_w,
+              .bias = w_.inter_b,
+              .y = s.inter,
+              .apply_gelu = true,
+              .gelu = call.gelu,
+              .pre = s.inter_pre});
+
+  const Dropout drop = DropoutAt(call, DropoutSite::kFeedForward);
+  if (pre_norm) {
+    // y = attn_sum + drop(inter Wout + bout), summed where the product lies
+    ops.Linear({.x = s.inter, .w = w_.output_w, .y = y});
+    ops.DropoutAddNorm(
+        {.x = y, .bias = w_.output_b, .residual = s.attn_sum, .dropout = drop, .sum = y});
+  } else {
+    // ffn_sum = ffn_in + drop(inter Wout + bout);  y = LN(ffn_sum; norm)
+    ops.Linear({.x = s.inter, .w = w_.output_w, .y = s.ffn_sum});
+    ops.DropoutAddNorm({.x = s.ffn_sum,
+                        .bias = w_.output_b,
+                        .residual = s.ffn_in,
+                        .dropout = drop,
+                        .sum = evaluation ? TensorView{} : s.ffn_sum,
+                        .gamma = w_.norm_w,
+                        .beta = w_.norm_b,
+                        .eps = call.eps,
+                        .y = y,
+                        .mean = s.norm_mean,
+                        .rstd = s.norm_rstd});
+  }
+  return ops.status();
+}
+
+absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
+                             const TensorView& dy, const LayerScratch& scratch,
+                             const TensorView& dx) const {
+  Ops ops(backend_, call.workspace);
+  const bool pre_norm = call.pre_layer_norm;
+  const TensorView& n = pre_norm ? s.attn_in : x;
+  const TensorView dproduct = scratch.product;
+  const TensorView dbranch = scratch.branch;
+  const TensorView dsum = scratch.sum;
+  const TensorView dinter = TensorView{scratch.wide.data, s.inter.dtype, s.inter.shape};
+  const TensorView dqkv = TensorView{scratch.wide.data, s.qkv.dtype, s.qkv.shape};
+
+  // Through y to the output product. Pre-LN: y is the sum, and dy is also attn_sum's gradient by
+  // the residual. Post-LN: y is the norm of ffn_sum, and ffn_sum's gradient is also ffn_in's.
+  const Dropout ffn_drop = DropoutAt(call, DropoutSite::kFeedForward);
+  if (pre_norm) {
+    ops.DropoutAddNormBackward(
+        {.dsum = dy, .dropout = ffn_drop, .dx = dproduct, .dbias = g_.output_b});
+  } else {
+    ops.DropoutAddNormBackward({.dy = dy,
+                                .sum = s.ffn_sum,
+                                .gamma = w_.norm_w,
+                                .mean = s.norm_mean,
+                                .rstd = s.norm_rstd,
+                                .dropout = ffn_drop,
+                                .dresidual = dsum,
+                                .dx = dproduct,
+                                .dbias = g_.output_b,
+                                .dgamma = g_.norm_w,
+                                .dbeta = g_.norm_b});
+  }
+
+  // Through the feed-forward branch to ffn_in.
+  ops.LinearWeightGrad({.dy = dproduct, .x = s.inter, .dw = g_.output_w});
+  ops.LinearInputGrad({.dy = dproduct, .w = w_.output_w, .dx = dinter});
+  ops.GeluBackward(
+      {.x = s.inter_pre, .dy = dinter, .dx = dinter, .dbias = g_.inter_b, .gelu = call.gelu});
+  ops.LinearWeightGrad({.dy = dinter, .x = s.ffn_in, .dw = g_.inter_w});
+  ops.LinearInputGrad({.dy = dinter, .w = w_.inter_w, .dx = dbranch});
+  if (!pre_norm) ops.Add(dbranch, dsum, scratch.zeros, dbranch);  // ffn_in is the residual too
+
+  // Through the norm and the sum to attention's output product.
+  ops.DropoutAddNormBackward({.dy = dbranch,
+                              .dsum = pre_norm ? dy : TensorView{},
+                              .sum = s.attn_sum,
+                              .gamma = w_.attn_nw,
+                              .mean = s.attn_mean,
+                              .rstd = s.attn_rstd,
+                              .dropout = DropoutAt(call, DropoutSite::kAttentionOutput),
+                              .dresidual = dsum,
+                              .dx = dproduct,
+                              .dbias = g_.attn_ob,
+                              .dgamma = g_.attn_nw,
+                              .dbeta = g_.attn_nb});
+
+  // Through attention to n.
+  ops.LinearWeightGrad({.dy = dproduct, .x = s.attn_out, .dw = g_.attn_ow});
+  ops.LinearInputGrad({.dy = dproduct, .w = w_.attn_ow, .dx = dbranch});
+  ops.AttentionBackward({.dims = call.dims,
+                         .qkv = s.qkv,
+                         .mask = call.mask,
+                         .lengths = call.lengths,
+                         .scale = AttentionScale(call.dims),
+                         .dropout = DropoutAt(call, DropoutSite::kAttentionProbs),
+                         .out = s.attn_out,
+                         .saved = s.attn_saved,
+                         .dout = dbranch,
+                         .dqkv = dqkv});
+  ops.LinearWeightGrad({.dy = dqkv, .x = n, .dw = g_.attn_qkvw, .dbias = g_.attn_qkvb});
+  ops.LinearInputGrad({.dy = dqkv, .w = w_.attn_qkvw, .dx = dbranch});
+
+  // And to x, with what came by the residual.
+  if (pre_norm) {
+    ops.LayerNormBackward({.dy = dbranch,
+                           .x = x,
+                           .gamma = w_.norm_w,
+                           .mean = s.norm_mean,
+                           .rstd = s.norm_rstd,
+                           .residual_grad = dsum,
+                           .dx = dx,
+                           .dgamma = g_.norm_w,
+                           .dbeta = g_.norm_b});
+  } else {
+    ops.Add(dbranch, dsum, scratch.zeros, dx);
+  }
+  return ops.status();
+}
+
+}  // namespace lamina

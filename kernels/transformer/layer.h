@@ -1,0 +1,82 @@
+// One transformer encoder layer, forward and backward, over the op set. The formulas are in
+// stack.h. Only enqueues; owns nothing; the caller has checked every shape.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "lamina/kernels/backend.h"
+#include "parameters.h"
+
+namespace lamina {
+
+// What all layers of one call share.
+struct LayerCall {
+  LayerDims dims;
+  bool pre_layer_norm = true;
+  GeluKind gelu = GeluKind::kErf;
+  float eps = 1e-12f;
+  float attn_dropout = 0.0f;      // p in [0, 1); 0 in evaluation
+  float hidden_dropout = 0.0f;    // p in [0, 1); 0 in evaluation
+  const RngState* rng = nullptr;  // in the backend's memory; null in evaluation
+  TensorView mask;                // fp32 [B, S]; absent: none
+  TensorView lengths;             // int32 [B]; absent: none
+  Workspace workspace;
+};
+
+// What a layer's Forward leaves for its Backward, besides its input. In evaluation the views marked
+// (t) are absent and the rest point into scratch, some of them at the same bytes
+// (ScratchActivations).
+struct LayerActivations {
+  TensorView attn_in;  // act [T, H]: LN(x), the QKV product's input. Pre-LN only; Post-LN takes x
+  TensorView qkv;      // act [T, 3H]
+  TensorView attn_saved;            // (t) uint8, opaque
+  TensorView attn_out;              // act [T, H]: attention, before its output product
+  TensorView attn_sum;              // act [T, H]: x + drop(...): Pre-LN's a, Post-LN's norm input
+  TensorView attn_mean, attn_rstd;  // (t) fp32 [T]: of attn_sum
+  TensorView ffn_in;     // act [T, H]: LN(attn_sum), the first feed-forward product's input
+  TensorView inter_pre;  // (t) act [T, I]: before gelu
+  TensorView inter;      // act [T, I]: after gelu
+  TensorView ffn_sum;    // act [T, H]: a + drop(...), the last norm's input. Post-LN only
+  TensorView norm_mean, norm_rstd;  // (t) fp32 [T]: of x (Pre-LN) or ffn_sum (Post-LN)
+};
+
+// Overwritten by every layer.
+struct LayerScratch {
+  TensorView wide;     // act [T, max(3H, I)]: gradient of inter, then of qkv
+  TensorView product;  // act [T, H]: gradient of an output product, before its bias
+  TensorView branch;   // act [T, H]: gradient that comes back through a branch's input
+  TensorView sum;      // act [T, H]: gradient of a residual sum
+  TensorView zeros;    // act [H]: zeros, never written
+};
+
+// Where evaluation keeps a layer's activations: in the scratch that Backward would use.
+LayerActivations ScratchActivations(const LayerDims& dims, const LayerScratch& scratch);
+
+class Layer {
+ public:
+  // `index` names the layer in the dropout streams. `weights` are act; `gradients` fp32, absent
+  // views where training is off. The views' memory must outlive the layer.
+  Layer(Backend& backend, int64_t index, const LayerTensors& weights, const LayerTensors& gradients)
+      : backend_(backend), index_(index), w_(weights), g_(gradients) {}
+
+  // x, y: act [T, H], not overlapping. Fills `saved`.
+  absl::Status Forward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
+                       const TensorView& y) const;
+
+  // x and saved are Forward's; dy, dx: act [T, H], not overlapping; dx is overwritten. Adds to the
+  // gradients of the parameters.
+  absl::Status Backward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
+                        const TensorView& dy, const LayerScratch& scratch,
+                        const TensorView& dx) const;
+
+ private:
+  Dropout DropoutAt(const LayerCall& call, DropoutSite site) const;
+
+  Backend& backend_;
+  int64_t index_;
+  LayerTensors w_;
+  LayerTensors g_;
+};
+
+}  // namespace lamina
