@@ -1,0 +1,52 @@
+// Scaled dot-product attention over a fused QKV matrix, in memory linear in S, forward and
+// backward.
+//
+// Two implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples of
+// 8 up to 128) and attention_any (fp32 arithmetic; every dtype, any S, head dims up to
+// MaxAttentionHeadDim()). The launchers here choose.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dropout_params.h"
+#include "lamina/kernels/dtype.h"
+
+namespace lamina::cuda {
+
+// What the forward leaves of each softmax row for the backward, which computes the probabilities
+// again: p = exp(score - max) * inverse_sum. The pair rather than its logarithm, because a
+// log-sum-exp near a large finite mask value (-1e9, say) would lose the sum. A row whose keys are
+// all masked out has {+inf, 0}, so that every p is 0.
+struct SoftmaxRow {
+  float max;
+  float inverse_sum;
+};
+
+struct AttentionParams {
+  const void* qkv = nullptr;         // act [B*S, 3H]
+  const float* mask = nullptr;       // [B, S], added to scores; null: none
+  const int32_t* lengths = nullptr;  // [B]; null: S
+  float scale = 1.0f;
+  DropoutParams dropout;          // rows B*A*S, cols S
+  void* out = nullptr;            // act [B*S, H]; written by the forward, read by the backward
+  SoftmaxRow* softmax = nullptr;  // [B*A*S]; the same; null in evaluation
+  int64_t batch = 0, seq = 0, heads = 0, head_dim = 0;
+  DType dtype = DType::kF32;
+  // Backward only.
+  const void* dout = nullptr;  // act [B*S, H]
+  void* dqkv = nullptr;        // act [B*S, 3H]
+  float* delta = nullptr;      // workspace [B*A*S]: row sums of dout * out
+};
+
+constexpr int64_t MaxAttentionHeadDim() { return 1536; }
+
+// cudaErrorInvalidValue where head_dim is above MaxAttentionHeadDim() or there are more than 2^31 -
+// 1 blocks.
+[[nodiscard]] cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchAttentionBackward(const AttentionParams& params,
+                                                  cudaStream_t stream);
+
+}  // namespace lamina::cuda

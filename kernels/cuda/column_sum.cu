@@ -1,0 +1,113 @@
+// Purpose: deterministic column sums in two levels; column_sum.cuh.
+#include <algorithm>
+
+#include "column_sum.cuh"
+#include "common/convert.cuh"
+#include "common/dispatch.cuh"
+
+namespace lamina::cuda {
+namespace {
+
+constexpr int kThreadRows = 8;  // a block is 32 x 8 threads
+
+// Block (bx, by): columns [bx * 32 * kWidth, ...), rows of slice by. One partial sum a column.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(32 * kThreadRows)
+    ColumnSumKernel(const T* x, float* partials, int64_t rows, int64_t cols,
+                    int64_t rows_per_slice) {
+  __shared__ float shared[kThreadRows][32 * kWidth + 1];
+  const int64_t col = (int64_t{blockIdx.x} * 32 + threadIdx.x) * kWidth;
+  const int64_t begin = blockIdx.y * rows_per_slice;
+  const int64_t end = min(begin + rows_per_slice, rows);
+  float sum[kWidth] = {};
+  if (col < cols) {
+    for (int64_t row = begin + threadIdx.y; row < end; row += kThreadRows) {
+      float v[kWidth];
+      LoadWide<T, kWidth>(x + row * cols + col, v);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum[i] += v[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) shared[threadIdx.y][threadIdx.x * kWidth + i] = sum[i];
+  __syncthreads();
+  const int thread = static_cast<int>(threadIdx.y * 32 + threadIdx.x);
+  for (int c = thread; c < 32 * kWidth; c += 32 * kThreadRows) {
+    const int64_t out = int64_t{blockIdx.x} * 32 * kWidth + c;
+    if (out >= cols) continue;
+    float total = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) total += shared[r][c];
+    partials[blockIdx.y * cols + out] = total;
+  }
+}
+
+__global__ void __launch_bounds__(32 * kThreadRows)
+    FinishColumnSumKernel(FinishColumnSumArgs args) {
+  __shared__ float shared[kThreadRows][33];
+  float* dst = args.dst[blockIdx.y];
+  if (dst == nullptr) return;
+  const int64_t col = int64_t{blockIdx.x} * 32 + threadIdx.x;
+  float sum = 0.0f;
+  if (col < args.cols) {
+    const float* partials = args.partials + blockIdx.y * args.slices * args.cols + col;
+    for (int64_t s = threadIdx.y; s < args.slices; s += kThreadRows) sum += partials[s * args.cols];
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || col >= args.cols) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) total += shared[r][threadIdx.x];
+  dst[col] += total;
+}
+
+template <typename T, int kWidth>
+cudaError_t Launch(const ColumnSumArgs& a, cudaStream_t stream) {
+  const int64_t width = 32 * kWidth;
+  const int64_t slices =
+      RowSlices({a.rows, a.cols, width, kThreadRows, 1, a.workspace_bytes, a.multiprocessors});
+  if (slices == 0) return cudaErrorInvalidValue;
+  float* partials = static_cast<float*>(a.workspace);
+  const dim3 grid(static_cast<unsigned>((a.cols + width - 1) / width),
+                  static_cast<unsigned>(slices));
+  ColumnSumKernel<T, kWidth><<<grid, dim3(32, kThreadRows), 0, stream>>>(
+      static_cast<const T*>(a.x), partials, a.rows, a.cols, (a.rows + slices - 1) / slices);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  FinishColumnSumArgs finish;
+  finish.partials = partials;
+  finish.slices = slices;
+  finish.cols = a.cols;
+  finish.dst[0] = a.dst;
+  return LaunchFinishColumnSum(finish, stream);
+}
+
+}  // namespace
+
+int64_t RowSlices(const SliceArgs& a) {
+  const int64_t column_blocks = (a.cols + a.cols_per_block - 1) / a.cols_per_block;
+  const int64_t wanted = (int64_t{a.multiprocessors} * 8 + column_blocks - 1) / column_blocks;
+  // Two steps of rows a slice at least: a slice's partial sum must be less than what it read.
+  const int64_t useful = (a.rows + 2 * a.rows_per_step - 1) / (2 * a.rows_per_step);
+  const int64_t fitting = static_cast<int64_t>(
+      a.workspace_bytes / (static_cast<size_t>(a.arrays) * static_cast<size_t>(a.cols) * 4));
+  return std::min(
+      {std::max<int64_t>(wanted, 1), std::max<int64_t>(useful, 1), fitting, int64_t{65535}});
+}
+
+cudaError_t LaunchFinishColumnSum(const FinishColumnSumArgs& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((args.cols + 31) / 32), 3);
+  FinishColumnSumKernel<<<grid, dim3(32, kThreadRows), 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchColumnSum(const ColumnSumArgs& args, cudaStream_t stream) {
+  if (args.rows == 0 || args.cols == 0) return cudaSuccess;
+  return DispatchFloat(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.cols % 8 == 0 && Aligned16(args.x)) return Launch<T, 8>(args, stream);
+    return Launch<T, 1>(args, stream);
+  });
+}
+
+}  // namespace lamina::cuda

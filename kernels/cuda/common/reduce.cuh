@@ -1,0 +1,42 @@
+// Purpose: sums over a warp and over a group of whole warps, always in the same order.
+#pragma once
+
+namespace lamina::cuda {
+
+__device__ __forceinline__ float WarpSum(float v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, offset);
+  return v;
+}
+
+__device__ __forceinline__ double WarpSum(double v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, offset);
+  return v;
+}
+
+// Sums each v[i] over the `warps` neighbouring warps that this thread's group consists of, and
+// gives every thread of the group the total. All threads of the block must call it. `scratch` is
+// shared memory for kCount * 32 floats; before it is used again, the block must pass another
+// barrier.
+template <int kCount>
+__device__ __forceinline__ void GroupSum(float (&v)[kCount], int warps, float* scratch) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = WarpSum(v[i]);
+  if (warps == 1) return;
+  const int warp = static_cast<int>(threadIdx.x) >> 5;
+  if ((threadIdx.x & 31u) == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scratch[i * 32 + warp] = v[i];
+  }
+  __syncthreads();
+  const int first = warp / warps * warps;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float total = 0.0f;
+    for (int w = 0; w < warps; ++w) total += scratch[i * 32 + first + w];
+    v[i] = total;
+  }
+}
+
+}  // namespace lamina::cuda

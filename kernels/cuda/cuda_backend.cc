@@ -1,0 +1,645 @@
+#include "cuda_backend.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "attention.cuh"
+#include "cast.cuh"
+#include "column_sum.cuh"
+#include "gelu.cuh"
+#include "optimizer.cuh"
+#include "product.h"
+#include "row_norm.cuh"
+
+namespace lamina {
+namespace {
+
+using cuda::AttentionParams;
+using cuda::DropoutParams;
+using cuda::ProductArgs;
+using cuda::ProductKind;
+using cuda::RowNormBackwardParams;
+using cuda::RowNormParams;
+using cuda::SoftmaxRow;
+
+static_assert(sizeof(cuda::Control) == sizeof(OptimizerControl) &&
+                  offsetof(cuda::Control, grad_scale) == offsetof(OptimizerControl, grad_scale) &&
+                  offsetof(cuda::Control, grad_norm) == offsetof(OptimizerControl, grad_norm) &&
+                  offsetof(cuda::Control, skip) == offsetof(OptimizerControl, skip),
+              "the kernels' view of OptimizerControl");
+
+constexpr size_t kAlignment = 256;
+
+size_t RoundUp(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+absl::Status CudaError(cudaError_t error, const char* what) {
+  return absl::InternalError(
+      absl::StrCat("cuda: ", what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
+}
+
+absl::Status Check(cudaError_t error, const char* what) {
+  return error == cudaSuccess ? absl::OkStatus() : CudaError(error, what);
+}
+
+absl::Status NeedWorkspace(const Workspace& ws, size_t bytes, const char* op) {
+  if (ws.bytes >= bytes && (ws.data != nullptr || bytes == 0)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(op, ": workspace has ", ws.bytes, " bytes, at least ", bytes, " are needed"));
+}
+
+// "GPU-01234567-89ab-cdef-0123-456789abcdef", as the driver prints it.
+std::string UuidString(const cudaUUID_t& uuid) {
+  std::string s = "GPU";
+  for (int i = 0; i < 16; ++i) {
+    if (i == 0 || i == 4 || i == 6 || i == 8 || i == 10) s += '-';
+    absl::StrAppend(&s, absl::Hex(static_cast<uint32_t>(static_cast<unsigned char>(uuid.bytes[i])),
+                                  absl::kZeroPad2));
+  }
+  return s;
+}
+
+DropoutParams DropoutOf(const Dropout& dropout) {
+  DropoutParams p;
+  if (dropout.ratio <= 0.0f) return p;
+  p.rng = dropout.rng;
+  p.stream = dropout.stream;
+  p.threshold = KeepThreshold(dropout.ratio);
+  p.scale = KeepScale(p.threshold);
+  return p;
+}
+
+// The two dimensions of a matrix: all but the last one together, and the last one.
+int64_t ColsOf(const TensorView& t) { return t.shape[t.shape.rank() - 1]; }
+int64_t RowsOf(const TensorView& t) { return t.elements() / ColsOf(t); }
+
+class CudaBackend final : public Backend {
+ public:
+  // Made in the order of the members; a failure leaves an object that can be destroyed.
+  static absl::StatusOr<std::unique_ptr<Backend>> Create(DeviceInfo info);
+
+  ~CudaBackend() override {
+    // Nothing can be reported from here; a failed device fails the first call of whoever is next.
+    static_cast<void>(cudaSetDevice(info_.ordinal));
+    if (stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(stream_));
+    products_.reset();
+    for (cudaEvent_t event : marks_) {
+      if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
+    }
+    if (stream_ != nullptr) static_cast<void>(cudaStreamDestroy(stream_));
+  }
+
+  absl::StatusOr<void*> Allocate(size_t bytes) override;
+  void Free(void* data) override;
+  absl::StatusOr<size_t> FreeBytes() const override;
+  absl::Status RegisterHost(void* data, size_t bytes) override;
+  void UnregisterHost(void* data) override;
+
+  absl::Status CopyIn(void* device_dst, const void* host_src, size_t bytes) override {
+    return Copy(device_dst, host_src, bytes, cudaMemcpyHostToDevice, "copy to the device");
+  }
+  absl::Status CopyOut(void* host_dst, const void* device_src, size_t bytes) override {
+    return Copy(host_dst, device_src, bytes, cudaMemcpyDeviceToHost, "copy from the device");
+  }
+  absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) override {
+    return Copy(device_dst, device_src, bytes, cudaMemcpyDeviceToDevice, "copy on the device");
+  }
+  absl::Status SetZero(void* data, size_t bytes) override;
+  absl::Status Synchronize() override;
+  absl::Status RecordMark(int mark) override;
+  absl::StatusOr<double> SecondsBetween(int begin, int end) override;
+
+  size_t AttentionSavedBytes(const LayerDims& dims) const override {
+    return static_cast<size_t>(dims.batch * dims.heads * dims.seq) * sizeof(SoftmaxRow);
+  }
+  size_t WorkspaceBytes(const LayerDims& dims) const override;
+
+ private:
+  explicit CudaBackend(DeviceInfo info) { info_ = std::move(info); }
+
+  absl::Status DoLinear(const Workspace& ws, const LinearArgs& args) override;
+  absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) override;
+  absl::Status DoLinearWeightGrad(const Workspace& ws, const LinearWeightGradArgs& args) override;
+  absl::Status DoGelu(const Workspace& ws, const GeluArgs& args) override;
+  absl::Status DoGeluBackward(const Workspace& ws, const GeluBackwardArgs& args) override;
+  absl::Status DoLayerNorm(const Workspace& ws, const LayerNormArgs& args) override;
+  absl::Status DoLayerNormBackward(const Workspace& ws, const LayerNormBackwardArgs& args) override;
+  absl::Status DoDropoutAddNorm(const Workspace& ws, const DropoutAddNormArgs& args) override;
+  absl::Status DoDropoutAddNormBackward(const Workspace& ws,
+                                        const DropoutAddNormBackwardArgs& args) override;
+  absl::Status DoAttention(const Workspace& ws, const AttentionArgs& args) override;
+  absl::Status DoAttentionBackward(const Workspace& ws, const AttentionBackwardArgs& args) override;
+  absl::Status DoCast(const Workspace& ws, const CastArgs& args) override;
+  absl::Status DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) override;
+  absl::Status DoAdamW(const Workspace& ws, const AdamWArgs& args) override;
+
+  // The current device is a thread's own: set it in every call, whichever thread makes it.
+  absl::Status UseDevice() const { return Check(cudaSetDevice(info_.ordinal), "cudaSetDevice"); }
+  absl::Status Copy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
+                    const char* what);
+  absl::Status RunRowNorm(const RowNormParams& params, const char* op);
+  absl::Status RunRowNormBackward(RowNormBackwardParams params, const Workspace& ws,
+                                  const char* op);
+
+  cudaStream_t stream_ = nullptr;
+  std::array<cudaEvent_t, kMarks> marks_{};
+  std::array<bool, kMarks> recorded_{};
+  std::unique_ptr<cuda::Products> products_;
+};
+
+absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(DeviceInfo info) {
+  std::unique_ptr<CudaBackend> backend(new CudaBackend(std::move(info)));
+  absl::Status status =
+      Check(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking), "stream");
+  for (cudaEvent_t& event : backend->marks_) {
+    if (status.ok()) status = Check(cudaEventCreate(&event), "event");
+  }
+  if (!status.ok()) return status;
+  absl::StatusOr<std::unique_ptr<cuda::Products>> products = cuda::Products::Create();
+  if (!products.ok()) return products.status();
+  backend->products_ = *std::move(products);
+  return backend;
+}
+
+// --- memory ---
+
+absl::StatusOr<void*> CudaBackend::Allocate(size_t bytes) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  void* data = nullptr;
+  // cudaMalloc aligns to 256 bytes. It gives null for no bytes, which would read as an absent
+  // tensor.
+  const cudaError_t error = cudaMalloc(&data, std::max(bytes, size_t{1}));
+  if (error == cudaSuccess) return data;
+  if (error != cudaErrorMemoryAllocation) return CudaError(error, "cudaMalloc");
+  static_cast<void>(cudaGetLastError());  // not sticky: the device works on
+  size_t free_bytes = 0, total_bytes = 0;
+  static_cast<void>(cudaMemGetInfo(&free_bytes, &total_bytes));
+  return absl::ResourceExhaustedError(absl::StrCat("cuda:", info_.ordinal, ": ", bytes,
+                                                   " bytes asked for, ", free_bytes, " of ",
+                                                   total_bytes, " are free"));
+}
+
+void CudaBackend::Free(void* data) {
+  if (data == nullptr || !UseDevice().ok()) return;
+  static_cast<void>(cudaFree(data));
+}
+
+absl::StatusOr<size_t> CudaBackend::FreeBytes() const {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  size_t free_bytes = 0, total_bytes = 0;
+  if (absl::Status status = Check(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo");
+      !status.ok()) {
+    return status;
+  }
+  return free_bytes;
+}
+
+absl::Status CudaBackend::RegisterHost(void* data, size_t bytes) {
+  if (data == nullptr || bytes == 0) {
+    return absl::InvalidArgumentError(absl::StrCat("RegisterHost: no memory, ", bytes, " bytes"));
+  }
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
+  if (error == cudaSuccess) return absl::OkStatus();
+  static_cast<void>(cudaGetLastError());
+  if (error == cudaErrorHostMemoryAlreadyRegistered) {
+    return absl::AlreadyExistsError("RegisterHost: this memory is registered already");
+  }
+  if (error == cudaErrorMemoryAllocation) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("RegisterHost: ", bytes, " bytes can't be pinned"));
+  }
+  return CudaError(error, "cudaHostRegister");
+}
+
+void CudaBackend::UnregisterHost(void* data) {
+  if (data == nullptr || !UseDevice().ok()) return;
+  if (cudaHostUnregister(data) != cudaSuccess) static_cast<void>(cudaGetLastError());
+}
+
+absl::Status CudaBackend::Copy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
+                               const char* what) {
+  if (bytes == 0) return absl::OkStatus();
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  return Check(cudaMemcpyAsync(dst, src, bytes, kind, stream_), what);
+}
+
+absl::Status CudaBackend::SetZero(void* data, size_t bytes) {
+  if (bytes == 0) return absl::OkStatus();
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  return Check(cudaMemsetAsync(data, 0, bytes, stream_), "set to zero");
+}
+
+absl::Status CudaBackend::Synchronize() {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  return Check(cudaStreamSynchronize(stream_), "synchronize");
+}
+
+// --- time ---
+
+absl::Status CheckMark(int mark) {
+  if (mark >= 0 && mark < Backend::kMarks) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("mark ", mark, " is not in [0, ", Backend::kMarks, ")"));
+}
+
+absl::Status CudaBackend::RecordMark(int mark) {
+  if (absl::Status status = CheckMark(mark); !status.ok()) return status;
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const auto index = static_cast<size_t>(mark);
+  absl::Status status = Check(cudaEventRecord(marks_[index], stream_), "record a mark");
+  if (status.ok()) recorded_[index] = true;
+  return status;
+}
+
+absl::StatusOr<double> CudaBackend::SecondsBetween(int begin, int end) {
+  for (int mark : {begin, end}) {
+    if (absl::Status status = CheckMark(mark); !status.ok()) return status;
+    if (!recorded_[static_cast<size_t>(mark)]) {
+      return absl::FailedPreconditionError(absl::StrCat("mark ", mark, " was never recorded"));
+    }
+  }
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  float milliseconds = 0.0f;
+  const cudaError_t error = cudaEventElapsedTime(&milliseconds, marks_[static_cast<size_t>(begin)],
+                                                 marks_[static_cast<size_t>(end)]);
+  if (error == cudaErrorNotReady) {
+    static_cast<void>(cudaGetLastError());
+    return absl::FailedPreconditionError(
+        absl::StrCat("marks ", begin, " and ", end, " have not both passed; synchronize first"));
+  }
+  if (error != cudaSuccess) return CudaError(error, "time between marks");
+  return static_cast<double>(milliseconds) * 1e-3;
+}
+
+// --- sizes ---
+
+size_t CudaBackend::WorkspaceBytes(const LayerDims& dims) const {
+  // Ops run one after another on one stream, so each may have all of it.
+  const size_t delta = static_cast<size_t>(dims.batch * dims.heads * dims.seq) * sizeof(float);
+  // Column reductions cut the rows into at most this many slices; see RowSlices and row_norm.cu.
+  const auto slices = static_cast<size_t>(info_.threads) * 8;
+  const size_t wide_columns =
+      static_cast<size_t>(std::max(3 * dims.hidden, dims.intermediate)) * sizeof(float);
+  // Slices times columns is bounded: 8 blocks a multiprocessor, 256 columns each, plus rounding.
+  const size_t column_sums = slices * 256 * sizeof(float) + 2 * wide_columns;
+  const size_t norms =
+      static_cast<size_t>(info_.threads) * 2 * 3 * static_cast<size_t>(dims.hidden) * sizeof(float);
+  return RoundUp(std::max({cuda::Products::kWorkspaceBytes, delta, column_sums, norms,
+                           cuda::GradientStatsWorkspaceBytes()}));
+}
+
+// --- products ---
+
+absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const TensorView& product = args.apply_gelu && args.pre ? args.pre : args.y;
+  absl::Status status = products_->Run(ProductArgs{.kind = ProductKind::kForward,
+                                                   .m = RowsOf(args.x),
+                                                   .n = args.w.shape[0],
+                                                   .k = ColsOf(args.x),
+                                                   .dtype = args.x.dtype,
+                                                   .a = args.x.data,
+                                                   .b = args.w.data,
+                                                   .bias = args.bias.data,
+                                                   .d = product.data,
+                                                   .workspace = ws},
+                                       stream_);
+  if (!status.ok() || !args.apply_gelu) return status;
+  cuda::GeluParams gelu;
+  gelu.x = product.data;
+  gelu.y = args.y.data;
+  gelu.elements = args.y.elements();
+  gelu.tanh = args.gelu == GeluKind::kTanh;
+  gelu.dtype = args.y.dtype;
+  return Check(cuda::LaunchGelu(gelu, stream_), "Linear: gelu");
+}
+
+absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  return products_->Run(ProductArgs{.kind = ProductKind::kInputGrad,
+                                    .m = RowsOf(args.dy),
+                                    .n = ColsOf(args.w),
+                                    .k = ColsOf(args.dy),
+                                    .dtype = args.dy.dtype,
+                                    .a = args.dy.data,
+                                    .b = args.w.data,
+                                    .d = args.dx.data,
+                                    .workspace = ws},
+                        stream_);
+}
+
+absl::Status CudaBackend::DoLinearWeightGrad(const Workspace& ws,
+                                             const LinearWeightGradArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const int64_t rows = RowsOf(args.dy);
+  const int64_t cols = ColsOf(args.dy);
+  absl::Status status = products_->Run(ProductArgs{.kind = ProductKind::kWeightGrad,
+                                                   .m = cols,
+                                                   .n = ColsOf(args.x),
+                                                   .k = rows,
+                                                   .dtype = args.dy.dtype,
+                                                   .a = args.dy.data,
+                                                   .b = args.x.data,
+                                                   .d = args.dw.data,
+                                                   .workspace = ws},
+                                       stream_);
+  if (!status.ok() || !args.dbias) return status;
+  status = NeedWorkspace(ws, static_cast<size_t>(cols) * sizeof(float), "LinearWeightGrad");
+  if (!status.ok()) return status;
+  cuda::ColumnSumArgs sums;
+  sums.x = args.dy.data;
+  sums.dst = args.dbias.as<float>();
+  sums.rows = rows;
+  sums.cols = cols;
+  sums.dtype = args.dy.dtype;
+  sums.workspace = ws.data;
+  sums.workspace_bytes = ws.bytes;
+  sums.multiprocessors = info_.threads;
+  return Check(cuda::LaunchColumnSum(sums, stream_), "LinearWeightGrad: dbias");
+}
+
+// --- gelu ---
+
+absl::Status CudaBackend::DoGelu(const Workspace& /*ws*/, const GeluArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  cuda::GeluParams p;
+  p.x = args.x.data;
+  p.y = args.y.data;
+  p.elements = args.x.elements();
+  p.tanh = args.gelu == GeluKind::kTanh;
+  p.dtype = args.x.dtype;
+  return Check(cuda::LaunchGelu(p, stream_), "Gelu");
+}
+
+absl::Status CudaBackend::DoGeluBackward(const Workspace& ws, const GeluBackwardArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const int64_t cols = ColsOf(args.x);
+  if (args.dbias) {
+    absl::Status status =
+        NeedWorkspace(ws, static_cast<size_t>(cols) * sizeof(float), "GeluBackward");
+    if (!status.ok()) return status;
+  }
+  cuda::GeluBackwardParams p;
+  p.x = args.x.data;
+  p.dy = args.dy.data;
+  p.dx = args.dx.data;
+  p.dbias = args.dbias.as<float>();
+  p.rows = RowsOf(args.x);
+  p.cols = cols;
+  p.tanh = args.gelu == GeluKind::kTanh;
+  p.dtype = args.x.dtype;
+  p.workspace = ws.data;
+  p.workspace_bytes = ws.bytes;
+  p.multiprocessors = info_.threads;
+  return Check(cuda::LaunchGeluBackward(p, stream_), "GeluBackward");
+}
+
+// --- norms ---
+
+absl::Status CudaBackend::RunRowNorm(const RowNormParams& params, const char* op) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  if (params.cols > cuda::MaxRowNormCols()) {
+    return absl::InvalidArgumentError(absl::StrCat(op, ": hidden ", params.cols,
+                                                   " is above this backend's limit of ",
+                                                   cuda::MaxRowNormCols()));
+  }
+  return Check(cuda::LaunchRowNorm(params, stream_), op);
+}
+
+absl::Status CudaBackend::RunRowNormBackward(RowNormBackwardParams params, const Workspace& ws,
+                                             const char* op) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  absl::Status status = NeedWorkspace(ws, 3 * static_cast<size_t>(params.cols) * sizeof(float), op);
+  if (!status.ok()) return status;
+  params.workspace = ws.data;
+  params.workspace_bytes = ws.bytes;
+  params.multiprocessors = info_.threads;
+  return Check(cuda::LaunchRowNormBackward(params, stream_), op);
+}
+
+absl::Status CudaBackend::DoLayerNorm(const Workspace& /*ws*/, const LayerNormArgs& args) {
+  RowNormParams p;
+  p.x = args.x.data;
+  p.gamma = args.gamma.data;
+  p.beta = args.beta.data;
+  p.eps = args.eps;
+  p.y = args.y.data;
+  p.mean = args.mean.as<float>();
+  p.rstd = args.rstd.as<float>();
+  p.rows = RowsOf(args.x);
+  p.cols = ColsOf(args.x);
+  p.dtype = args.x.dtype;
+  return RunRowNorm(p, "LayerNorm");
+}
+
+absl::Status CudaBackend::DoLayerNormBackward(const Workspace& ws,
+                                              const LayerNormBackwardArgs& args) {
+  RowNormBackwardParams p;
+  p.dy = args.dy.data;
+  p.dsum = args.residual_grad.data;
+  p.sum = args.x.data;
+  p.gamma = args.gamma.data;
+  p.mean = args.mean.as<float>();
+  p.rstd = args.rstd.as<float>();
+  p.dsum_out = args.dx.data;
+  p.dgamma = args.dgamma.as<float>();
+  p.dbeta = args.dbeta.as<float>();
+  p.rows = RowsOf(args.x);
+  p.cols = ColsOf(args.x);
+  p.dtype = args.x.dtype;
+  return RunRowNormBackward(p, ws, "LayerNormBackward");
+}
+
+absl::Status CudaBackend::DoDropoutAddNorm(const Workspace& /*ws*/,
+                                           const DropoutAddNormArgs& args) {
+  RowNormParams p;
+  p.x = args.x.data;
+  p.bias = args.bias.data;
+  p.residual = args.residual.data;
+  p.dropout = DropoutOf(args.dropout);
+  p.sum = args.sum.data;
+  p.gamma = args.gamma.data;
+  p.beta = args.beta.data;
+  p.eps = args.eps;
+  p.y = args.y.data;
+  p.mean = args.mean.as<float>();
+  p.rstd = args.rstd.as<float>();
+  p.rows = RowsOf(args.x);
+  p.cols = ColsOf(args.x);
+  p.dtype = args.x.dtype;
+  return RunRowNorm(p, "DropoutAddNorm");
+}
+
+absl::Status CudaBackend::DoDropoutAddNormBackward(const Workspace& ws,
+                                                   const DropoutAddNormBackwardArgs& args) {
+  RowNormBackwardParams p;
+  p.dy = args.dy.data;
+  p.dsum = args.dsum.data;
+  p.sum = args.sum.data;
+  p.gamma = args.gamma.data;
+  p.mean = args.mean.as<float>();
+  p.rstd = args.rstd.as<float>();
+  p.dropout = DropoutOf(args.dropout);
+  p.dsum_out = args.dresidual.data;
+  p.dx = args.dx.data;
+  p.dbias = args.dbias.as<float>();
+  p.dgamma = args.dgamma.as<float>();
+  p.dbeta = args.dbeta.as<float>();
+  p.rows = RowsOf(args.dx);
+  p.cols = ColsOf(args.dx);
+  p.dtype = args.dx.dtype;
+  return RunRowNormBackward(p, ws, "DropoutAddNormBackward");
+}
+
+// --- attention ---
+
+absl::Status CheckHeadDim(const LayerDims& dims, const char* op) {
+  if (dims.head_dim() <= cuda::MaxAttentionHeadDim()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(op, ": head dim ", dims.head_dim(),
+                                                 " is above this backend's limit of ",
+                                                 cuda::MaxAttentionHeadDim()));
+}
+
+absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  if (absl::Status status = CheckHeadDim(args.dims, "Attention"); !status.ok()) return status;
+  AttentionParams p;
+  p.qkv = args.qkv.data;
+  p.mask = args.mask.as<const float>();
+  p.lengths = args.lengths.as<const int32_t>();
+  p.scale = args.scale;
+  p.dropout = DropoutOf(args.dropout);
+  p.out = args.out.data;
+  p.softmax = args.saved.as<SoftmaxRow>();
+  p.batch = args.dims.batch;
+  p.seq = args.dims.seq;
+  p.heads = args.dims.heads;
+  p.head_dim = args.dims.head_dim();
+  p.dtype = args.qkv.dtype;
+  return Check(cuda::LaunchAttention(p, stream_), "Attention");
+}
+
+absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
+                                              const AttentionBackwardArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  if (absl::Status status = CheckHeadDim(args.dims, "AttentionBackward"); !status.ok()) {
+    return status;
+  }
+  const size_t delta_bytes =
+      static_cast<size_t>(args.dims.batch * args.dims.heads * args.dims.seq) * sizeof(float);
+  if (absl::Status status = NeedWorkspace(ws, delta_bytes, "AttentionBackward"); !status.ok()) {
+    return status;
+  }
+  AttentionParams p;
+  p.qkv = args.qkv.data;
+  p.mask = args.mask.as<const float>();
+  p.lengths = args.lengths.as<const int32_t>();
+  p.scale = args.scale;
+  p.dropout = DropoutOf(args.dropout);
+  p.out = args.out.data;
+  p.softmax = args.saved.as<SoftmaxRow>();
+  p.batch = args.dims.batch;
+  p.seq = args.dims.seq;
+  p.heads = args.dims.heads;
+  p.head_dim = args.dims.head_dim();
+  p.dtype = args.qkv.dtype;
+  p.dout = args.dout.data;
+  p.dqkv = args.dqkv.data;
+  p.delta = static_cast<float*>(ws.data);
+  return Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
+}
+
+// --- casts and the optimizer ---
+
+absl::Status CudaBackend::DoCast(const Workspace& /*ws*/, const CastArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  cuda::CastParams p;
+  p.src = args.src.data;
+  p.dst = args.dst.data;
+  p.src_dtype = args.src.dtype;
+  p.dst_dtype = args.dst.dtype;
+  p.elements = args.src.elements();
+  return Check(cuda::LaunchCast(p, stream_), "Cast");
+}
+
+absl::Status CudaBackend::DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  absl::Status status = NeedWorkspace(ws, cuda::GradientStatsWorkspaceBytes(), "GradientStats");
+  if (!status.ok()) return status;
+  cuda::GradientStatsParams p;
+  p.grad = args.grad.as<const float>();
+  p.elements = args.grad.elements();
+  p.loss_scale = args.loss_scale;
+  p.max_norm = args.max_norm;
+  p.control = reinterpret_cast<cuda::Control*>(args.control);
+  p.workspace = ws.data;
+  return Check(cuda::LaunchGradientStats(p, stream_), "GradientStats");
+}
+
+absl::Status CudaBackend::DoAdamW(const Workspace& /*ws*/, const AdamWArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  cuda::AdamWParams p;
+  p.master = args.master.as<float>();
+  p.weights = args.weights.data;
+  p.grad = args.grad.as<const float>();
+  p.m = args.m.as<float>();
+  p.v = args.v.as<float>();
+  p.elements = args.master.elements();
+  p.lr = args.lr;
+  p.beta1 = args.beta1;
+  p.beta2 = args.beta2;
+  p.eps = args.eps;
+  p.weight_decay = args.weight_decay;
+  p.correction1 = args.correction1;
+  p.correction2 = args.correction2;
+  p.control = reinterpret_cast<const cuda::Control*>(args.control);
+  p.dtype = args.weights.dtype;
+  return Check(cuda::LaunchAdamW(p, stream_), "AdamW");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(int ordinal) {
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return absl::NotFoundError(
+        absl::StrCat("cuda:", ordinal, ": no usable CUDA device: ", cudaGetErrorString(error)));
+  }
+  if (ordinal < 0 || ordinal >= count) {
+    return absl::NotFoundError(
+        absl::StrCat("cuda:", ordinal, ": there are ", count, " CUDA devices, numbered from 0"));
+  }
+  if (absl::Status status = Check(cudaSetDevice(ordinal), "cudaSetDevice"); !status.ok()) {
+    return status;
+  }
+  cudaDeviceProp properties{};
+  if (absl::Status status =
+          Check(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties");
+      !status.ok()) {
+    return status;
+  }
+  if (properties.major != 9 || properties.minor != 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("cuda:", ordinal, ": ", properties.name, " has compute capability ",
+                     properties.major, ".", properties.minor, "; this build's kernels need 9.0"));
+  }
+  DeviceInfo info;
+  info.kind = "cuda";
+  info.name = properties.name;
+  info.uuid = UuidString(properties.uuid);
+  info.ordinal = ordinal;
+  info.total_bytes = properties.totalGlobalMem;
+  info.threads = properties.multiProcessorCount;
+  info.host_memory = false;
+  return CudaBackend::Create(std::move(info));
+}
+
+}  // namespace lamina

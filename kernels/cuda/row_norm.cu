@@ -1,0 +1,452 @@
+// Purpose: layer norm with what surrounds it fused in; row_norm.cuh.
+//
+// Fast path (cols a multiple of 8, pointers aligned to 16 bytes, rows that fit in registers): a
+// group of whole warps holds a row in registers, kChunks chunks of eight columns a thread; a block
+// holds several groups. Backward: a thread keeps its columns over all rows of its block, so the
+// column sums stay in registers until the block's end. Otherwise: forward holds the row in shared
+// memory; backward reads its row twice, and column sums are a kernel of their own.
+#include <algorithm>
+
+#include "column_sum.cuh"
+#include "common/convert.cuh"
+#include "common/dispatch.cuh"
+#include "common/dropout.cuh"
+#include "common/reduce.cuh"
+#include "row_norm.cuh"
+
+namespace lamina::cuda {
+namespace {
+
+// Threads of a group: whole warps that cover `chunks` chunks with `per_thread` chunks a thread.
+constexpr int GroupThreads(int64_t chunks, int per_thread) {
+  const int64_t threads = (chunks + per_thread - 1) / per_thread;
+  return static_cast<int>((threads + 31) / 32 * 32);
+}
+
+// residual + dropout(x + bias) for kWidth columns from `col`; x alone without residual.
+template <typename T, int kWidth>
+__device__ __forceinline__ void LoadSum(const RowNormParams& p, const RngState& rng, int64_t row,
+                                        int col, float (&v)[kWidth]) {
+  const int64_t offset = row * p.cols + col;
+  LoadWide<T, kWidth>(static_cast<const T*>(p.x) + offset, v);
+  if (p.residual == nullptr) return;
+  float other[kWidth];
+  if (p.bias != nullptr) {
+    LoadWide<T, kWidth>(static_cast<const T*>(p.bias) + col, other);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) v[i] += other[i];
+  }
+  if (p.dropout.rng != nullptr) ApplyDropout<kWidth>(p.dropout, rng, row, col, v);
+  LoadWide<T, kWidth>(static_cast<const T*>(p.residual) + offset, other);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) v[i] += other[i];
+}
+
+template <typename T, int kChunks>
+__global__ void __launch_bounds__(512) RowNormKernel(RowNormParams p, int group_threads) {
+  __shared__ float scratch[2][32];
+  const int group = static_cast<int>(threadIdx.x) / group_threads;
+  const int thread = static_cast<int>(threadIdx.x) - group * group_threads;
+  const int groups = static_cast<int>(blockDim.x) / group_threads;
+  const int64_t row = int64_t{blockIdx.x} * groups + group;
+  const int chunks = static_cast<int>(p.cols / 8);
+  const bool active = row < p.rows;
+  RngState rng{};
+  if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
+
+  float v[kChunks][8];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int chunk = thread + c * group_threads;
+    if (active && chunk < chunks) {
+      LoadSum<T, 8>(p, rng, row, chunk * 8, v[c]);
+      if (p.sum != nullptr) Store8(static_cast<T*>(p.sum) + row * p.cols + chunk * 8, v[c]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[c][i] = 0.0f;
+    }
+  }
+  if (p.gamma == nullptr) return;
+
+  const float inv_cols = 1.0f / static_cast<float>(p.cols);
+  float total[1] = {0.0f};
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) total[0] += v[c][i];
+  }
+  GroupSum<1>(total, group_threads / 32, scratch[0]);
+  const float mean = total[0] * inv_cols;
+  total[0] = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (thread + c * group_threads < chunks) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[0] += (v[c][i] - mean) * (v[c][i] - mean);
+    }
+  }
+  GroupSum<1>(total, group_threads / 32, scratch[1]);
+  const float rstd = rsqrtf(total[0] * inv_cols + p.eps);
+  if (!active) return;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int chunk = thread + c * group_threads;
+    if (chunk >= chunks) continue;
+    float gamma[8], beta[8];
+    Load8(static_cast<const T*>(p.gamma) + chunk * 8, gamma);
+    Load8(static_cast<const T*>(p.beta) + chunk * 8, beta);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[c][i] = (v[c][i] - mean) * rstd * gamma[i] + beta[i];
+    Store8(static_cast<T*>(p.y) + row * p.cols + chunk * 8, v[c]);
+  }
+  if (thread == 0) {
+    if (p.mean != nullptr) p.mean[row] = mean;
+    if (p.rstd != nullptr) p.rstd[row] = rstd;
+  }
+}
+
+// One row a block, the row as fp32 in dynamic shared memory; any width, any alignment.
+template <typename T>
+__global__ void __launch_bounds__(256) RowNormAnyKernel(RowNormParams p) {
+  extern __shared__ float values[];
+  __shared__ float scratch[2][32];
+  const int64_t row = blockIdx.x;
+  const int cols = static_cast<int>(p.cols);
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  RngState rng{};
+  if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
+
+  // Each thread reads back only what it wrote, so `values` needs no barrier.
+  float total[1] = {0.0f};
+  for (int col = static_cast<int>(threadIdx.x); col < cols; col += static_cast<int>(blockDim.x)) {
+    float v[1];
+    LoadSum<T, 1>(p, rng, row, col, v);
+    if (p.sum != nullptr) static_cast<T*>(p.sum)[row * p.cols + col] = FromFloat<T>(v[0]);
+    values[col] = v[0];
+    total[0] += v[0];
+  }
+  if (p.gamma == nullptr) return;
+  GroupSum<1>(total, warps, scratch[0]);
+  const float inv_cols = 1.0f / static_cast<float>(cols);
+  const float mean = total[0] * inv_cols;
+  total[0] = 0.0f;
+  for (int col = static_cast<int>(threadIdx.x); col < cols; col += static_cast<int>(blockDim.x)) {
+    total[0] += (values[col] - mean) * (values[col] - mean);
+  }
+  GroupSum<1>(total, warps, scratch[1]);
+  const float rstd = rsqrtf(total[0] * inv_cols + p.eps);
+  for (int col = static_cast<int>(threadIdx.x); col < cols; col += static_cast<int>(blockDim.x)) {
+    const float gamma = ToFloat(static_cast<const T*>(p.gamma)[col]);
+    const float beta = ToFloat(static_cast<const T*>(p.beta)[col]);
+    static_cast<T*>(p.y)[row * p.cols + col] =
+        FromFloat<T>((values[col] - mean) * rstd * gamma + beta);
+  }
+  if (threadIdx.x == 0) {
+    if (p.mean != nullptr) p.mean[row] = mean;
+    if (p.rstd != nullptr) p.rstd[row] = rstd;
+  }
+}
+
+constexpr int BackwardThreads(int chunks_per_thread) { return chunks_per_thread <= 2 ? 512 : 256; }
+
+// Partial sums go to partials[(array * gridDim.x + block) * cols + col]: dgamma, dbeta, dbias.
+template <typename T, int kChunks>
+__global__ void __launch_bounds__(BackwardThreads(kChunks))
+    RowNormBackwardKernel(RowNormBackwardParams p, float* partials, int group_threads) {
+  extern __shared__ float columns[];  // [cols]: sums over the groups
+  __shared__ float scratch[2][2 * 32];
+  const int group = static_cast<int>(threadIdx.x) / group_threads;
+  const int thread = static_cast<int>(threadIdx.x) - group * group_threads;
+  const int groups = static_cast<int>(blockDim.x) / group_threads;
+  const int chunks = static_cast<int>(p.cols / 8);
+  const float inv_cols = 1.0f / static_cast<float>(p.cols);
+  RngState rng{};
+  if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
+
+  // Index 0: dgamma, 1: dbeta, 2: dbias.
+  float sums[3][kChunks][8] = {};
+  int parity = 0;
+  // The bound is the block's, not the group's: every thread meets every barrier.
+  for (int64_t base = int64_t{blockIdx.x} * groups; base < p.rows;
+       base += int64_t{gridDim.x} * groups, parity ^= 1) {
+    const int64_t row = base + group;
+    const bool active = row < p.rows;
+    float ds[kChunks][8];
+    if (p.dy != nullptr) {
+      const float mean = active ? p.mean[row] : 0.0f;
+      const float rstd = active ? p.rstd[row] : 0.0f;
+      float normalised[kChunks][8];
+      float total[2] = {0.0f, 0.0f};  // sums of g and of g * normalised, g = dy * gamma
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int chunk = thread + c * group_threads;
+        if (active && chunk < chunks) {
+          const int64_t offset = row * p.cols + chunk * 8;
+          float gamma[8];
+          Load8(static_cast<const T*>(p.sum) + offset, normalised[c]);
+          Load8(static_cast<const T*>(p.dy) + offset, ds[c]);
+          Load8(static_cast<const T*>(p.gamma) + chunk * 8, gamma);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            normalised[c][i] = (normalised[c][i] - mean) * rstd;
+            sums[0][c][i] += ds[c][i] * normalised[c][i];
+            sums[1][c][i] += ds[c][i];
+            ds[c][i] *= gamma[i];
+            total[0] += ds[c][i];
+            total[1] += ds[c][i] * normalised[c][i];
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) normalised[c][i] = ds[c][i] = 0.0f;
+        }
+      }
+      // Two scratch areas in turn: the barrier in the next call orders this call's reads.
+      GroupSum<2>(total, group_threads / 32, scratch[parity]);
+      const float mean_g = total[0] * inv_cols;
+      const float mean_gn = total[1] * inv_cols;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          ds[c][i] = rstd * (ds[c][i] - mean_g - normalised[c][i] * mean_gn);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) ds[c][i] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int chunk = thread + c * group_threads;
+      if (!active || chunk >= chunks) continue;
+      const int64_t offset = row * p.cols + chunk * 8;
+      if (p.dsum != nullptr) {
+        float other[8];
+        Load8(static_cast<const T*>(p.dsum) + offset, other);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) ds[c][i] += other[i];
+      }
+      if (p.dsum_out != nullptr) Store8(static_cast<T*>(p.dsum_out) + offset, ds[c]);
+      if (p.dx == nullptr) continue;
+      if (p.dropout.rng != nullptr) ApplyDropout<8>(p.dropout, rng, row, chunk * 8, ds[c]);
+      Store8(static_cast<T*>(p.dx) + offset, ds[c]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[2][c][i] += ds[c][i];
+    }
+  }
+
+  // The groups add their sums up one after another; the last one writes the block's partial sums.
+#pragma unroll
+  for (int array = 0; array < 3; ++array) {
+    const bool wanted = array == 0   ? p.dgamma != nullptr
+                        : array == 1 ? p.dbeta != nullptr
+                                     : p.dbias != nullptr;
+    if (!wanted) continue;
+    float* out = partials + (array * int64_t{gridDim.x} + blockIdx.x) * p.cols;
+    for (int turn = 0; turn < groups; ++turn) {
+      if (group == turn) {
+        float* dst = turn + 1 == groups ? out : columns;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const int chunk = thread + c * group_threads;
+          if (chunk >= chunks) continue;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float before = turn == 0 ? 0.0f : columns[chunk * 8 + i];
+            dst[chunk * 8 + i] = before + sums[array][c][i];
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// One row a block, the row read twice; any width, any alignment. Leaves the column sums to others.
+template <typename T>
+__global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardParams p) {
+  __shared__ float scratch[2 * 32];
+  const int64_t row = blockIdx.x;
+  const int cols = static_cast<int>(p.cols);
+  const int step = static_cast<int>(blockDim.x);
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* sum = static_cast<const T*>(p.sum);
+  const T* gamma = static_cast<const T*>(p.gamma);
+  const T* dsum = static_cast<const T*>(p.dsum);
+  RngState rng{};
+  if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
+
+  float mean = 0.0f, rstd = 0.0f, mean_g = 0.0f, mean_gn = 0.0f;
+  if (dy != nullptr) {
+    mean = p.mean[row];
+    rstd = p.rstd[row];
+    float total[2] = {0.0f, 0.0f};
+    for (int col = static_cast<int>(threadIdx.x); col < cols; col += step) {
+      const int64_t offset = row * p.cols + col;
+      const float g = ToFloat(dy[offset]) * ToFloat(gamma[col]);
+      total[0] += g;
+      total[1] += g * (ToFloat(sum[offset]) - mean) * rstd;
+    }
+    GroupSum<2>(total, step / 32, scratch);
+    mean_g = total[0] / static_cast<float>(cols);
+    mean_gn = total[1] / static_cast<float>(cols);
+  }
+  for (int col = static_cast<int>(threadIdx.x); col < cols; col += step) {
+    const int64_t offset = row * p.cols + col;
+    float ds[1] = {0.0f};
+    if (dy != nullptr) {
+      const float g = ToFloat(dy[offset]) * ToFloat(gamma[col]);
+      const float normalised = (ToFloat(sum[offset]) - mean) * rstd;
+      ds[0] = rstd * (g - mean_g - normalised * mean_gn);
+    }
+    if (dsum != nullptr) ds[0] += ToFloat(dsum[offset]);
+    if (p.dsum_out != nullptr) static_cast<T*>(p.dsum_out)[offset] = FromFloat<T>(ds[0]);
+    if (p.dx == nullptr) continue;
+    if (p.dropout.rng != nullptr) ApplyDropout<1>(p.dropout, rng, row, col, ds);
+    static_cast<T*>(p.dx)[offset] = FromFloat<T>(ds[0]);
+  }
+}
+
+// Partial sums of dgamma and dbeta. Block (bx, by): 32 columns, the rows of slice by.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    NormColumnsKernel(RowNormBackwardParams p, float* partials, int64_t rows_per_slice) {
+  __shared__ float shared[2][8][33];
+  const int64_t col = int64_t{blockIdx.x} * 32 + threadIdx.x;
+  const int64_t begin = blockIdx.y * rows_per_slice;
+  const int64_t end = min(begin + rows_per_slice, p.rows);
+  float dgamma = 0.0f, dbeta = 0.0f;
+  if (col < p.cols) {
+    for (int64_t row = begin + threadIdx.y; row < end; row += 8) {
+      const int64_t offset = row * p.cols + col;
+      const float dy = ToFloat(static_cast<const T*>(p.dy)[offset]);
+      const float sum = ToFloat(static_cast<const T*>(p.sum)[offset]);
+      dgamma += dy * (sum - p.mean[row]) * p.rstd[row];
+      dbeta += dy;
+    }
+  }
+  shared[0][threadIdx.y][threadIdx.x] = dgamma;
+  shared[1][threadIdx.y][threadIdx.x] = dbeta;
+  __syncthreads();
+  if (threadIdx.y >= 2 || col >= p.cols) return;
+  float total = 0.0f;
+  for (int r = 0; r < 8; ++r) total += shared[threadIdx.y][r][threadIdx.x];
+  partials[(threadIdx.y * int64_t{gridDim.y} + blockIdx.y) * p.cols + col] = total;
+}
+
+template <typename T, int kChunks>
+cudaError_t LaunchFast(const RowNormParams& p, cudaStream_t stream) {
+  const int group_threads = GroupThreads(p.cols / 8, kChunks);
+  const int groups = std::max(1, 256 / group_threads);
+  const int64_t blocks = (p.rows + groups - 1) / groups;
+  RowNormKernel<T, kChunks>
+      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads), 0, stream>>>(
+          p, group_threads);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t LaunchAny(const RowNormParams& p, cudaStream_t stream) {
+  if (p.cols > MaxRowNormCols()) return cudaErrorInvalidValue;
+  const size_t shared = static_cast<size_t>(p.cols) * sizeof(float);
+  if (shared > 40 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        RowNormAnyKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  RowNormAnyKernel<T><<<static_cast<unsigned>(p.rows), 256, shared, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T, int kChunks>
+cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stream) {
+  const int group_threads = GroupThreads(p.cols / 8, kChunks);
+  const int groups = std::max(1, BackwardThreads(kChunks) / group_threads);
+  const int64_t fitting =
+      static_cast<int64_t>(p.workspace_bytes / (static_cast<size_t>(p.cols) * 3 * sizeof(float)));
+  const int64_t blocks =
+      std::min({(p.rows + groups - 1) / groups, int64_t{p.multiprocessors} * 2, fitting});
+  if (blocks == 0) return cudaErrorInvalidValue;
+  float* partials = static_cast<float*>(p.workspace);
+  RowNormBackwardKernel<T, kChunks>
+      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
+         static_cast<size_t>(p.cols) * sizeof(float), stream>>>(p, partials, group_threads);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  FinishColumnSumArgs finish;
+  finish.partials = partials;
+  finish.slices = blocks;
+  finish.cols = p.cols;
+  finish.dst[0] = p.dgamma;
+  finish.dst[1] = p.dbeta;
+  finish.dst[2] = p.dbias;
+  return LaunchFinishColumnSum(finish, stream);
+}
+
+template <typename T>
+cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t stream) {
+  float* partials = static_cast<float*>(p.workspace);
+  if (p.dy != nullptr && (p.dgamma != nullptr || p.dbeta != nullptr)) {
+    // Before the rows' kernel, which may overwrite dsum but never what this reads.
+    const int64_t slices =
+        RowSlices({p.rows, p.cols, 32, 8, 2, p.workspace_bytes, p.multiprocessors});
+    if (slices == 0) return cudaErrorInvalidValue;
+    const dim3 grid(static_cast<unsigned>((p.cols + 31) / 32), static_cast<unsigned>(slices));
+    NormColumnsKernel<T>
+        <<<grid, dim3(32, 8), 0, stream>>>(p, partials, (p.rows + slices - 1) / slices);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    FinishColumnSumArgs finish;
+    finish.partials = partials;
+    finish.slices = slices;
+    finish.cols = p.cols;
+    finish.dst[0] = p.dgamma;
+    finish.dst[1] = p.dbeta;
+    if (const cudaError_t error = LaunchFinishColumnSum(finish, stream); error != cudaSuccess) {
+      return error;
+    }
+  }
+  RowNormBackwardAnyKernel<T><<<static_cast<unsigned>(p.rows), 256, 0, stream>>>(p);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  if (p.dx == nullptr || p.dbias == nullptr) return cudaSuccess;
+  ColumnSumArgs sums;
+  sums.x = p.dx;
+  sums.dst = p.dbias;
+  sums.rows = p.rows;
+  sums.cols = p.cols;
+  sums.dtype = p.dtype;
+  sums.workspace = p.workspace;
+  sums.workspace_bytes = p.workspace_bytes;
+  sums.multiprocessors = p.multiprocessors;
+  return LaunchColumnSum(sums, stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.cols == 0) return cudaSuccess;
+  const bool wide =
+      p.cols % 8 == 0 && Aligned16(p.x, p.bias, p.residual, p.sum, p.gamma, p.beta, p.y);
+  return DispatchFloat(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (wide && p.cols <= 256 * 8) return LaunchFast<T, 1>(p, stream);
+    if (wide && p.cols <= 512 * 8) return LaunchFast<T, 2>(p, stream);
+    if (wide && p.cols <= 2048 * 8) return LaunchFast<T, 4>(p, stream);
+    return LaunchAny<T>(p, stream);
+  });
+}
+
+cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.cols == 0) return cudaSuccess;
+  const bool wide = p.cols % 8 == 0 && Aligned16(p.dy, p.dsum, p.sum, p.gamma, p.dsum_out, p.dx);
+  return DispatchFloat(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (wide && p.cols <= 256 * 8) return LaunchBackwardFast<T, 1>(p, stream);
+    if (wide && p.cols <= 512 * 8) return LaunchBackwardFast<T, 2>(p, stream);
+    if (wide && p.cols <= 1024 * 8) return LaunchBackwardFast<T, 4>(p, stream);
+    return LaunchBackwardAny<T>(p, stream);
+  });
+}
+
+}  // namespace lamina::cuda
