@@ -4,43 +4,58 @@
 #include "attention_mma.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
-#include "common/reduce.cuh"
 
 namespace lamina::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kThreads = 256;
 
-// delta[(b*A + a)*S + s] = sum over d of dout * out for token (b, s) and head a; one warp each.
-template <typename T>
-__global__ void __launch_bounds__(kWarps * 32) DeltaKernel(AttentionParams p, int64_t rows) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (row >= rows) return;
-  // Rows in memory order (b, s, a): neighbouring warps read neighbouring heads.
+// delta[(b*A + a)*S + s] = sum over d of dout * out for token (b, s) and head a. `lanes`
+// neighbouring lanes, a power of two up to 32, do a row, kWidth elements at a time.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    DeltaKernel(AttentionParams p, int64_t rows, int lanes) {
+  // Rows in memory order (b, s, a): neighbouring lanes read neighbouring heads.
+  const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / lanes;
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  float sum = 0.0f;
+  if (row < rows) {
+    const T* dout = static_cast<const T*>(p.dout) + row * p.head_dim;
+    const T* out = static_cast<const T*>(p.out) + row * p.head_dim;
+    for (int64_t d = lane * kWidth; d < p.head_dim; d += lanes * kWidth) {
+      float x[kWidth], y[kWidth];
+      LoadWide<T, kWidth>(dout + d, x);
+      LoadWide<T, kWidth>(out + d, y);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum += x[i] * y[i];
+    }
+  }
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+  }
+  if (row >= rows || lane != 0) return;
   const int64_t token = row / p.heads;
   const int64_t head = row % p.heads;
-  const int64_t offset = row * p.head_dim;
-  const T* dout = static_cast<const T*>(p.dout) + offset;
-  const T* out = static_cast<const T*>(p.out) + offset;
-  float sum = 0.0f;
-  for (int64_t d = threadIdx.x & 31u; d < p.head_dim; d += 32) {
-    sum += ToFloat(dout[d]) * ToFloat(out[d]);
-  }
-  sum = WarpSum(sum);
-  if ((threadIdx.x & 31u) != 0) return;
-  const int64_t b = token / p.seq;
-  const int64_t s = token % p.seq;
-  p.delta[(b * p.heads + head) * p.seq + s] = sum;
+  p.delta[(token / p.seq * p.heads + head) * p.seq + token % p.seq] = sum;
+}
+
+template <typename T, int kWidth>
+cudaError_t LaunchDeltaOfWidth(const AttentionParams& p, cudaStream_t stream) {
+  const int64_t rows = p.batch * p.seq * p.heads;
+  int lanes = 1;
+  while (lanes < 32 && int64_t{lanes} * kWidth < p.head_dim) lanes *= 2;
+  const int64_t rows_per_block = kThreads / lanes;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+  if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  DeltaKernel<T, kWidth><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, rows, lanes);
+  return cudaGetLastError();
 }
 
 cudaError_t LaunchDelta(const AttentionParams& p, cudaStream_t stream) {
-  const int64_t rows = p.batch * p.seq * p.heads;
-  const int64_t blocks = (rows + kWarps - 1) / kWarps;
-  if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    DeltaKernel<T><<<static_cast<unsigned>(blocks), kWarps * 32, 0, stream>>>(p, rows);
-    return cudaGetLastError();
+    if (p.head_dim % 8 == 0 && Aligned16(p.dout, p.out)) return LaunchDeltaOfWidth<T, 8>(p, stream);
+    return LaunchDeltaOfWidth<T, 1>(p, stream);
   });
 }
 

@@ -8,6 +8,7 @@
 // once the left operands of dV = p^T dout and dK = ds^T q.
 #include "attention_mma.cuh"
 #include "common/convert.cuh"
+#include "common/copy_async.cuh"
 #include "common/mma.cuh"
 
 namespace lamina::cuda {
@@ -55,20 +56,19 @@ __device__ __forceinline__ float KeyBias(const AttentionParams& p, const Head& h
   return p.mask != nullptr ? p.mask[h.batch * p.seq + key] : 0.0f;
 }
 
-// Copies rows [0, kTileRows) of `src` into `tile`; zeros from row `rows` and from column `head_dim`
-// on.
+// Starts to copy rows [0, kTileRows) of `src` into `tile`, with zeros from row `rows` and from
+// column `head_dim` on; row 0 must exist. WaitForCopies and a barrier end it.
 template <int kDim, int kTileRows, typename T>
-__device__ __forceinline__ void LoadTile(T* tile, const T* src, int64_t stride, int rows,
-                                         int head_dim) {
+__device__ __forceinline__ void StartTile(T* tile, const T* src, int64_t stride, int rows,
+                                          int head_dim) {
   constexpr int kChunks = kDim / 8;
 #pragma unroll
   for (int i = 0; i < kTileRows * kChunks / kThreads; ++i) {
     const int e = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = e / kChunks;
     const int c = e % kChunks * 8;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (r < rows && c < head_dim) v = *reinterpret_cast<const uint4*>(src + r * stride + c);
-    *reinterpret_cast<uint4*>(tile + r * Stride(kDim) + c) = v;
+    const bool inside = r < rows && c < head_dim;
+    CopyAsync16(tile + r * Stride(kDim) + c, src + (inside ? r * stride + c : 0), inside);
   }
 }
 
@@ -186,13 +186,35 @@ __device__ __forceinline__ void StoreFragments(T* dst, int64_t stride, int row, 
   }
 }
 
+// Tiles come in pairs: one is computed on while the next one arrives.
+template <typename T, int kDim, int kKeys>
+struct KeyTiles {
+  T k[2][kKeys * Stride(kDim)];
+  T v[2][kKeys * Stride(kDim)];
+  float bias[2][kKeys];
+
+  // Keys from `key0`, below h.keys, into pair `slot`.
+  __device__ __forceinline__ void Start(const AttentionParams& p, const Head& h, const T* qkv,
+                                        int key0, int slot) {
+    const int64_t stride = 3 * h.width;
+    const int head_dim = static_cast<int>(p.head_dim);
+    const T* keys = qkv + h.width + key0 * stride;
+    StartTile<kDim, kKeys>(k[slot], keys, stride, h.keys - key0, head_dim);
+    StartTile<kDim, kKeys>(v[slot], keys + h.width, stride, h.keys - key0, head_dim);
+    if (threadIdx.x < kKeys) {
+      bias[slot][threadIdx.x] = KeyBias(p, h, key0 + static_cast<int>(threadIdx.x));
+    }
+  }
+};
+
+constexpr int kForwardKeys = 64;
+
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p) {
-  constexpr int kKeys = 64;
+  constexpr int kKeys = kForwardKeys;
   constexpr int kTiles = kKeys / 8;
-  __shared__ __align__(16) T k_tile[kKeys * Stride(kDim)];
-  __shared__ __align__(16) T v_tile[kKeys * Stride(kDim)];
-  __shared__ float key_bias[kKeys];
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& tiles = *reinterpret_cast<KeyTiles<T, kDim, kKeys>*>(shared_bytes);
   const Head h = HeadOfBlock(p);
   const int head_dim = static_cast<int>(p.head_dim);
   const int seq = static_cast<int>(p.seq);
@@ -205,26 +227,31 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  // The queries pass through the keys' tile into registers.
+  // The queries pass through the second tile of keys into registers.
+  static_assert(kRows <= kKeys, "queries must fit a tile of keys");
   uint32_t q[kDim / 16][4];
-  LoadTile<kDim, kRows>(k_tile, qkv + h.first * stride, stride, seq - h.first, head_dim);
+  StartTile<kDim, kRows>(tiles.k[1], qkv + h.first * stride, stride, seq - h.first, head_dim);
+  CommitCopies();
+  if (h.keys > 0) tiles.Start(p, h, qkv, 0, 0);
+  CommitCopies();
+  WaitForCopies<1>();
   __syncthreads();
 #pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(q[k], k_tile, warp_row, k * 16);
+  for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(q[k], tiles.k[1], warp_row, k * 16);
 
   float o[kDim / 8][4] = {};
   float row_max[2] = {-INFINITY, -INFINITY};  // rows g and g + 8
   float row_sum[2] = {0.0f, 0.0f};            // this lane's columns only, until the end
-  for (int k0 = 0; k0 < h.keys; k0 += kKeys) {
+  int slot = 0;
+  for (int k0 = 0; k0 < h.keys; k0 += kKeys, slot ^= 1) {
+    // After the barrier this tile is there for all, and none reads the other slot any more.
+    WaitForCopies<0>();
     __syncthreads();
-    LoadTile<kDim, kKeys>(k_tile, qkv + h.width + k0 * stride, stride, h.keys - k0, head_dim);
-    LoadTile<kDim, kKeys>(v_tile, qkv + 2 * h.width + k0 * stride, stride, h.keys - k0, head_dim);
-    if (threadIdx.x < kKeys) {
-      key_bias[threadIdx.x] = KeyBias(p, h, k0 + static_cast<int>(threadIdx.x));
-    }
-    __syncthreads();
+    if (k0 + kKeys < h.keys) tiles.Start(p, h, qkv, k0 + kKeys, slot ^ 1);
+    CommitCopies();
+    const float* key_bias = tiles.bias[slot];
     float s[kTiles][4];
-    MultiplyRows<T, kDim, kTiles>(s, q, k_tile);
+    MultiplyRows<T, kDim, kTiles>(s, q, tiles.k[slot]);
     float tile_max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -262,7 +289,7 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
     }
     // The scale of the kept ones goes into the last factor.
     if (p.dropout.rng != nullptr) DropQueryRows<kTiles>(p.dropout, rng, row0, k0, 1.0f, s);
-    MultiplyRounded<T, kDim, kTiles>(o, s, v_tile);
+    MultiplyRounded<T, kDim, kTiles>(o, s, tiles.v[slot]);
   }
 
   float factor[2];
@@ -284,16 +311,17 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
 }
 
 // Keys of a tile of the dQ kernel; queries of a tile of the dK/dV kernel: what registers allow.
-constexpr int BackwardTile(int dim) { return dim <= 64 ? 64 : 32; }
+constexpr int kBackwardTile = 32;
+// Blocks that a multiprocessor is to hold at once, for the same reason.
+constexpr int BackwardBlocks(int dim) { return dim <= 64 ? 3 : 2; }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) AttentionMmaQueryGradKernel(AttentionParams p) {
-  constexpr int kKeys = BackwardTile(kDim);
+__global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
+    AttentionMmaQueryGradKernel(AttentionParams p) {
+  constexpr int kKeys = kBackwardTile;
   constexpr int kTiles = kKeys / 8;
-  // dout needs a tile of kRows rows at first, v one of kKeys.
-  __shared__ __align__(16) T k_tile[kRows * Stride(kDim)];
-  __shared__ __align__(16) T v_tile[kKeys * Stride(kDim)];
-  __shared__ float key_bias[kKeys];
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& tiles = *reinterpret_cast<KeyTiles<T, kDim, kKeys>*>(shared_bytes);
   const Head h = HeadOfBlock(p);
   const int head_dim = static_cast<int>(p.head_dim);
   const int seq = static_cast<int>(p.seq);
@@ -307,18 +335,23 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaQueryGradKernel(Attentio
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  // The queries and dout pass through the keys' tile into registers.
+  // The queries pass through the tiles of k into registers, dout through those of v.
+  static_assert(kRows <= 2 * kKeys, "queries must fit two tiles of keys");
   uint32_t q[kDim / 16][4];
   uint32_t d_out[kDim / 16][4];
-  LoadTile<kDim, kRows>(k_tile, qkv + h.first * stride, stride, seq - h.first, head_dim);
+  StartTile<kDim, kRows>(&tiles.k[0][0], qkv + h.first * stride, stride, seq - h.first, head_dim);
+  StartTile<kDim, kRows>(&tiles.v[0][0], dout, h.width, seq - h.first, head_dim);
+  CommitCopies();
+  WaitForCopies<0>();
   __syncthreads();
 #pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(q[k], k_tile, warp_row, k * 16);
+  for (int k = 0; k < kDim / 16; ++k) {
+    LoadA<Stride(kDim)>(q[k], &tiles.k[0][0], warp_row, k * 16);
+    LoadA<Stride(kDim)>(d_out[k], &tiles.v[0][0], warp_row, k * 16);
+  }
   __syncthreads();
-  LoadTile<kDim, kRows>(k_tile, dout, h.width, seq - h.first, head_dim);
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(d_out[k], k_tile, warp_row, k * 16);
+  if (h.keys > 0) tiles.Start(p, h, qkv, 0, 0);
+  CommitCopies();
 
   float row_max[2], inverse_sum[2], delta[2];  // rows g and g + 8
 #pragma unroll
@@ -330,18 +363,18 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaQueryGradKernel(Attentio
   }
 
   float dq[kDim / 8][4] = {};
-  for (int k0 = 0; k0 < h.keys; k0 += kKeys) {
+  int slot = 0;
+  for (int k0 = 0; k0 < h.keys; k0 += kKeys, slot ^= 1) {
+    // After the barrier this tile is there for all, and none reads the other slot any more.
+    WaitForCopies<0>();
     __syncthreads();
-    LoadTile<kDim, kKeys>(k_tile, qkv + h.width + k0 * stride, stride, h.keys - k0, head_dim);
-    LoadTile<kDim, kKeys>(v_tile, qkv + 2 * h.width + k0 * stride, stride, h.keys - k0, head_dim);
-    if (threadIdx.x < kKeys) {
-      key_bias[threadIdx.x] = KeyBias(p, h, k0 + static_cast<int>(threadIdx.x));
-    }
-    __syncthreads();
+    if (k0 + kKeys < h.keys) tiles.Start(p, h, qkv, k0 + kKeys, slot ^ 1);
+    CommitCopies();
+    const float* key_bias = tiles.bias[slot];
     float s[kTiles][4];
     float dp[kTiles][4];
-    MultiplyRows<T, kDim, kTiles>(s, q, k_tile);
-    MultiplyRows<T, kDim, kTiles>(dp, d_out, v_tile);
+    MultiplyRows<T, kDim, kTiles>(s, q, tiles.k[slot]);
+    MultiplyRows<T, kDim, kTiles>(dp, d_out, tiles.v[slot]);
     if (p.dropout.rng != nullptr) {
       DropQueryRows<kTiles>(p.dropout, rng, row0, k0, p.dropout.scale, dp);
     }
@@ -354,7 +387,7 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaQueryGradKernel(Attentio
         s[n][i] = prob * (dp[n][i] - delta[i >> 1]);
       }
     }
-    MultiplyRounded<T, kDim, kTiles>(dq, s, k_tile);
+    MultiplyRounded<T, kDim, kTiles>(dq, s, tiles.k[slot]);
   }
   T* dst = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
   const float factor[2] = {p.scale, p.scale};
@@ -383,23 +416,42 @@ __device__ __forceinline__ uint32_t DrawKeyRows(const DropoutParams& dropout, co
   return kept;
 }
 
+// What a block of keys keeps, and tiles of queries in pairs.
 template <typename T, int kDim>
-struct KeyGradShared {
+struct KeyGradTiles {
+  static constexpr int kQueries = kBackwardTile;
   T k[kRows * Stride(kDim)];
   T v[kRows * Stride(kDim)];
-  T q[BackwardTile(kDim) * Stride(kDim)];
-  T dout[BackwardTile(kDim) * Stride(kDim)];
-  float max[BackwardTile(kDim)];
-  float inverse_sum[BackwardTile(kDim)];
-  float delta[BackwardTile(kDim)];
+  T q[2][kQueries * Stride(kDim)];
+  T dout[2][kQueries * Stride(kDim)];
+  float max[2][kQueries];
+  float inverse_sum[2][kQueries];
+  float delta[2][kQueries];
+
+  // Queries from `query0`, below S, into pair `slot`. `all_dout`: that of the head's first token.
+  __device__ __forceinline__ void Start(const AttentionParams& p, const Head& h, const T* qkv,
+                                        const T* all_dout, int query0, int slot) {
+    const int64_t stride = 3 * h.width;
+    const int head_dim = static_cast<int>(p.head_dim);
+    const int rows = static_cast<int>(p.seq) - query0;
+    StartTile<kDim, kQueries>(q[slot], qkv + query0 * stride, stride, rows, head_dim);
+    StartTile<kDim, kQueries>(dout[slot], all_dout + query0 * h.width, h.width, rows, head_dim);
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= kQueries) return;
+    const int64_t row = h.index * p.seq + query0 + i;
+    max[slot][i] = i < rows ? p.softmax[row].max : INFINITY;
+    inverse_sum[slot][i] = i < rows ? p.softmax[row].inverse_sum : 0.0f;
+    delta[slot][i] = i < rows ? p.delta[row] : 0.0f;
+  }
 };
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) AttentionMmaKeyGradKernel(AttentionParams p) {
-  constexpr int kQueries = BackwardTile(kDim);
+__global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
+    AttentionMmaKeyGradKernel(AttentionParams p) {
+  constexpr int kQueries = kBackwardTile;
   constexpr int kTiles = kQueries / 8;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<KeyGradShared<T, kDim>*>(shared_bytes);
+  auto& tiles = *reinterpret_cast<KeyGradTiles<T, kDim>*>(shared_bytes);
   const Head h = HeadOfBlock(p);
   const int head_dim = static_cast<int>(p.head_dim);
   const int seq = static_cast<int>(p.seq);
@@ -420,33 +472,29 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKeyGradKernel(AttentionP
   // A block whose keys are all cut off has zero gradients.
   if (h.first < h.keys) {
     const int keys = h.keys - h.first;
-    LoadTile<kDim, kRows>(shared.k, qkv + h.width + h.first * stride, stride, keys, head_dim);
-    LoadTile<kDim, kRows>(shared.v, qkv + 2 * h.width + h.first * stride, stride, keys, head_dim);
+    StartTile<kDim, kRows>(tiles.k, qkv + h.width + h.first * stride, stride, keys, head_dim);
+    StartTile<kDim, kRows>(tiles.v, qkv + 2 * h.width + h.first * stride, stride, keys, head_dim);
+    tiles.Start(p, h, qkv, dout, 0, 0);
+    CommitCopies();
     const float bias[2] = {KeyBias(p, h, key0 + g), KeyBias(p, h, key0 + g + 8)};
 
-    for (int q0 = 0; q0 < seq; q0 += kQueries) {
+    int slot = 0;
+    for (int q0 = 0; q0 < seq; q0 += kQueries, slot ^= 1) {
+      WaitForCopies<0>();
       __syncthreads();
-      LoadTile<kDim, kQueries>(shared.q, qkv + q0 * stride, stride, seq - q0, head_dim);
-      LoadTile<kDim, kQueries>(shared.dout, dout + q0 * h.width, h.width, seq - q0, head_dim);
-      if (tid < kQueries) {
-        const bool inside = q0 + tid < seq;
-        const int64_t row = h.index * p.seq + q0 + tid;
-        shared.max[tid] = inside ? p.softmax[row].max : INFINITY;
-        shared.inverse_sum[tid] = inside ? p.softmax[row].inverse_sum : 0.0f;
-        shared.delta[tid] = inside ? p.delta[row] : 0.0f;
-      }
-      __syncthreads();
+      if (q0 + kQueries < seq) tiles.Start(p, h, qkv, dout, q0 + kQueries, slot ^ 1);
+      CommitCopies();
       // Rows are keys g and g + 8, columns queries.
       float s[kTiles][4];
       float dp[kTiles][4];
       {
         uint32_t a[kDim / 16][4];
 #pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], shared.k, warp_row, k * 16);
-        MultiplyRows<T, kDim, kTiles>(s, a, shared.q);
+        for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], tiles.k, warp_row, k * 16);
+        MultiplyRows<T, kDim, kTiles>(s, a, tiles.q[slot]);
 #pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], shared.v, warp_row, k * 16);
-        MultiplyRows<T, kDim, kTiles>(dp, a, shared.dout);
+        for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], tiles.v, warp_row, k * 16);
+        MultiplyRows<T, kDim, kTiles>(dp, a, tiles.dout[slot]);
       }
       uint32_t drawn = 0;
       if (p.dropout.rng != nullptr) {
@@ -474,17 +522,17 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKeyGradKernel(AttentionP
               const int column = n * 8 + 2 * t + e;
               const bool keep = ((kept >> (8 * pair)) & 1u) != 0;
               const float score = s[n][i] * p.scale + bias[b];
-              const float prob =
-                  Exp2((score - shared.max[column]) * kLog2E) * shared.inverse_sum[column];
+              const float prob = Exp2((score - tiles.max[slot][column]) * kLog2E) *
+                                 tiles.inverse_sum[slot][column];
               const float dprob = keep ? dp[n][i] * scale : 0.0f;
               s[n][i] = keep ? prob : 0.0f;
-              dp[n][i] = prob * (dprob - shared.delta[column]);
+              dp[n][i] = prob * (dprob - tiles.delta[slot][column]);
             }
           }
         }
       }
-      MultiplyRounded<T, kDim, kTiles>(dv, s, shared.dout);
-      MultiplyRounded<T, kDim, kTiles>(dk, dp, shared.q);
+      MultiplyRounded<T, kDim, kTiles>(dv, s, tiles.dout[slot]);
+      MultiplyRounded<T, kDim, kTiles>(dk, dp, tiles.q[slot]);
     }
   }
   T* dst = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
@@ -501,29 +549,30 @@ bool Blocks(const AttentionParams& p, unsigned* blocks) {
   return n <= 0x7FFFFFFF;
 }
 
-template <typename T, int kDim>
-cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
+template <typename Kernel>
+cudaError_t Launch(Kernel kernel, size_t shared, const AttentionParams& p, cudaStream_t stream) {
   unsigned blocks = 0;
   if (!Blocks(p, &blocks)) return cudaErrorInvalidValue;
-  AttentionMmaKernel<T, kDim><<<blocks, kThreads, 0, stream>>>(p);
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<blocks, kThreads, shared, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <typename T, int kDim>
+cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
+  return Launch(AttentionMmaKernel<T, kDim>, sizeof(KeyTiles<T, kDim, kForwardKeys>), p, stream);
+}
+
+template <typename T, int kDim>
 cudaError_t Backward(const AttentionParams& p, cudaStream_t stream) {
-  unsigned blocks = 0;
-  if (!Blocks(p, &blocks)) return cudaErrorInvalidValue;
-  AttentionMmaQueryGradKernel<T, kDim><<<blocks, kThreads, 0, stream>>>(p);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  const size_t shared = sizeof(KeyGradShared<T, kDim>);
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(AttentionMmaKeyGradKernel<T, kDim>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-  AttentionMmaKeyGradKernel<T, kDim><<<blocks, kThreads, shared, stream>>>(p);
-  return cudaGetLastError();
+  const cudaError_t error = Launch(AttentionMmaQueryGradKernel<T, kDim>,
+                                   sizeof(KeyTiles<T, kDim, kBackwardTile>), p, stream);
+  if (error != cudaSuccess) return error;
+  return Launch(AttentionMmaKeyGradKernel<T, kDim>, sizeof(KeyGradTiles<T, kDim>), p, stream);
 }
 
 template <typename T>

@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(32 * kThreadRows)
 __global__ void __launch_bounds__(32 * kThreadRows)
     FinishColumnSumKernel(FinishColumnSumArgs args) {
   __shared__ float shared[kThreadRows][33];
-  float* dst = args.dst[blockIdx.y];
+  // Selected without indexing, which would copy the array to local memory.
+  float* dst = blockIdx.y == 0 ? args.dst[0] : blockIdx.y == 1 ? args.dst[1] : args.dst[2];
   if (dst == nullptr) return;
   const int64_t col = int64_t{blockIdx.x} * 32 + threadIdx.x;
   float sum = 0.0f;

@@ -500,6 +500,13 @@ absl::Status CudaBackend::DoDropoutAddNormBackward(const Workspace& ws,
 
 // --- attention ---
 
+// `saved` is bytes to everybody else.
+absl::Status CheckSaved(const TensorView& saved, const char* op) {
+  if (reinterpret_cast<uintptr_t>(saved.data) % alignof(SoftmaxRow) == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(op, ": saved is not aligned to ", alignof(SoftmaxRow), " bytes"));
+}
+
 absl::Status CheckHeadDim(const LayerDims& dims, const char* op) {
   if (dims.head_dim() <= cuda::MaxAttentionHeadDim()) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(op, ": head dim ", dims.head_dim(),
@@ -510,6 +517,7 @@ absl::Status CheckHeadDim(const LayerDims& dims, const char* op) {
 absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   if (absl::Status status = CheckHeadDim(args.dims, "Attention"); !status.ok()) return status;
+  if (absl::Status status = CheckSaved(args.saved, "Attention"); !status.ok()) return status;
   AttentionParams p;
   p.qkv = args.qkv.data;
   p.mask = args.mask.as<const float>();
@@ -530,6 +538,9 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
                                               const AttentionBackwardArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   if (absl::Status status = CheckHeadDim(args.dims, "AttentionBackward"); !status.ok()) {
+    return status;
+  }
+  if (absl::Status status = CheckSaved(args.saved, "AttentionBackward"); !status.ok()) {
     return status;
   }
   const size_t delta_bytes =
