@@ -1,0 +1,236 @@
+// lamina: drives a laminad from the command line.
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+
+#include "CLI/CLI.hpp"
+#include "cli/commands.h"
+#include "cli/config_flags.h"
+
+namespace lamina::cli {
+namespace {
+
+constexpr const char* kFooter = R"(
+Exit codes:
+  0  it worked; for health: the daemon serves
+  1  the daemon refused or failed (the message has the status code), or a result could not be written
+  2  wrong arguments, or a file that was given is not what it should be
+  3  no daemon answers at the target
+Errors go to stderr, with --output json as {"error": {"code", "message", "exit_code"}}.)";
+
+using Action = std::function<int()>;
+
+// Every command's options and what to do with them; lives until the command has run.
+class Commands {
+ public:
+  explicit Commands(CLI::App* app) : app_(app) {
+    AddGlobals();
+    AddService();
+    AddStack();
+    AddRun();
+    AddCheckpoint();
+    AddBench();
+    AddParameters();
+  }
+  int Run() { return action_(); }
+  const GlobalOptions& globals() const { return globals_; }
+
+ private:
+  void Do(CLI::App* command, Action action) {
+    command->callback([this, action = std::move(action)] { action_ = action; });
+  }
+
+  void AddGlobals() {
+    app_->add_option(
+            "--target", globals_.target,
+            "Daemon: unix:PATH, HOST:PORT or an absolute path [its default socket: "
+            "/run/lamina/laminad.sock for root, $XDG_RUNTIME_DIR/lamina/laminad.sock else]")
+        ->envname("LAMINA_TARGET")
+        ->type_name("TARGET");
+    app_->add_option_function<std::string>(
+            "--output", [this](const std::string& form) { globals_.json = form == "json"; },
+            "How results are printed: text or json [text]")
+        ->check(CLI::IsMember({"text", "json"}))
+        ->type_name("")
+        ->trigger_on_parse();
+    app_->add_option("--timeout", globals_.timeout_seconds,
+                     "Longest time for each call to the daemon; 0: none [60]")
+        ->check([](const std::string& text) {
+          const double seconds = std::strtod(text.c_str(), nullptr);
+          return std::isfinite(seconds) && seconds >= 0 && seconds <= 1e6
+                     ? ""
+                     : "must be 0 to 1000000 seconds";
+        })
+        ->type_name("SECONDS");
+    app_->set_version_flag("--version", "lamina " LAMINA_VERSION);
+    app_->require_subcommand(1);
+    app_->fallthrough();  // global options may follow the command
+    app_->footer(kFooter);
+  }
+
+  CLI::App* AddNamed(CLI::App* parent, const char* name, const char* help, std::string* stack,
+                     const char* what = "NAME") {
+    CLI::App* command = parent->add_subcommand(name, help);
+    command->add_option(what, *stack, "The stack's name")->required();
+    return command;
+  }
+
+  void AddService() {
+    Do(app_->add_subcommand("info", "What the daemon is and offers"),
+       [this] { return Info(globals_); });
+    Do(app_->add_subcommand("health", "Exit 0 when the daemon serves, for container probes"),
+       [this] { return Health(globals_); });
+  }
+
+  void AddStack() {
+    CLI::App* stack = app_->add_subcommand("stack", "Make, describe, change and delete stacks");
+    stack->require_subcommand(1);
+    CLI::App* create = AddNamed(stack, "create", "Allocate a stack and draw its weights", &stack_);
+    create_config_.AddTo(create);
+    Do(create, [this] {
+      return WithConfig(create_config_, [this](const client::StackConfig& config) {
+        return CreateStack(globals_, stack_, config);
+      });
+    });
+    Do(stack->add_subcommand("list", "All stacks"), [this] { return ListStacks(globals_); });
+    Do(AddNamed(stack, "show", "One stack", &stack_),
+       [this] { return ShowStack(globals_, stack_); });
+    Do(AddNamed(stack, "delete", "Free a stack and its contexts", &stack_),
+       [this] { return DeleteStack(globals_, stack_); });
+    CLI::App* update = AddNamed(stack, "update", "Change what can change on a live stack", &stack_);
+    update->add_option("--attn-dropout-ratio", update_.attn_dropout_ratio, "p in [0, 1)")
+        ->type_name("X");
+    update->add_option("--hidden-dropout-ratio", update_.hidden_dropout_ratio, "p in [0, 1)")
+        ->type_name("X");
+    update->add_flag_function(
+        "--training,!--no-training", [this](int64_t count) { update_.training = count > 0; },
+        "Keep gradients, optimizer state and contexts, or free them");
+    Do(update, [this] { return UpdateStack(globals_, stack_, update_); });
+
+    CLI::App* plan = app_->add_subcommand("plan", "What a config would allocate, to the byte");
+    plan_config_.AddTo(plan);
+    Do(plan, [this] {
+      return WithConfig(plan_config_, [this](const client::StackConfig& config) {
+        return Plan(globals_, config);
+      });
+    });
+  }
+
+  void AddRun() {
+    CLI::App* run = AddNamed(app_, "run", "Evaluate a stack over .npy files", &run_.stack, "STACK");
+    run->add_option("--input", run_.input_file, "[B, S, H], fp32 or fp16")
+        ->required()
+        ->type_name("X.npy");
+    CLI::Option* mask =
+        run->add_option("--mask", run_.mask_file, "Additive mask, fp32 [B, 1, 1, S] or [B, S]")
+            ->type_name("M.npy");
+    run->add_option("--lengths", run_.lengths_file, "Valid lengths, integers [B]")
+        ->type_name("L.npy")
+        ->excludes(mask);
+    run->add_option("--output-file", run_.output_file,
+                    "Where the output goes: fp16 for an fp16 stack, else fp32")
+        ->type_name("Y.npy");
+    run->add_option("--layers", run_.layers, "Layers [BEGIN, END) [all]")->type_name("BEGIN:END");
+    Do(run, [this] { return cli::Run(globals_, run_); });
+  }
+
+  void AddCheckpoint() {
+    CLI::App* checkpoint = app_->add_subcommand("checkpoint", "Save and load checkpoints");
+    checkpoint->require_subcommand(1);
+    const auto name_option = [this](CLI::App* command) {
+      command->add_option("--name", checkpoint_, "The file's name without ending [the stack's]")
+          ->type_name("NAME");
+    };
+    CLI::App* save = AddNamed(checkpoint, "save",
+                              "Write weights, optimizer state and counters to "
+                              "the daemon's checkpoint folder",
+                              &stack_, "STACK");
+    name_option(save);
+    Do(save, [this] { return SaveCheckpoint(globals_, stack_, checkpoint_); });
+    CLI::App* load = AddNamed(checkpoint, "load",
+                              "Read a checkpoint into a stack of the same shape", &stack_, "STACK");
+    name_option(load);
+    load->add_flag("--create", create_, "Make the stack from the config in the file");
+    Do(load, [this] { return LoadCheckpoint(globals_, stack_, checkpoint_, create_); });
+  }
+
+  void AddBench() {
+    CLI::App* bench =
+        AddNamed(app_, "bench",
+                 "Time forward and backward steps, through regions and inline.\nAdvances the "
+                 "dropout counter and leaves zeroed gradients behind; weights stay.",
+                 &bench_.stack, "STACK");
+    bench->add_option("--batch", bench_.batch, "B [the stack's batch-size]")
+        ->check(CLI::PositiveNumber)
+        ->type_name("N");
+    bench->add_option("--seq", bench_.seq, "S [the stack's max-seq-length]")
+        ->check(CLI::PositiveNumber)
+        ->type_name("N");
+    bench->add_option("--seconds", bench_.seconds, "How long to measure each transport [5]")
+        ->check(CLI::Range(0.0, 3600.0))
+        ->type_name("N");
+    bench
+        ->add_option_function<std::string>(
+            "--transport",
+            [this](const std::string& transport) {
+              bench_.regions = transport != "inline";
+              bench_.inline_tensors = transport != "regions";
+            },
+            "Which to measure: regions, inline or both [both]")
+        ->check(CLI::IsMember({"regions", "inline", "both"}))
+        ->type_name("");
+    bench->add_flag("--forward-only", bench_.forward_only, "Evaluation forwards alone");
+    Do(bench, [this] { return Bench(globals_, bench_); });
+  }
+
+  void AddParameters() {
+    CLI::App* params = app_->add_subcommand("params", "A stack's parameters");
+    params->require_subcommand(1);
+    Do(AddNamed(params, "list", "Names and shapes", &stack_, "STACK"),
+       [this] { return ListParameters(globals_, stack_); });
+  }
+
+  int WithConfig(const ConfigFlags& flags,
+                 const std::function<int(const client::StackConfig&)>& run) {
+    const absl::StatusOr<client::StackConfig> config = flags.Resolve();
+    if (!config.ok()) return FailUsage(globals_, std::string(config.status().message()));
+    return run(*config);
+  }
+
+  CLI::App* app_;
+  GlobalOptions globals_;
+  ConfigFlags create_config_, plan_config_;
+  client::StackUpdate update_;
+  RunOptions run_;
+  BenchOptions bench_;
+  std::string stack_, checkpoint_;
+  bool create_ = false;
+  Action action_;
+};
+
+int Main(int argc, char** argv) {
+  // gRPC's own log lines would come between; every failure is reported by its status.
+  setenv("GRPC_VERBOSITY", "NONE", /*replace=*/0);
+  CLI::App app("Drives a laminad: the daemon that owns a transformer stack on one device.",
+               "lamina");
+  Commands commands(&app);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& done) {  // --help, --version
+    return app.exit(done);
+  } catch (const CLI::ParseError& error) {
+    // CLI11 asks for a command where it was given one that it does not know.
+    const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+    const bool command = error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) &&
+                         !unknown.empty() && unknown.front().front() != '-';
+    return FailUsage(commands.globals(),
+                     (command ? "there is no command '" + unknown.front() + "'" : error.what()) +
+                         " (see lamina --help)");
+  }
+  return commands.Run();
+}
+
+}  // namespace
+}  // namespace lamina::cli
+
+int main(int argc, char** argv) { return lamina::cli::Main(argc, argv); }

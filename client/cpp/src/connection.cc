@@ -1,0 +1,70 @@
+#include "src/connection.h"
+
+#include <grpcpp/create_channel.h>
+#include <grpcpp/security/credentials.h>
+#include <grpcpp/support/channel_arguments.h>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+
+namespace lamina::client::internal {
+namespace {
+
+// What gRPC takes. INVALID_ARGUMENT for what it would only complain about at the first call.
+absl::StatusOr<std::string> Normalize(const std::string& target) {
+  if (target.empty()) return DefaultTarget();
+  if (target.front() == '/') return absl::StrCat("unix:", target);
+  if (absl::StartsWith(target, "unix:")) {
+    if (target == "unix:" || target == "unix://") {
+      return absl::InvalidArgumentError(absl::StrCat("target '", target, "' names no socket"));
+    }
+    return target;
+  }
+  if (target.find(':') == std::string::npos) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("target '", target, "' is none of unix:PATH, HOST:PORT and an absolute path"));
+  }
+  return target;
+}
+
+}  // namespace
+
+absl::Status ToAbsl(const grpc::Status& status, const std::string& target) {
+  if (status.ok()) return absl::OkStatus();
+  const auto code = static_cast<absl::StatusCode>(status.error_code());
+  if (code == absl::StatusCode::kUnavailable) {
+    return absl::Status(code, absl::StrCat(target, ": ", status.error_message()));
+  }
+  return absl::Status(code, status.error_message());
+}
+
+absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string& target,
+                                                               const ConnectOptions& options) {
+  absl::StatusOr<std::string> normal = Normalize(target);
+  if (!normal.ok()) return normal.status();
+  std::shared_ptr<Connection> connection(new Connection());
+  connection->target_ = *std::move(normal);
+  connection->options_ = options;
+  grpc::ChannelArguments arguments;
+  // The daemon's inline cap is the limit, not gRPC's 4 MB.
+  arguments.SetMaxReceiveMessageSize(-1);
+  arguments.SetMaxSendMessageSize(-1);
+  // A daemon that comes back is found again quickly: the retries' budget is seconds, not minutes.
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  connection->channel_ =
+      grpc::CreateCustomChannel(connection->target_, grpc::InsecureChannelCredentials(), arguments);
+  connection->config_ = pb::ConfigService::NewStub(connection->channel_);
+  connection->layers_ = pb::LayerService::NewStub(connection->channel_);
+  connection->sessions_ = pb::SessionService::NewStub(connection->channel_);
+  return connection;
+}
+
+void Connection::Prepare(grpc::ClientContext* context) const {
+  if (options_.call_timeout.count() > 0) {
+    context->set_deadline(std::chrono::system_clock::now() + options_.call_timeout);
+  }
+}
+
+}  // namespace lamina::client::internal

@@ -1,0 +1,200 @@
+#include "src/session_core.h"
+
+#include <utility>
+
+#include "src/broker.h"
+#include "src/storage.h"
+
+namespace lamina::client::internal {
+namespace {
+
+// A dying session must not hold its owner up for long: the lease ends it anyway.
+constexpr std::chrono::seconds kFarewell{2};
+
+class MappedRegion : public Storage {
+ public:
+  MappedRegion(Mapping mapping, std::string region_id, std::shared_ptr<SessionCore> session)
+      : Storage(mapping.data(), mapping.length(), std::move(region_id), session.get()),
+        mapping_(std::move(mapping)),
+        session_(session) {}
+  ~MappedRegion() override {
+    if (std::shared_ptr<SessionCore> session = session_.lock()) session->ReleaseRegion(region_id());
+  }
+
+ private:
+  Mapping mapping_;
+  std::weak_ptr<SessionCore> session_;
+};
+
+}  // namespace
+
+SessionCore::SessionCore(std::shared_ptr<Connection> connection, SessionOptions options)
+    : connection_(std::move(connection)), options_(std::move(options)) {
+  if (options_.transport == TransportPolicy::kInline) {
+    inline_only_ = true;
+    inline_reason_ = "the session was opened so";
+  }
+}
+
+SessionCore::~SessionCore() { Close().IgnoreError(); }
+
+absl::StatusOr<std::shared_ptr<SessionCore>> SessionCore::Open(
+    std::shared_ptr<Connection> connection, SessionOptions options) {
+  std::shared_ptr<SessionCore> core(new SessionCore(std::move(connection), std::move(options)));
+  pb::CreateSessionRequest request;
+  request.set_client_name(core->options_.client_name);
+  pb::CreateSessionResponse response;
+  absl::Status status = core->connection_->Call(
+      core->connection_->sessions(), &pb::SessionService::Stub::CreateSession, request, &response);
+  if (!status.ok()) {
+    core->closed_ = true;  // there is nothing to end
+    return status;
+  }
+  core->id_ = response.session_id();
+  core->lease_ = std::chrono::duration<double>(response.lease_seconds());
+  core->broker_path_ =
+      core->options_.broker_path.empty() ? response.broker_path() : core->options_.broker_path;
+  if (core->options_.keep_alive) {
+    absl::StatusOr<std::unique_ptr<Keeper>> keeper =
+        Keeper::Start({.connection = core->connection_,
+                       .session_id = core->id_,
+                       .lease = core->lease_,
+                       .start_timeout = core->connection_->call_timeout()});
+    if (!keeper.ok()) return keeper.status();
+    core->keeper_ = *std::move(keeper);
+  }
+  return core;
+}
+
+absl::Status SessionCore::Close() {
+  std::unique_ptr<Keeper> keeper;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (std::exchange(closed_, true)) return absl::OkStatus();
+    keeper = std::move(keeper_);
+  }
+  if (keeper != nullptr && !keeper->status().ok()) return absl::OkStatus();  // it is over already
+  pb::DeleteSessionRequest request;
+  request.set_session_id(id_);
+  pb::DeleteSessionResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kFarewell);
+  const absl::Status status = ToAbsl(
+      connection_->sessions().DeleteSession(&context, request, &response), connection_->target());
+  return status.code() == absl::StatusCode::kNotFound ? absl::OkStatus() : status;
+}
+
+absl::Status SessionCore::status() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return absl::FailedPreconditionError("the session is closed");
+  if (keeper_ == nullptr) return absl::OkStatus();
+  absl::Status kept = keeper_->status();
+  if (kept.ok()) return kept;
+  return absl::Status(kept.code(), absl::StrCat("the session's lease ended: ", kept.message()));
+}
+
+bool SessionCore::MayHaveRun(absl::StatusCode code) {
+  switch (code) {
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kUnknown:
+    case absl::StatusCode::kInternal:
+      return true;
+    default:
+      return false;
+  }
+}
+
+absl::Status SessionCore::Explain(absl::Status failed) const {
+  if (failed.ok()) return failed;
+  const absl::Status over = status();
+  if (over.ok()) return failed;
+  return absl::Status(failed.code(), absl::StrCat(failed.message(), " (", over.message(), ")"));
+}
+
+absl::StatusOr<SessionCore::MadeRegion> SessionCore::TryRegion(size_t bytes, bool* broker_failed) {
+  *broker_failed = false;
+  if (broker_path_.empty()) {
+    *broker_failed = true;
+    return absl::UnavailableError("the daemon has no broker socket");
+  }
+  if (absl::Status over = status(); !over.ok()) return over;
+  pb::CreateRegionRequest request;
+  request.set_session_id(id_);
+  request.set_kind(pb::REGION_KIND_MEMFD);
+  request.set_size_bytes(bytes);
+  pb::CreateRegionResponse response;
+  // Not repeated: a lost answer would leave a region that nobody knows.
+  absl::Status status = connection_->Call(
+      connection_->sessions(), &pb::SessionService::Stub::CreateRegion, request, &response);
+  if (!status.ok()) return Explain(status);
+  const pb::Region& region = response.region();
+  BrokerRequest fetch{.path = broker_path_,
+                      .session_id = id_,
+                      .region_id = region.region_id(),
+                      .length = region.length_bytes()};
+  if (connection_->call_timeout().count() > 0) fetch.timeout = connection_->call_timeout();
+  absl::StatusOr<Mapping> mapping = MapRegion(fetch);
+  if (!mapping.ok()) {
+    *broker_failed = true;
+    ReleaseRegion(region.region_id());
+    return mapping.status();
+  }
+  auto storage =
+      std::make_shared<MappedRegion>(*std::move(mapping), region.region_id(), shared_from_this());
+  // Pages are a multiple of four bytes, so the whole region can be seen as words.
+  absl::StatusOr<Tensor> words =
+      Storage::View(storage, DType::kInt32, {static_cast<int64_t>(region.length_bytes() / 4)}, 0);
+  if (!words.ok()) return words.status();
+  return MadeRegion{.bytes = *std::move(words),
+                    .length = region.length_bytes(),
+                    .registered = region.registered()};
+}
+
+absl::StatusOr<SessionCore::MadeRegion> SessionCore::CreateRegion(size_t bytes) {
+  if (options_.transport == TransportPolicy::kInline) {
+    return absl::FailedPreconditionError("the session was opened with TransportPolicy::kInline");
+  }
+  bool broker_failed = false;
+  return TryRegion(bytes, &broker_failed);
+}
+
+absl::StatusOr<Tensor> SessionCore::NewTensor(DType dtype, Shape shape) {
+  absl::StatusOr<size_t> bytes = BytesOf(dtype, shape);
+  if (!bytes.ok()) return bytes.status();
+  if (transport() == Transport::kInline) return Tensor::Allocate(dtype, std::move(shape));
+  bool broker_failed = false;
+  absl::StatusOr<MadeRegion> region = TryRegion(*bytes, &broker_failed);
+  if (region.ok()) return region->bytes.View(dtype, std::move(shape), 0);
+  if (!broker_failed || options_.transport == TransportPolicy::kRegions) return region.status();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    inline_only_ = true;
+    inline_reason_ = std::string(region.status().message());
+  }
+  return Tensor::Allocate(dtype, std::move(shape));
+}
+
+Transport SessionCore::transport() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return inline_only_ ? Transport::kInline : Transport::kMemfd;
+}
+
+std::string SessionCore::transport_reason() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return inline_reason_;
+}
+
+void SessionCore::ReleaseRegion(const std::string& region_id) {
+  if (!status().ok()) return;
+  pb::ReleaseRegionRequest request;
+  request.set_session_id(id_);
+  request.set_region_id(region_id);
+  pb::ReleaseRegionResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kFarewell);
+  connection_->sessions().ReleaseRegion(&context, request, &response);
+}
+
+}  // namespace lamina::client::internal
