@@ -6,8 +6,9 @@
 //   ... run ...
 //   ok ? log.Commit(sequence, answer) : log.Abort(sequence);
 //
-// Sequence n + 1 that arrives while n runs waits for it; a repeat of n that arrives while n runs
-// waits too and gets n's answer. An aborted sequence was not used up.
+// Sequence n + 1 that arrives while n runs waits for it (and n + 2 while n + 1 waits, and so on); a
+// repeat of n that arrives while n runs waits too and gets n's answer, or, with another body,
+// ALREADY_EXISTS once n is committed. An aborted sequence was not used up.
 //
 // Threads: all methods from any thread.
 #pragma once
@@ -19,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "absl/status/status.h"
@@ -56,11 +58,18 @@ class MutationLog {
     BodyDigest digest;
     std::shared_ptr<const std::string> answer;
   };
+  // Begin after `sequence` was entered into waiting_. `lock` holds mutex_.
+  absl::StatusOr<Ticket> Wait(std::unique_lock<std::mutex>& lock, uint64_t sequence,
+                              const BodyDigest& digest, const CallControl& control);
+  // Whether each sequence between the last committed one and this one runs or waits. Needs mutex_.
+  bool AllBeforeUnderWay(uint64_t sequence) const;
+
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   uint64_t applied_ = 0;             // guarded by mutex_
   std::optional<uint64_t> running_;  // guarded by mutex_: the sequence in flight
   BodyDigest running_digest_{};      // guarded by mutex_
+  std::multiset<uint64_t> waiting_;  // guarded by mutex_: sequences inside Begin
   std::deque<Entry> answers_;        // guarded by mutex_: at most kReplayWindow, ascending
 };
 

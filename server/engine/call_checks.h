@@ -1,0 +1,46 @@
+// The checks of what a call brings, before anything is changed. Messages begin with the field's
+// name in the proto and say what it is and what it must be.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "server/engine/engine.h"
+
+namespace lamina {
+
+// 1..64 of letters, digits, '.', '_', '-', not beginning with '.': so a name is a file's name too.
+absl::Status CheckName(absl::string_view field, absl::string_view name);
+
+// Present, of this dtype and shape, aligned to its elements.
+absl::Status CheckTensor(absl::string_view field, const HostTensor& tensor, DType dtype,
+                         const Shape& shape);
+
+// A tensor [B, S, H] that the config's stack takes.
+absl::Status CheckActivation(absl::string_view field, const HostTensor& tensor,
+                             const StackConfig& config);
+
+// fp32 [B, 1, 1, S] or [B, S].
+absl::Status CheckMask(const HostTensor& mask, int64_t batch, int64_t seq);
+
+// int32 [B]. Copies the lengths into `copy` first and checks the copy: the client can change what
+// is in a region at any time.
+absl::Status CopyLengths(const HostTensor& lengths, int64_t batch, int64_t seq,
+                         std::vector<int32_t>& copy);
+
+// Where a result of `bytes` goes: into `target`, which must hold exactly these, or, where it has
+// no data, into the response, within the cap.
+absl::Status CheckTarget(absl::string_view field, const HostTensor& target, size_t bytes,
+                         size_t element_size, size_t inline_cap_bytes);
+
+// Whether the two share a byte; absent ones share none. By the daemon's own addresses: a region is
+// mapped once.
+bool Overlap(const HostTensor& a, const HostTensor& b);
+
+absl::Status CheckLayers(const LayerRange& layers, const StackConfig& config);
+
+}  // namespace lamina

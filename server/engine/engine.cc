@@ -1,0 +1,326 @@
+#include "server/engine/engine.h"
+
+#include <unistd.h>
+
+#include <array>
+#include <filesystem>
+#include <new>
+#include <system_error>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/engine/call_checks.h"
+#include "server/engine/engine_impl.h"
+#include "server/engine/status_macros.h"
+
+namespace lamina {
+
+static_assert(kDeviceMemoryKinds == kMemoryKinds, "metrics.h lists the plan's kinds of memory");
+
+namespace {
+
+// Quotes what can be a name; the rest may be anything, and long.
+absl::Status NoStack(const std::string& name) {
+  return absl::NotFoundError(CheckName("stack", name).ok()
+                                 ? absl::StrCat("stack: there is no stack \"", name, "\"")
+                                 : "stack: there is no stack of this name");
+}
+
+}  // namespace
+
+EngineImpl::EngineImpl(std::unique_ptr<Backend> backend, MetricSet* metrics, EngineOptions options)
+    : backend_(std::move(backend)),
+      metrics_(metrics),
+      options_(std::move(options)),
+      queue_(options_.queue_capacity, metrics) {
+  metrics_->SetServing(true);
+}
+
+EngineImpl::~EngineImpl() {
+  Drain();
+  // Where they were made; contexts before their stacks.
+  (void)queue_.Run({}, Admission::kAlways, [this](Clock::time_point) {
+    for (const auto& [name, entry] : stacks_) contexts_.StackDeleted(name);
+    std::lock_guard<std::mutex> lock(mutex_);
+    stacks_.clear();
+    return absl::OkStatus();
+  });
+}
+
+size_t EngineImpl::device_free_bytes() const { return backend_->FreeBytes().value_or(0); }
+
+// --- the paths that calls share ---
+
+absl::Status EngineImpl::CheckDevice() const {
+  if (!failed_.load(std::memory_order_acquire)) return absl::OkStatus();
+  metrics_->Rejected(Rejection::kDeviceFailed);
+  return absl::UnavailableError(
+      absl::StrCat("the device failed and the daemon must be restarted: ", health().message()));
+}
+
+absl::Status EngineImpl::CheckServing() const {
+  if (draining_.load(std::memory_order_acquire)) {
+    metrics_->Rejected(Rejection::kDraining);
+    return absl::UnavailableError("the daemon is draining and takes no new calls");
+  }
+  return CheckDevice();
+}
+
+absl::Status EngineImpl::Run(const CallControl& control, Admission admission,
+                             absl::FunctionRef<absl::Status(Clock::time_point)> work) {
+  ENGINE_RETURN_IF_ERROR(CheckDevice());
+  return queue_.Run(control, admission, [&](Clock::time_point admitted) -> absl::Status {
+    ENGINE_RETURN_IF_ERROR(CheckDevice());  // it may have failed while the call waited
+    return work(admitted);
+  });
+}
+
+absl::Status EngineImpl::OnDevice(absl::FunctionRef<absl::Status()> work) {
+  absl::Status status;
+  try {
+    status = work();
+  } catch (const std::bad_alloc&) {
+    status = absl::InternalError("host memory ran out during a step");
+  }
+  if (status.ok()) return status;
+  if (!absl::IsInternal(status)) {
+    const absl::Status waited = backend_->Synchronize();
+    if (waited.ok()) return status;
+    status = waited;
+  }
+  Fail(status);
+  (void)backend_->Synchronize();
+  return status;
+}
+
+void EngineImpl::Fail(const absl::Status& why) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (health_.ok()) health_ = absl::UnavailableError(why.message());
+  }
+  failed_.store(true, std::memory_order_release);
+  metrics_->SetServing(false);
+}
+
+absl::Status EngineImpl::health() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return health_;
+}
+
+absl::StatusOr<EngineImpl::Entry*> EngineImpl::Find(const std::string& name) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = stacks_.find(name);
+  if (it == stacks_.end()) return NoStack(name);
+  return it->second.get();
+}
+
+void EngineImpl::Publish(const std::string& name, Entry& entry) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    entry.info.counters = entry.stack->counters();
+    entry.info.outstanding_contexts = contexts_.live(name);
+  }
+  PublishContexts();
+}
+
+void EngineImpl::PublishContexts() {
+  size_t in_use = 0, high_water = 0;
+  for (const auto& [name, entry] : stacks_) {
+    in_use += entry->stack->context_bytes_in_use();
+    high_water += entry->stack->context_bytes_high_water();
+  }
+  metrics_->SetActivations(in_use, high_water);
+  metrics_->SetContexts(contexts_.live());
+}
+
+void EngineImpl::PublishPlans() {
+  std::array<size_t, kDeviceMemoryKinds> bytes{};
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [name, entry] : stacks_)
+    for (size_t kind = 0; kind < bytes.size(); ++kind)
+      bytes[kind] += entry->info.plan.Bytes(static_cast<MemoryKind>(kind));
+  metrics_->SetDeviceMemory(bytes);
+  metrics_->SetStacks(static_cast<int64_t>(stacks_.size()));
+}
+
+// --- stacks ---
+
+absl::StatusOr<StackInfo> EngineImpl::AddStack(const std::string& name,
+                                               const StackConfig& resolved) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stacks_.count(name) > 0)
+      return absl::AlreadyExistsError(
+          absl::StrCat("name: there is a stack \"", name, "\" already"));
+  }
+  auto entry = std::make_unique<Entry>();
+  const absl::Status created = OnDevice([&]() -> absl::Status {
+    ENGINE_ASSIGN_OR_RETURN(entry->stack, Stack::Create(*backend_, resolved));
+    return backend_->Synchronize();
+  });
+  if (absl::IsResourceExhausted(created)) metrics_->Rejected(Rejection::kStackMemory);
+  ENGINE_RETURN_IF_ERROR(created);
+  StackInfo& info = entry->info;
+  info.name = name;
+  info.config = entry->stack->config();
+  info.plan = entry->stack->plan();
+  info.parameters = entry->stack->parameters();
+  for (const ParameterInfo& p : info.parameters) info.parameter_count += p.shape.elements();
+  info.counters = entry->stack->counters();
+  StackInfo result = info;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stacks_[name] = std::move(entry);
+  }
+  PublishPlans();
+  return result;
+}
+
+absl::StatusOr<StackInfo> EngineImpl::CreateStack(const std::string& name,
+                                                  const StackConfig& config,
+                                                  const CallControl& control) {
+  ENGINE_RETURN_IF_ERROR(CheckName("name", name));
+  ENGINE_ASSIGN_OR_RETURN(const StackConfig resolved, Resolve(config, device().ordinal));
+  StackInfo info;
+  ENGINE_RETURN_IF_ERROR(Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
+    ENGINE_ASSIGN_OR_RETURN(info, AddStack(name, resolved));
+    return absl::OkStatus();
+  }));
+  return info;
+}
+
+absl::StatusOr<StackInfo> EngineImpl::GetStack(const std::string& name) {
+  ENGINE_RETURN_IF_ERROR(CheckServing());
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = stacks_.find(name);
+  if (it == stacks_.end()) return NoStack(name);
+  return it->second->info;
+}
+
+std::vector<StackInfo> EngineImpl::ListStacks() {
+  std::vector<StackInfo> infos;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [name, entry] : stacks_) infos.push_back(entry->info);
+  return infos;
+}
+
+absl::StatusOr<StackInfo> EngineImpl::UpdateStack(const std::string& name,
+                                                  const StackUpdate& update,
+                                                  const CallControl& control) {
+  if (!update.attn_dropout_ratio && !update.hidden_dropout_ratio && !update.training &&
+      !update.normalize_invertible && !update.gelu_checkpoint && !update.attn_dropout_checkpoint)
+    return absl::InvalidArgumentError("UpdateStackRequest: has nothing to change");
+  StackInfo info;
+  ENGINE_RETURN_IF_ERROR(Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
+    ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(name));
+    Stack& stack = *entry->stack;
+    StackConfig wanted = stack.config();
+    wanted.attn_dropout_ratio = update.attn_dropout_ratio.value_or(wanted.attn_dropout_ratio);
+    wanted.hidden_dropout_ratio = update.hidden_dropout_ratio.value_or(wanted.hidden_dropout_ratio);
+    wanted.training = update.training.value_or(wanted.training);
+    wanted.normalize_invertible = update.normalize_invertible.value_or(wanted.normalize_invertible);
+    wanted.gelu_checkpoint = update.gelu_checkpoint.value_or(wanted.gelu_checkpoint);
+    wanted.attn_dropout_checkpoint =
+        update.attn_dropout_checkpoint.value_or(wanted.attn_dropout_checkpoint);
+    // The same checks as CreateStack's, all of them before the first change.
+    ENGINE_ASSIGN_OR_RETURN(wanted, Resolve(wanted, device().ordinal));
+    const absl::Status changed = OnDevice([&]() -> absl::Status {
+      ENGINE_RETURN_IF_ERROR(stack.SetTraining(wanted.training));
+      ENGINE_RETURN_IF_ERROR(
+          stack.SetDropout(wanted.attn_dropout_ratio, wanted.hidden_dropout_ratio));
+      return backend_->Synchronize();
+    });
+    if (absl::IsResourceExhausted(changed)) metrics_->Rejected(Rejection::kStackMemory);
+    ENGINE_RETURN_IF_ERROR(changed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      entry->info.config = stack.config();
+      entry->info.plan = stack.plan();
+    }
+    PublishPlans();
+    Publish(name, *entry);
+    std::lock_guard<std::mutex> lock(mutex_);
+    info = entry->info;
+    return absl::OkStatus();
+  }));
+  return info;
+}
+
+void EngineImpl::RemoveStack(const std::string& name) {
+  contexts_.StackDeleted(name);
+  std::unique_ptr<Entry> entry;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = stacks_.find(name);
+    entry = std::move(it->second);
+    stacks_.erase(it);
+  }
+  entry.reset();  // frees device memory: not while others wait for the mutex
+  PublishPlans();
+  PublishContexts();
+}
+
+absl::Status EngineImpl::DeleteStack(const std::string& name, const CallControl& control) {
+  return Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
+    ENGINE_RETURN_IF_ERROR(Find(name).status());
+    RemoveStack(name);
+    return absl::OkStatus();
+  });
+}
+
+absl::StatusOr<PlanOutcome> EngineImpl::PlanMemory(const StackConfig& config) {
+  ENGINE_RETURN_IF_ERROR(CheckServing());
+  PlanOutcome outcome;
+  ENGINE_ASSIGN_OR_RETURN(outcome.config, Resolve(config, device().ordinal));
+  ENGINE_ASSIGN_OR_RETURN(outcome.plan, PlanStack(outcome.config, *backend_));
+  ENGINE_ASSIGN_OR_RETURN(outcome.free_bytes, backend_->FreeBytes());
+  return outcome;
+}
+
+// --- the daemon's life ---
+
+absl::Status EngineImpl::RegisterHost(void* data, size_t bytes) {
+  ENGINE_RETURN_IF_ERROR(CheckDevice());
+  return backend_->RegisterHost(data, bytes);
+}
+
+void EngineImpl::UnregisterHost(void* data) { backend_->UnregisterHost(data); }
+
+void EngineImpl::EndSession(SessionKey session) {
+  // Not through Run: contexts go on a failed device too. Only running out of memory can stop it,
+  // and then the session's contexts stay until their stack goes.
+  (void)queue_.Run({}, Admission::kAlways, [&](Clock::time_point) {
+    contexts_.SessionEnded(session);
+    for (const auto& [name, entry] : stacks_) Publish(name, *entry);
+    return absl::OkStatus();
+  });
+}
+
+void EngineImpl::Drain() {
+  draining_.store(true, std::memory_order_release);
+  metrics_->SetServing(false);
+  queue_.Drain();
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Backend> backend,
+                                                       MetricSet* metrics, EngineOptions options) {
+  if (options.queue_capacity < 1)
+    return absl::InvalidArgumentError(
+        absl::StrCat("queue capacity: is ", options.queue_capacity, "; it must be 1 or more"));
+  if (!options.checkpoint_dir.empty()) {
+    std::error_code error;
+    std::filesystem::create_directories(options.checkpoint_dir, error);
+    if (error)
+      return absl::FailedPreconditionError(absl::StrCat(
+          "checkpoint folder ", options.checkpoint_dir, ": can't be made: ", error.message()));
+    if (!std::filesystem::is_directory(options.checkpoint_dir, error))
+      return absl::FailedPreconditionError(
+          absl::StrCat("checkpoint folder ", options.checkpoint_dir, ": is no folder"));
+    if (access(options.checkpoint_dir.c_str(), R_OK | W_OK | X_OK) != 0)
+      return absl::FailedPreconditionError(absl::StrCat(
+          "checkpoint folder ", options.checkpoint_dir, ": may not be read and written"));
+  }
+  return std::make_unique<EngineImpl>(std::move(backend), metrics, std::move(options));
+}
+
+}  // namespace lamina

@@ -1,0 +1,131 @@
+// The engine's state and the paths that its calls share. engine.cc has stacks and the daemon's
+// life, engine_steps.cc the steps, engine_parameters.cc parameters and checkpoints.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/engine/context_table.h"
+#include "server/engine/device_queue.h"
+#include "server/engine/engine.h"
+#include "server/metrics/metrics.h"
+
+namespace lamina {
+
+class EngineImpl final : public Engine {
+ public:
+  EngineImpl(std::unique_ptr<Backend> backend, MetricSet* metrics, EngineOptions options);
+  ~EngineImpl() override;
+
+  const DeviceInfo& device() const override { return backend_->info(); }
+  size_t device_free_bytes() const override;
+  const EngineOptions& options() const override { return options_; }
+
+  absl::StatusOr<StackInfo> CreateStack(const std::string& name, const StackConfig& config,
+                                        const CallControl& control) override;
+  absl::StatusOr<StackInfo> GetStack(const std::string& name) override;
+  std::vector<StackInfo> ListStacks() override;
+  absl::StatusOr<StackInfo> UpdateStack(const std::string& name, const StackUpdate& update,
+                                        const CallControl& control) override;
+  absl::Status DeleteStack(const std::string& name, const CallControl& control) override;
+  absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) override;
+
+  absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
+                                         const CallControl& control) override;
+  absl::StatusOr<BackwardOutcome> Backward(const BackwardCall& call,
+                                           const CallControl& control) override;
+  absl::StatusOr<ApplyOutcome> ApplyGradients(const std::string& stack, const AdamWOptions& options,
+                                              bool zero_gradients,
+                                              const CallControl& control) override;
+  absl::Status ZeroGradients(const std::string& stack, const CallControl& control) override;
+  absl::Status ReleaseContext(const std::string& stack, SessionKey session,
+                              const std::string& context_id) override;
+
+  absl::StatusOr<std::vector<ParameterRead>> DescribeParameters(
+      const std::string& stack, const std::vector<std::string>& names, DType dtype,
+      bool gradients) override;
+  absl::Status ReadParameters(const std::string& stack, const std::vector<std::string>& names,
+                              DType dtype, bool gradients, void* dst, size_t bytes,
+                              const CallControl& control) override;
+  absl::Status WriteParameters(const std::string& stack, const std::vector<ParameterValue>& values,
+                               const CallControl& control) override;
+
+  absl::StatusOr<CheckpointInfo> SaveCheckpoint(const std::string& stack, const std::string& name,
+                                                const CallControl& control) override;
+  absl::StatusOr<StackInfo> LoadCheckpoint(const std::string& stack, const std::string& name,
+                                           bool create, const CallControl& control) override;
+
+  absl::Status RegisterHost(void* data, size_t bytes) override;
+  void UnregisterHost(void* data) override;
+  void EndSession(SessionKey session) override;
+  void Drain() override;
+  absl::Status health() const override;
+
+ private:
+  using Clock = DeviceQueue::Clock;
+  using Admission = DeviceQueue::Admission;
+
+  struct Entry {
+    std::unique_ptr<Stack> stack;  // the device thread's
+    StackInfo info;                // guarded by mutex_: what GetStack shows
+  };
+
+  // Runs `work` on the device thread unless the device has failed.
+  absl::Status Run(const CallControl& control, Admission admission,
+                   absl::FunctionRef<absl::Status(Clock::time_point admitted)> work);
+  // UNAVAILABLE where the device has failed.
+  absl::Status CheckDevice() const;
+  absl::Status CheckServing() const;
+
+  // --- the rest on the device thread ---
+
+  // Work on the device. An INTERNAL status, or memory that runs out on the way, leaves the device's
+  // state unknown: the engine then refuses everything. Waits for what was enqueued where `work`
+  // fails: the caller's memory may go once this returns.
+  absl::Status OnDevice(absl::FunctionRef<absl::Status()> work);
+  void Fail(const absl::Status& why);
+
+  absl::StatusOr<Entry*> Find(const std::string& name);
+  absl::StatusOr<StackInfo> AddStack(const std::string& name, const StackConfig& resolved);
+  // After a change: what GetStack shows, and the gauges.
+  void Publish(const std::string& name, Entry& entry);
+  void PublishPlans();
+  void PublishContexts();
+  void RemoveStack(const std::string& name);  // which exists
+
+  absl::Status RunForward(const ForwardCall& call, Clock::time_point admitted,
+                          ForwardOutcome& outcome);
+  absl::Status RunBackward(const BackwardCall& call, Clock::time_point admitted,
+                           BackwardOutcome& outcome);
+  // Seconds between the marks 0 to 3 of a step into `times`; after Synchronize.
+  absl::Status ReadMarks(StepTimes& times);
+  void CountTensor(const HostTensor& tensor, TensorRole role);
+  void CountInline(size_t bytes);
+
+  std::unique_ptr<Backend> backend_;
+  MetricSet* const metrics_;
+  const EngineOptions options_;
+
+  mutable std::mutex mutex_;
+  // Changed by the device thread alone; guarded by mutex_ for the others' sake.
+  std::map<std::string, std::unique_ptr<Entry>> stacks_;
+  absl::Status health_;                // guarded by mutex_
+  std::atomic<bool> failed_{false};    // health_ is not OK
+  std::atomic<bool> draining_{false};  // Drain was called
+
+  ContextTable contexts_;         // the device thread's
+  std::vector<int32_t> lengths_;  // the device thread's: the running call's, checked
+
+  std::timed_mutex
+      checkpoint_mutex_;  // one save at a time: they appear in the order of their steps
+  DeviceQueue queue_;     // last: its thread uses the rest
+};
+
+}  // namespace lamina

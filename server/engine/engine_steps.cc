@@ -1,0 +1,293 @@
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/engine/call_checks.h"
+#include "server/engine/engine_impl.h"
+#include "server/engine/status_macros.h"
+
+namespace lamina {
+namespace {
+
+// Marks of a step on the backend's stream.
+enum Mark : int { kBegin = 0, kInputDone = 1, kComputeDone = 2, kOutputDone = 3 };
+
+double Seconds(std::chrono::steady_clock::duration d) {
+  return std::chrono::duration<double>(d).count();
+}
+
+TensorView View(const HostTensor& tensor) {
+  return TensorView{tensor.data, tensor.dtype, tensor.shape};
+}
+
+StepSample Sample(const StepTimes& times, DeviceQueue::Clock::time_point admitted) {
+  return StepSample{.queue_seconds = times.queue_seconds,
+                    .input_seconds = times.input_seconds,
+                    .compute_seconds = times.compute_seconds,
+                    .output_seconds = times.output_seconds,
+                    .total_seconds = Seconds(DeviceQueue::Clock::now() - admitted)};
+}
+
+}  // namespace
+
+void EngineImpl::CountTensor(const HostTensor& tensor, TensorRole role) {
+  if (!tensor || tensor.transport == TensorTransport::kNone) return;
+  metrics_->TensorMoved(
+      tensor.transport == TensorTransport::kMemfd ? TensorCarrier::kMemfd : TensorCarrier::kInline,
+      role, tensor.bytes());
+}
+
+void EngineImpl::CountInline(size_t bytes) {
+  metrics_->TensorMoved(TensorCarrier::kInline, TensorRole::kOutput, bytes);
+}
+
+absl::Status EngineImpl::ReadMarks(StepTimes& times) {
+  ENGINE_ASSIGN_OR_RETURN(times.input_seconds, backend_->SecondsBetween(kBegin, kInputDone));
+  ENGINE_ASSIGN_OR_RETURN(times.compute_seconds,
+                          backend_->SecondsBetween(kInputDone, kComputeDone));
+  ENGINE_ASSIGN_OR_RETURN(times.output_seconds,
+                          backend_->SecondsBetween(kComputeDone, kOutputDone));
+  return absl::OkStatus();
+}
+
+// --- Forward ---
+
+absl::StatusOr<ForwardOutcome> EngineImpl::Forward(const ForwardCall& call,
+                                                   const CallControl& control) {
+  ForwardOutcome outcome;
+  ENGINE_RETURN_IF_ERROR(
+      Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
+        return RunForward(call, admitted, outcome);
+      }));
+  return outcome;
+}
+
+absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point admitted,
+                                    ForwardOutcome& outcome) {
+  outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
+  ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(call.stack));
+  Stack& stack = *entry->stack;
+  const StackConfig& config = stack.config();
+
+  // Everything is checked before anything is changed.
+  const LayerRange layers = call.layers.value_or(LayerRange{0, config.num_hidden_layers});
+  ENGINE_RETURN_IF_ERROR(CheckLayers(layers, config));
+  const bool training = call.training.value_or(config.training);
+  if (training && !config.training)
+    return absl::FailedPreconditionError(
+        absl::StrCat("training: is asked for, and stack \"", call.stack,
+                     "\" keeps no gradients; turn its training on first"));
+  if (training && contexts_.ended(call.session))
+    return absl::NotFoundError("mutation.session_id: the session has ended");
+  ENGINE_RETURN_IF_ERROR(CheckActivation("input", call.input, config));
+  const Shape shape = call.input.shape;
+  const int64_t batch = shape[0], seq = shape[1];
+  if (call.mask && call.lengths)
+    return absl::InvalidArgumentError("mask, lengths: both are given; give one of the two");
+  if (call.mask) ENGINE_RETURN_IF_ERROR(CheckMask(call.mask, batch, seq));
+  if (call.lengths) ENGINE_RETURN_IF_ERROR(CopyLengths(call.lengths, batch, seq, lengths_));
+  const size_t bytes = call.input.bytes();
+  ENGINE_RETURN_IF_ERROR(
+      CheckTarget("output", call.output, bytes, SizeOf(config.dtype), options_.inline_cap_bytes));
+  if (Overlap(call.output, call.input))
+    return absl::InvalidArgumentError("output: overlaps input; give it bytes of its own");
+  if (Overlap(call.output, call.mask))
+    return absl::InvalidArgumentError("output: overlaps mask; give it bytes of its own");
+  if (Overlap(call.output, call.lengths))
+    return absl::InvalidArgumentError("output: overlaps lengths; give it bytes of its own");
+  void* destination = call.output.data;
+  if (destination == nullptr) {
+    outcome.inline_output.resize(bytes);
+    destination = outcome.inline_output.data();
+  }
+
+  std::unique_ptr<Context> context;
+  const absl::Status done = OnDevice([&]() -> absl::Status {
+    ForwardArgs args{.layers = layers};
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
+    if (backend_->info().host_memory) {
+      args.input = View(call.input);
+      if (call.mask) args.mask = View(call.mask).Reshaped({batch, seq});
+      if (call.lengths) args.lengths = TensorView{lengths_.data(), DType::kI32, {batch}};
+      args.output = TensorView{destination, config.dtype, shape};
+    } else {
+      const auto stage = [&](Stack::Staging slot, DType dtype, const Shape& as, const void* from,
+                             TensorView& view) -> absl::Status {
+        ENGINE_ASSIGN_OR_RETURN(view, stack.StagingView(slot, dtype, as));
+        return from == nullptr ? absl::OkStatus() : backend_->CopyIn(view.data, from, view.bytes());
+      };
+      using S = Stack::Staging;
+      ENGINE_RETURN_IF_ERROR(stage(S::kInput, config.dtype, shape, call.input.data, args.input));
+      if (call.mask)
+        ENGINE_RETURN_IF_ERROR(
+            stage(S::kMask, DType::kF32, {batch, seq}, call.mask.data, args.mask));
+      if (call.lengths)
+        ENGINE_RETURN_IF_ERROR(
+            stage(S::kLengths, DType::kI32, {batch}, lengths_.data(), args.lengths));
+      ENGINE_RETURN_IF_ERROR(stage(S::kOutput, config.dtype, shape, nullptr, args.output));
+    }
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    if (training) {
+      ENGINE_ASSIGN_OR_RETURN(context, stack.ForwardTraining(args));
+    } else {
+      ENGINE_RETURN_IF_ERROR(stack.ForwardEval(args));
+    }
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    if (!backend_->info().host_memory)
+      ENGINE_RETURN_IF_ERROR(backend_->CopyOut(destination, args.output.data, bytes));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
+    ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
+    return ReadMarks(outcome.times);
+  });
+  if (absl::IsResourceExhausted(done)) metrics_->Rejected(Rejection::kContextMemory);
+  ENGINE_RETURN_IF_ERROR(done);
+
+  if (training) outcome.context_id = contexts_.Add(call.session, call.stack, std::move(context));
+  outcome.output_shape = shape;
+  outcome.output_dtype = config.dtype;
+  Publish(call.stack, *entry);
+  CountTensor(call.input, TensorRole::kInput);
+  CountTensor(call.mask, TensorRole::kInput);
+  CountTensor(call.lengths, TensorRole::kInput);
+  CountTensor(call.output, TensorRole::kOutput);
+  if (!call.output) CountInline(bytes);
+  StepSample sample = Sample(outcome.times, admitted);
+  sample.samples = static_cast<double>(batch);
+  sample.tokens = static_cast<double>(batch * seq);
+  sample.flops = Stack::ForwardFlops(config, layers.end - layers.begin, batch, seq);
+  metrics_->StepDone(training ? StepDirection::kForwardTraining : StepDirection::kForwardEval,
+                     sample);
+  return absl::OkStatus();
+}
+
+// --- Backward ---
+
+absl::StatusOr<BackwardOutcome> EngineImpl::Backward(const BackwardCall& call,
+                                                     const CallControl& control) {
+  BackwardOutcome outcome;
+  ENGINE_RETURN_IF_ERROR(
+      Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
+        return RunBackward(call, admitted, outcome);
+      }));
+  return outcome;
+}
+
+absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point admitted,
+                                     BackwardOutcome& outcome) {
+  outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
+  // The context first: of a deleted stack it says more than the stack's absence.
+  const absl::StatusOr<Context*> found = contexts_.Find(call.session, call.stack, call.context_id);
+  if (absl::IsFailedPrecondition(found.status()) && !call.context_id.empty()) return found.status();
+  ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(call.stack));
+  ENGINE_RETURN_IF_ERROR(found.status());
+  Context& context = **found;
+  Stack& stack = *entry->stack;
+  const StackConfig& config = stack.config();
+
+  const Shape shape{context.batch(), context.seq(), config.hidden_size};
+  ENGINE_RETURN_IF_ERROR(CheckTensor("output_grad", call.output_grad, config.dtype, shape));
+  const size_t bytes = call.output_grad.bytes();
+  const bool wanted = call.want_input_grad || call.input_grad;
+  if (wanted)
+    ENGINE_RETURN_IF_ERROR(CheckTarget("input_grad", call.input_grad, bytes, SizeOf(config.dtype),
+                                       options_.inline_cap_bytes));
+  if (Overlap(call.input_grad, call.output_grad))
+    return absl::InvalidArgumentError("input_grad: overlaps output_grad; give it bytes of its own");
+  void* destination = call.input_grad.data;
+  if (wanted && destination == nullptr) {
+    outcome.inline_input_grad.resize(bytes);
+    destination = outcome.inline_input_grad.data();
+  }
+
+  ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
+    TensorView output_grad = View(call.output_grad);
+    TensorView input_grad;
+    const bool direct = backend_->info().host_memory;
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
+    if (!direct) {
+      ENGINE_ASSIGN_OR_RETURN(output_grad,
+                              stack.StagingView(Stack::Staging::kInput, config.dtype, shape));
+      ENGINE_RETURN_IF_ERROR(backend_->CopyIn(output_grad.data, call.output_grad.data, bytes));
+    }
+    if (wanted && direct) input_grad = TensorView{destination, config.dtype, shape};
+    if (wanted && !direct) {
+      ENGINE_ASSIGN_OR_RETURN(input_grad,
+                              stack.StagingView(Stack::Staging::kOutput, config.dtype, shape));
+    }
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    if (wanted && !direct)
+      ENGINE_RETURN_IF_ERROR(backend_->CopyOut(destination, input_grad.data, bytes));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
+    ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
+    return ReadMarks(outcome.times);
+  }));
+
+  const LayerRange layers = context.layers();
+  contexts_.Erase(call.session, call.context_id);
+  if (wanted) {
+    outcome.shape = shape;
+    outcome.dtype = config.dtype;
+  }
+  Publish(call.stack, *entry);
+  CountTensor(call.output_grad, TensorRole::kInput);
+  CountTensor(call.input_grad, TensorRole::kOutput);
+  if (wanted && !call.input_grad) CountInline(bytes);
+  StepSample sample = Sample(outcome.times, admitted);
+  sample.samples = static_cast<double>(shape[0]);
+  sample.tokens = static_cast<double>(shape[0] * shape[1]);
+  sample.flops = 2 * Stack::ForwardFlops(config, layers.end - layers.begin, shape[0], shape[1]);
+  metrics_->StepDone(StepDirection::kBackward, sample);
+  return absl::OkStatus();
+}
+
+absl::Status EngineImpl::ReleaseContext(const std::string& stack, SessionKey session,
+                                        const std::string& context_id) {
+  return Run({}, Admission::kRelease, [&](Clock::time_point) -> absl::Status {
+    const absl::Status found = contexts_.Find(session, stack, context_id).status();
+    if (absl::IsFailedPrecondition(found) && !context_id.empty()) return found;
+    ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
+    ENGINE_RETURN_IF_ERROR(found);
+    contexts_.Erase(session, context_id);
+    Publish(stack, *entry);
+    return absl::OkStatus();
+  });
+}
+
+// --- the optimizer ---
+
+absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack,
+                                                        const AdamWOptions& options,
+                                                        bool zero_gradients,
+                                                        const CallControl& control) {
+  ApplyOutcome outcome;
+  ENGINE_RETURN_IF_ERROR(
+      Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
+        const Clock::time_point begin = Clock::now();
+        outcome.times.queue_seconds = Seconds(begin - admitted);
+        ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
+        ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
+          ENGINE_ASSIGN_OR_RETURN(outcome.result, entry->stack->ApplyGradients(options));
+          if (zero_gradients) ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
+          return backend_->Synchronize();
+        }));
+        outcome.times.compute_seconds = Seconds(Clock::now() - begin);
+        Publish(stack, *entry);
+        metrics_->GradientsApplied(!outcome.result.applied, outcome.result.grad_norm);
+        metrics_->StepDone(StepDirection::kApply, Sample(outcome.times, admitted));
+        return absl::OkStatus();
+      }));
+  return outcome;
+}
+
+absl::Status EngineImpl::ZeroGradients(const std::string& stack, const CallControl& control) {
+  return Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
+    ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
+    return OnDevice([&]() -> absl::Status {
+      ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
+      return backend_->Synchronize();
+    });
+  });
+}
+
+}  // namespace lamina

@@ -1,0 +1,117 @@
+#include "server/engine/mutation_log.h"
+
+#include <openssl/evp.h>
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+
+namespace lamina {
+namespace {
+
+// How often a waiting call looks whether its client has gone: nothing notifies the log of that.
+constexpr absl::Duration kCancelPoll = absl::Milliseconds(20);
+
+}  // namespace
+
+BodyDigest DigestOf(const std::string& bytes) {
+  BodyDigest digest{};
+  unsigned int length = 0;
+  // Fails only where the library itself has no SHA-256; equal digests for all bodies would then
+  // turn every conflict into a replay, so that must not pass.
+  if (EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr) != 1 ||
+      length != digest.size())
+    std::terminate();
+  return digest;
+}
+
+bool MutationLog::AllBeforeUnderWay(uint64_t sequence) const {
+  for (uint64_t s = applied_ + 1; s < sequence; ++s)
+    if (running_ != s && waiting_.count(s) == 0) return false;
+  return true;
+}
+
+absl::StatusOr<MutationLog::Ticket> MutationLog::Begin(uint64_t sequence, const BodyDigest& digest,
+                                                       const CallControl& control) {
+  if (sequence == 0)
+    return absl::InvalidArgumentError(
+        "mutation.sequence: is 0; a session's first mutation has sequence 1");
+  std::unique_lock<std::mutex> lock(mutex_);
+  waiting_.insert(sequence);
+  const absl::StatusOr<Ticket> ticket = Wait(lock, sequence, digest, control);
+  waiting_.erase(waiting_.find(sequence));
+  // Who waits behind this one must look again: it runs now, or it left a gap.
+  changed_.notify_all();
+  return ticket;
+}
+
+absl::StatusOr<MutationLog::Ticket> MutationLog::Wait(std::unique_lock<std::mutex>& lock,
+                                                      uint64_t sequence, const BodyDigest& digest,
+                                                      const CallControl& control) {
+  for (;;) {
+    if (sequence <= applied_) {
+      const auto entry = std::find_if(answers_.begin(), answers_.end(), [sequence](const Entry& e) {
+        return e.sequence == sequence;
+      });
+      if (entry == answers_.end())
+        return absl::AlreadyExistsError(absl::StrCat(
+            "mutation.sequence: ", sequence,
+            " was used, and its answer is no longer kept; the next is ", applied_ + 1));
+      if (entry->digest != digest)
+        return absl::AlreadyExistsError(absl::StrCat("mutation.sequence: ", sequence,
+                                                     " was used with another body; the next is ",
+                                                     applied_ + 1));
+      return Ticket{.replay = entry->answer};
+    }
+    if (!running_.has_value() && sequence == applied_ + 1) {
+      running_ = sequence;
+      running_digest_ = digest;
+      return Ticket{};
+    }
+    if (!AllBeforeUnderWay(sequence))
+      return absl::FailedPreconditionError(absl::StrCat(
+          "mutation.sequence: ", sequence, " leaves a gap; the next is ", applied_ + 1));
+
+    const absl::Time now = absl::Now();
+    if (now >= control.deadline)
+      return absl::DeadlineExceededError(absl::StrCat(
+          "mutation.sequence: the deadline passed while ", sequence, " waited for ", applied_ + 1));
+    if (control.cancelled && control.cancelled())
+      return absl::CancelledError(absl::StrCat("mutation.sequence: cancelled while ", sequence,
+                                               " waited for ", applied_ + 1));
+    absl::Time until = control.deadline;
+    if (control.cancelled) until = std::min(until, now + kCancelPoll);
+    if (until == absl::InfiniteFuture())
+      changed_.wait(lock);
+    else
+      changed_.wait_until(lock, absl::ToChronoTime(until));
+  }
+}
+
+void MutationLog::Commit(uint64_t sequence, std::string answer) {
+  auto kept = std::make_shared<const std::string>(std::move(answer));
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (running_ != sequence) return;
+  running_.reset();
+  applied_ = sequence;
+  answers_.push_back({sequence, running_digest_, std::move(kept)});
+  if (answers_.size() > kReplayWindow) answers_.pop_front();
+  changed_.notify_all();
+}
+
+void MutationLog::Abort(uint64_t sequence) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (running_ != sequence) return;
+  running_.reset();
+  changed_.notify_all();
+}
+
+uint64_t MutationLog::applied() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return applied_;
+}
+
+}  // namespace lamina

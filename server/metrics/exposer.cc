@@ -1,0 +1,44 @@
+#include "server/metrics/exposer.h"
+
+#include <exception>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "prometheus/exposer.h"
+
+namespace lamina {
+
+absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std::string& address,
+                                                                      MetricSet& metrics) {
+  const size_t colon = address.rfind(':');
+  int port = -1;
+  // What follows could smuggle further listeners or options into the HTTP server's own syntax.
+  const bool plain = address.find_first_of(",+ \t\r\n") == std::string::npos;
+  if (colon == std::string::npos || colon == 0 || !plain ||
+      address.find_first_not_of("0123456789", colon + 1) != std::string::npos ||
+      !absl::SimpleAtoi(address.substr(colon + 1), &port) || port > 65535)
+    return absl::InvalidArgumentError(
+        absl::StrCat("metrics address \"", address, "\" must be HOST:PORT with PORT in 0..65535"));
+  std::unique_ptr<MetricsExposer> result(new MetricsExposer);
+  try {
+    result->exposer_ = std::make_unique<prometheus::Exposer>(address, /*num_threads=*/2);
+    const std::vector<int> ports = result->exposer_->GetListeningPorts();
+    if (ports.empty())
+      return absl::UnavailableError(absl::StrCat("metrics: can't listen on ", address));
+    result->port_ = ports.front();
+  } catch (const std::exception&) {
+    // The HTTP server's own text says nothing of why.
+    return absl::UnavailableError(
+        absl::StrCat("metrics: can't listen on ", address,
+                     ": the port is in use, needs privileges, or the host is not this machine's"));
+  }
+  result->address_ = absl::StrCat(address.substr(0, colon), ":", result->port_);
+  result->collectable_ = metrics.collectable();
+  result->exposer_->RegisterCollectable(result->collectable_);
+  return result;
+}
+
+MetricsExposer::~MetricsExposer() = default;
+
+}  // namespace lamina
