@@ -433,15 +433,17 @@ absl::Status CheckpointReader::ReadHeader() {
     const auto it = metadata.find(key);
     return it != metadata.end() && it->is_string() ? it->get<std::string>() : std::string();
   };
+  // The digest first, where there is one: then what is wrong with the rest is no damage.
+  digest_position_ = DigestPosition(header_);
+  digest_ = text(kDigestKey);
+  const bool has_digest = digest_position_ != std::string::npos &&
+                          digest_.size() == kDigestDigits &&
+                          header_.compare(digest_position_, kDigestDigits, digest_) == 0;
+  if (has_digest) ENGINE_RETURN_IF_ERROR(CheckDigest());
   if (text("lamina.format") != kFormat)
     return not_ours(absl::StrCat("lamina.format is \"", absl::CHexEscape(text("lamina.format")),
                                  "\"; this version reads \"", kFormat, "\""));
-  digest_position_ = DigestPosition(header_);
-  digest_ = text(kDigestKey);
-  if (digest_position_ == std::string::npos || digest_.size() != kDigestDigits ||
-      header_.compare(digest_position_, kDigestDigits, digest_) != 0)
-    return Damaged(name_, "it has no digest");
-  ENGINE_RETURN_IF_ERROR(CheckDigest());
+  if (!has_digest) return Damaged(name_, "it has no digest");
 
   ENGINE_ASSIGN_OR_RETURN(config_, StackConfigFromJson(text("lamina.config")));
   config_.local_rank = -1;

@@ -1,0 +1,40 @@
+// The daemon's settings: flags, each with an environment variable LAMINA_*.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace lamina {
+
+struct Flags {
+  std::vector<std::string> listen;  // "unix:PATH" or "HOST:PORT"
+  std::string broker;               // empty: beside the first Unix socket; "none": no broker
+  std::string metrics;              // "HOST:PORT"; empty: none
+  std::string device;               // "auto", "cpu", "cuda:N"
+  int threads = 0;                  // CPU worker threads, 0: one a core
+  std::string checkpoints;          // folder; empty: no checkpoints
+  bool final_checkpoint = false;
+  uint64_t inline_cap_bytes = 0;
+  int queue_capacity = 0;
+  int64_t session_cap = 0;
+  int64_t region_cap = 0;
+  uint64_t region_cap_bytes = 0;
+  uint64_t total_region_cap_bytes = 0;
+  double lease_seconds = 0;
+  double drain_seconds = 0;
+  std::vector<uid_t> allow_uids;
+  bool insecure = false;
+  bool channelz = false;
+  std::string log_level;
+  std::string log_format;  // "text", "json"
+};
+
+// Parses the command line; the environment stands behind it. On --help, --version or a mistake it
+// has printed what there is to say and gives the exit code in `exit_code`.
+std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& version, int* exit_code);
+
+}  // namespace lamina

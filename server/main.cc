@@ -1,0 +1,217 @@
+// laminad: wires the rooms together, waits for a signal, takes them down in order.
+#include <pthread.h>
+#include <signal.h>
+#include <spdlog/pattern_formatter.h>
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "lamina/kernels/backend.h"
+#include "server/engine/engine.h"
+#include "server/flags.h"
+#include "server/metrics/exposer.h"
+#include "server/metrics/metrics.h"
+#include "server/service/grpc_server.h"
+#include "server/service/shared_state.h"
+#include "server/session/broker.h"
+#include "server/session/session_manager.h"
+
+namespace lamina {
+namespace {
+
+// A line's message as a JSON string.
+class JsonString final : public spdlog::custom_flag_formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, const std::tm&,
+              spdlog::memory_buf_t& out) override {
+    const std::string text(message.payload.data(), message.payload.size());
+    const std::string quoted =
+        nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    out.append(quoted.data(), quoted.data() + quoted.size());
+  }
+  std::unique_ptr<custom_flag_formatter> clone() const override {
+    return std::make_unique<JsonString>();
+  }
+};
+
+void SetUpLog(const Flags& flags) {
+  auto logger = spdlog::stderr_logger_mt("laminad");
+  logger->set_level(spdlog::level::from_str(flags.log_level));
+  if (flags.log_format == "json") {
+    auto formatter = std::make_unique<spdlog::pattern_formatter>();
+    formatter->add_flag<JsonString>('*').set_pattern(
+        R"({"time":"%Y-%m-%dT%H:%M:%S.%e%z","level":"%l","message":%*})");
+    logger->set_formatter(std::move(formatter));
+  } else {
+    logger->set_pattern("%Y-%m-%dT%H:%M:%S.%e%z level=%l %v");
+  }
+  logger->flush_on(spdlog::level::info);
+  spdlog::set_default_logger(std::move(logger));
+}
+
+int Fail(const absl::Status& status) {
+  spdlog::error("event=failed reason=\"{}\"", std::string(status.message()));
+  return 1;
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const Flags& flags) {
+  if (flags.device != "auto") return Backend::Create(flags.device, flags.threads);
+  auto gpu = Backend::Create("cuda:0");
+  if (gpu.ok()) return gpu;
+  spdlog::info("event=no_gpu reason=\"{}\" device=cpu", std::string(gpu.status().message()));
+  return Backend::Create("cpu", flags.threads);
+}
+
+SessionOptions ToSessionOptions(const Flags& flags) {
+  SessionOptions options;
+  options.lease = absl::Seconds(flags.lease_seconds);
+  options.session_cap = flags.session_cap;
+  options.region_cap = flags.region_cap;
+  options.region_cap_bytes = flags.region_cap_bytes;
+  options.total_region_cap_bytes = flags.total_region_cap_bytes;
+  return options;
+}
+
+// Signals are taken here alone: main blocked them before any thread began.
+void WaitForStop(const sigset_t& signals) {
+  int signal = 0;
+  sigwait(&signals, &signal);
+  spdlog::info("event=draining signal={}", signal == SIGINT ? "SIGINT" : "SIGTERM");
+  std::thread([signals] {
+    int again = 0;
+    sigwait(&signals, &again);
+    spdlog::warn("event=stopped_at_once");
+    _exit(1);
+  }).detach();
+}
+
+// Saves every stack; false where one failed.
+bool SaveAll(Engine& engine) {
+  bool saved_all = true;
+  for (const StackInfo& stack : engine.ListStacks()) {
+    const auto saved = engine.SaveCheckpoint(stack.name, stack.name, CallControl{});
+    if (saved.ok()) {
+      spdlog::info("event=checkpoint_saved stack={} path={} bytes={} step={}", stack.name,
+                   saved->path, saved->bytes, saved->step);
+    } else {
+      spdlog::error("event=checkpoint_failed stack={} reason=\"{}\"", stack.name,
+                    std::string(saved.status().message()));
+      saved_all = false;
+    }
+  }
+  return saved_all;
+}
+
+int Run(const Flags& flags, const sigset_t& signals) {
+  const absl::Time started = absl::Now();
+  auto backend = OpenDevice(flags);
+  if (!backend.ok()) return Fail(backend.status());
+  const DeviceInfo device = (*backend)->info();
+
+  MetricSet metrics({.version = LAMINA_VERSION,
+                     .commit = LAMINA_COMMIT,
+                     .backend = device.kind,
+                     .device = device.name});
+  EngineOptions engine_options;
+  engine_options.checkpoint_dir = flags.checkpoints;
+  engine_options.queue_capacity = flags.queue_capacity;
+  engine_options.inline_cap_bytes = flags.inline_cap_bytes;
+  auto engine = Engine::Create(*std::move(backend), &metrics, engine_options);
+  if (!engine.ok()) return Fail(engine.status());
+
+  MutationLogs mutations;
+  SessionHooks hooks;
+  if (!device.host_memory) {
+    hooks.register_host = [&](void* data, size_t bytes) {
+      return (*engine)->RegisterHost(data, bytes);
+    };
+    hooks.unregister_host = [&](void* data) { (*engine)->UnregisterHost(data); };
+  }
+  hooks.ended = [&](uint64_t key, const std::string& reason) {
+    (*engine)->EndSession(key);
+    mutations.Forget(key);
+    metrics.SessionEnded(reason);
+    spdlog::info("event=session_ended session={} reason={}", key, reason);
+  };
+  const std::unique_ptr<SessionManager> sessions =
+      SessionManager::Create(ToSessionOptions(flags), std::move(hooks));
+  metrics.SetRefresh([&] {
+    metrics.SetSessions(sessions->live_sessions(), sessions->live_regions(),
+                        sessions->region_bytes());
+  });
+
+  std::unique_ptr<Broker> broker;
+  if (!flags.broker.empty()) {
+    auto opened =
+        Broker::Start({.path = flags.broker, .allowed_uids = flags.allow_uids}, *sessions);
+    if (!opened.ok()) return Fail(opened.status());
+    broker = *std::move(opened);
+  }
+  Gate gate;
+  SharedState state{.engine = **engine,
+                    .sessions = *sessions,
+                    .metrics = metrics,
+                    .mutations = mutations,
+                    .gate = gate,
+                    .broker_path = flags.broker,
+                    .version = LAMINA_VERSION,
+                    .commit = LAMINA_COMMIT,
+                    .started = started};
+  auto server = GrpcServer::Start({.listen = flags.listen, .channelz = flags.channelz}, state);
+  if (!server.ok()) return Fail(server.status());
+  std::unique_ptr<MetricsExposer> exposer;
+  if (!flags.metrics.empty()) {
+    auto opened = MetricsExposer::Start(flags.metrics, metrics);
+    if (!opened.ok()) return Fail(opened.status());
+    exposer = *std::move(opened);
+  }
+
+  (*server)->SetServing(true);
+  metrics.SetServing(true);
+  spdlog::info(
+      "event=ready version={} commit={} device={}:{} device_name=\"{}\" threads={} listen={} "
+      "broker={} metrics={}",
+      LAMINA_VERSION, LAMINA_COMMIT, device.kind, device.ordinal, device.name, device.threads,
+      absl::StrJoin((*server)->addresses(), ","), flags.broker.empty() ? "none" : flags.broker,
+      exposer == nullptr ? "none" : exposer->address());
+
+  WaitForStop(signals);
+  const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
+  (*server)->SetServing(false);
+  metrics.SetServing(false);
+  bool in_order = gate.Close(deadline);
+  if (!in_order) spdlog::warn("event=drain_timeout");
+  if (flags.final_checkpoint) in_order = SaveAll(**engine) && in_order;
+  // The streams that keep sessions never end by themselves.
+  (*server)->Shutdown(absl::Now() + absl::Milliseconds(100));
+  (*engine)->Drain();
+  metrics.SetRefresh(nullptr);
+  spdlog::info("event=stopped in_order={}", in_order);
+  return in_order ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace lamina
+
+int main(int argc, char** argv) {
+  int exit_code = 0;
+  const auto flags = lamina::ParseFlags(argc, argv, LAMINA_VERSION, &exit_code);
+  if (!flags) return exit_code;
+  lamina::SetUpLog(*flags);
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  return lamina::Run(*flags, signals);
+}

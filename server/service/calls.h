@@ -1,0 +1,85 @@
+// What every handler does around its own work: how long a call may wait, and running a mutation
+// once.
+#pragma once
+
+#include <grpcpp/server_context.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "google/protobuf/io/coded_stream.h"
+#include "google/protobuf/io/zero_copy_stream_impl_lite.h"
+#include "lamina/v1/tensor.pb.h"
+#include "server/service/shared_state.h"
+
+namespace lamina {
+
+// The call's deadline and whether its client has gone. The context must outlive the result.
+inline CallControl ControlOf(grpc::ServerContext* context) {
+  CallControl control;
+  const auto deadline = context->deadline();
+  if (deadline != std::chrono::system_clock::time_point::max()) {
+    control.deadline = absl::FromChrono(deadline);
+  }
+  control.cancelled = [context] { return context->IsCancelled(); };
+  return control;
+}
+
+// The body as one string, the same for the same message.
+template <typename Message>
+std::string Canonical(const Message& message) {
+  std::string bytes;
+  {
+    google::protobuf::io::StringOutputStream stream(&bytes);
+    google::protobuf::io::CodedOutputStream coded(&stream);
+    coded.SetSerializationDeterministic(true);
+    message.SerializePartialToCodedStream(&coded);
+  }
+  return bytes;
+}
+
+// The mutation's session, or what is wrong with the mutation.
+inline absl::StatusOr<std::shared_ptr<Session>> MutatingSession(SharedState& state,
+                                                                bool has_mutation,
+                                                                const v1::Mutation& mutation) {
+  if (!has_mutation) {
+    return absl::InvalidArgumentError("mutation: is needed; this call changes something");
+  }
+  if (mutation.sequence() == 0) {
+    return absl::InvalidArgumentError("mutation.sequence: 0 must be at least 1");
+  }
+  return state.sessions.Find(mutation.session_id());
+}
+
+// Runs `run` (absl::Status()) once for the request's (session, sequence), or answers as the first
+// run did. `run` fills `response`.
+template <typename Request, typename Response, typename Run>
+absl::Status RunOnce(SharedState& state, const Session& session, const Request& request,
+                     const CallControl& control, Response* response, Run run) {
+  const std::shared_ptr<MutationLog> log = state.mutations.For(session.key());
+  const uint64_t sequence = request.mutation().sequence();
+  // The message's name is part of the body: two methods' requests may have the same bytes.
+  auto ticket = log->Begin(
+      sequence,
+      DigestOf(absl::StrCat(Request::descriptor()->full_name(), "\n", Canonical(request))),
+      control);
+  if (!ticket.ok()) return ticket.status();
+  if (ticket->replay != nullptr) {
+    if (!response->ParseFromString(*ticket->replay)) {
+      return absl::InternalError("a kept answer can't be read");
+    }
+    return absl::OkStatus();
+  }
+  const absl::Status status = run();
+  if (status.ok()) {
+    log->Commit(sequence, response->SerializeAsString());
+  } else {
+    log->Abort(sequence);
+  }
+  return status;
+}
+
+}  // namespace lamina

@@ -1,0 +1,117 @@
+#include "server/service/grpc_server.h"
+
+#include <grpcpp/ext/channelz_service_plugin.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/resource_quota.h>
+#include <grpcpp/server_builder.h>
+#include <sys/stat.h>
+
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "grpc/health/v1/health.pb.h"
+#include "server/service/config_service.h"
+#include "server/service/layer_service.h"
+#include "server/service/rpc_metrics.h"
+#include "server/service/session_service.h"
+#include "server/session/broker.h"
+
+namespace lamina {
+namespace {
+
+constexpr const char* kServices[] = {"lamina.v1.LayerService", "lamina.v1.ConfigService",
+                                     "lamina.v1.SessionService"};
+
+class GrpcServerImpl final : public GrpcServer {
+ public:
+  explicit GrpcServerImpl(SharedState& state) : layer_(state), config_(state), session_(state) {}
+  ~GrpcServerImpl() override {
+    if (server_ != nullptr) Shutdown(absl::Now());
+  }
+
+  absl::Status Listen(const GrpcServerOptions& options, SharedState& state) {
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    if (options.channelz) grpc::channelz::experimental::InitChannelzService();
+    // Names the file, so that its description is linked in and reflection finds it.
+    grpc::health::v1::HealthCheckRequest::descriptor();
+
+    grpc::ServerBuilder builder;
+    std::vector<int> ports(options.listen.size(), 0);
+    for (size_t i = 0; i < options.listen.size(); ++i) {
+      const std::string& address = options.listen[i];
+      absl::string_view path = address;
+      if (absl::ConsumePrefix(&path, "unix:")) {
+        if (absl::Status status = PrepareSocketPath(std::string(path)); !status.ok()) return status;
+      }
+      builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &ports[i]);
+    }
+    // Tensors up to the inline cap, and what is around them.
+    const int largest =
+        static_cast<int>(state.engine.options().inline_cap_bytes + (size_t{1} << 20));
+    builder.SetMaxReceiveMessageSize(largest);
+    builder.SetMaxSendMessageSize(-1);
+    // Two servers must not share a port silently.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>>
+        interceptors;
+    interceptors.push_back(std::make_unique<RpcMetricsFactory>(state.metrics));
+    builder.experimental().SetInterceptorCreators(std::move(interceptors));
+    builder.RegisterService(&layer_);
+    builder.RegisterService(&config_);
+    builder.RegisterService(&session_);
+    // Nobody else may connect, not even before a chmod.
+    const mode_t mask = umask(0177);
+    server_ = builder.BuildAndStart();
+    umask(mask);
+    for (size_t i = 0; i < options.listen.size(); ++i) {
+      if (server_ == nullptr || ports[i] == 0) {
+        return absl::UnavailableError(
+            absl::StrCat("can't listen on ", options.listen[i], ": in use, or not this machine's"));
+      }
+      std::string address = options.listen[i];
+      if (!absl::StartsWith(address, "unix:")) {
+        address = absl::StrCat(address.substr(0, address.rfind(':')), ":", ports[i]);
+      }
+      addresses_.push_back(std::move(address));
+    }
+    SetServing(false);
+    return absl::OkStatus();
+  }
+
+  const std::vector<std::string>& addresses() const override { return addresses_; }
+
+  void SetServing(bool serving) override {
+    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
+    health->SetServingStatus(serving);  // all, and the empty name
+    for (const char* service : kServices) health->SetServingStatus(service, serving);
+  }
+
+  void Shutdown(absl::Time deadline) override {
+    server_->Shutdown(absl::ToChronoTime(deadline));
+    server_->Wait();
+    server_.reset();
+  }
+
+ private:
+  LayerServiceImpl layer_;
+  ConfigServiceImpl config_;
+  SessionServiceImpl session_;
+  std::unique_ptr<grpc::Server> server_;
+  std::vector<std::string> addresses_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions& options,
+                                                              SharedState& state) {
+  auto server = std::make_unique<GrpcServerImpl>(state);
+  if (absl::Status status = server->Listen(options, state); !status.ok()) return status;
+  return server;
+}
+
+}  // namespace lamina

@@ -1,0 +1,33 @@
+// The gRPC server with all services, health and reflection.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/service/shared_state.h"
+
+namespace lamina {
+
+struct GrpcServerOptions {
+  std::vector<std::string> listen;  // "unix:PATH" or "HOST:PORT", port 0 for any free one
+  bool channelz = false;
+};
+
+class GrpcServer {
+ public:
+  // Listens and serves; health says NOT_SERVING until SetServing(true). `state` outlives the
+  // server. INVALID_ARGUMENT: an address's form. UNAVAILABLE: one that can't be listened on.
+  static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(const GrpcServerOptions& options,
+                                                           SharedState& state);
+  virtual ~GrpcServer() = default;
+
+  virtual const std::vector<std::string>& addresses() const = 0;  // with the real ports
+  virtual void SetServing(bool serving) = 0;
+  // Takes no new calls, cancels what still runs at the deadline, returns when all is over.
+  virtual void Shutdown(absl::Time deadline) = 0;
+};
+
+}  // namespace lamina

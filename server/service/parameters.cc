@@ -1,0 +1,134 @@
+#include "server/service/parameters.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/service/conversions.h"
+#include "server/service/tensors.h"
+
+namespace lamina {
+namespace {
+
+constexpr size_t kChunk = size_t{1} << 20;
+
+size_t BytesOf(const ParameterRead& read) {
+  return static_cast<size_t>(read.info.shape.elements()) * SizeOf(read.dtype);
+}
+
+absl::StatusOr<std::vector<ParameterRead>> Describe(SharedState& state,
+                                                    const ParameterQuery& query) {
+  DType dtype = DType::kF32;
+  if (query.dtype != v1::DATA_TYPE_UNSPECIFIED) {
+    const auto given = FromProto(query.dtype);
+    if (!given || !IsFloat(*given)) {
+      return absl::InvalidArgumentError(absl::StrCat("dtype: ", static_cast<int>(query.dtype),
+                                                     " must be FLOAT32 or the stack's own type"));
+    }
+    dtype = *given;
+  }
+  return state.engine.DescribeParameters(query.stack, query.names, dtype, query.gradients);
+}
+
+v1::Tensor TensorOf(const ParameterRead& read) {
+  v1::Tensor tensor;
+  tensor.set_dtype(ToProto(read.dtype));
+  SetShape(read.info.shape, tensor.mutable_shape());
+  return tensor;
+}
+
+}  // namespace
+
+absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
+                              const std::string& session_id, const v1::TensorTarget& target,
+                              const CallControl& control,
+                              google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors) {
+  auto reads = Describe(state, query);
+  if (!reads.ok()) return reads.status();
+  size_t total = 0;
+  for (const ParameterRead& read : *reads) total += BytesOf(read);
+
+  if (target.destination_case() == v1::TensorTarget::kSlice) {
+    auto session = state.sessions.Find(session_id);
+    if (!session.ok()) return session.status();
+    const DType dtype = reads->empty() ? DType::kF32 : reads->front().dtype;
+    auto where = ResolveSlice("target", target.slice(), total, SizeOf(dtype), **session);
+    if (!where.ok()) return where.status();
+    absl::Status status = state.engine.ReadParameters(query.stack, query.names, dtype,
+                                                      query.gradients, where->data, total, control);
+    if (!status.ok()) return status;
+    uint64_t offset = target.slice().offset_bytes();
+    for (const ParameterRead& read : *reads) {
+      v1::NamedTensor* named = tensors->Add();
+      named->set_name(read.info.name);
+      *named->mutable_tensor() = TensorOf(read);
+      v1::Slice* slice = named->mutable_tensor()->mutable_slice();
+      slice->set_region_id(target.slice().region_id());
+      slice->set_offset_bytes(offset);
+      slice->set_size_bytes(BytesOf(read));
+      offset += BytesOf(read);
+    }
+    return absl::OkStatus();
+  }
+
+  const size_t cap = state.engine.options().inline_cap_bytes;
+  if (total > cap) {
+    return absl::InvalidArgumentError(absl::StrCat("target: an inline result of ", total,
+                                                   " bytes passes the cap of ", cap,
+                                                   "; use StreamParameters or a slice"));
+  }
+  for (const ParameterRead& read : *reads) {
+    v1::NamedTensor* named = tensors->Add();
+    named->set_name(read.info.name);
+    *named->mutable_tensor() = TensorOf(read);
+    std::string* data = named->mutable_tensor()->mutable_inline_data();
+    data->resize(BytesOf(read));
+    absl::Status status =
+        state.engine.ReadParameters(query.stack, {read.info.name}, read.dtype, query.gradients,
+                                    data->data(), data->size(), control);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StreamParametersTo(SharedState& state, const ParameterQuery& query,
+                                const CallControl& control,
+                                grpc::ServerWriter<v1::StreamParametersResponse>* writer) {
+  auto reads = Describe(state, query);
+  if (!reads.ok()) return reads.status();
+  for (const ParameterRead& read : *reads) {
+    const size_t bytes = BytesOf(read);
+    const auto values = std::make_unique<char[]>(bytes);
+    absl::Status status = state.engine.ReadParameters(
+        query.stack, {read.info.name}, read.dtype, query.gradients, values.get(), bytes, control);
+    if (!status.ok()) return status;
+    for (size_t offset = 0; offset < bytes; offset += kChunk) {
+      v1::StreamParametersResponse chunk;
+      chunk.set_name(read.info.name);
+      chunk.set_dtype(ToProto(read.dtype));
+      SetShape(read.info.shape, chunk.mutable_shape());
+      chunk.set_offset_bytes(offset);
+      chunk.set_data(values.get() + offset, std::min(kChunk, bytes - offset));
+      if (!writer->Write(chunk)) return absl::CancelledError("the client has gone");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WriteParametersFrom(SharedState& state, const v1::SetParametersRequest& request,
+                                 Session& session, const CallControl& control) {
+  std::vector<ParameterValue> values;
+  values.reserve(static_cast<size_t>(request.tensors_size()));
+  for (int i = 0; i < request.tensors_size(); ++i) {
+    const v1::NamedTensor& named = request.tensors(i);
+    auto tensor = ResolveInput(absl::StrCat("tensors[", i, "].tensor"), named.tensor(),
+                               state.engine.options().inline_cap_bytes, session);
+    if (!tensor.ok()) return tensor.status();
+    values.push_back({named.name(), *std::move(tensor)});
+  }
+  return state.engine.WriteParameters(request.stack(), values, control);
+}
+
+}  // namespace lamina

@@ -1,0 +1,38 @@
+// Parameters and gradients across the boundary: into a slice, into the answer, as a stream, and
+// back.
+#pragma once
+
+#include <grpcpp/support/sync_stream.h>
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "lamina/v1/config_service.pb.h"
+#include "server/service/shared_state.h"
+
+namespace lamina {
+
+// What GetParameters and GetGradients have in common.
+struct ParameterQuery {
+  const std::string& stack;
+  std::vector<std::string> names;  // empty: all stored ones
+  v1::DataType dtype = v1::DATA_TYPE_UNSPECIFIED;
+  bool gradients = false;
+};
+
+// Into `target`; the answer's tensors are appended to `tensors` in the order of the names.
+absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
+                              const std::string& session_id, const v1::TensorTarget& target,
+                              const CallControl& control,
+                              google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors);
+
+// One tensor after another, each in chunks.
+absl::Status StreamParametersTo(SharedState& state, const ParameterQuery& query,
+                                const CallControl& control,
+                                grpc::ServerWriter<v1::StreamParametersResponse>* writer);
+
+absl::Status WriteParametersFrom(SharedState& state, const v1::SetParametersRequest& request,
+                                 Session& session, const CallControl& control);
+
+}  // namespace lamina

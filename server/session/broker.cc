@@ -1,0 +1,239 @@
+#include "server/session/broker.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace lamina {
+namespace {
+
+constexpr char kMagic[4] = {'L', 'M', 'N', '1'};
+constexpr size_t kIdSize = 32;
+constexpr size_t kRequestSize = sizeof(kMagic) + 2 * kIdSize;
+
+absl::Status SystemError(const std::string& what) {
+  return absl::UnavailableError(absl::StrCat(what, ": ", std::strerror(errno)));
+}
+
+absl::StatusOr<sockaddr_un> AddressOf(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat("socket path \"", path, "\" must have 1 to ",
+                                                   sizeof(address.sun_path) - 1, " characters"));
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  return address;
+}
+
+// Whether a connection of this type to the path is taken.
+bool SomebodyListens(const sockaddr_un& address, int type) {
+  const int probe = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (probe < 0) return true;  // unknown: leave it alone
+  const int result = connect(probe, reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+  const int error = errno;
+  close(probe);
+  // A socket of the other type answers EPROTOTYPE, and is alive.
+  return result == 0 || error == EAGAIN || error == EPROTOTYPE;
+}
+
+struct Connection {
+  int descriptor;
+  absl::Time last_heard;
+};
+
+class BrokerImpl final : public Broker {
+ public:
+  BrokerImpl(BrokerOptions options, SessionManager& sessions)
+      : options_(std::move(options)), sessions_(sessions) {
+    options_.allowed_uids.push_back(geteuid());
+  }
+
+  ~BrokerImpl() override {
+    if (wake_ >= 0) {
+      const uint64_t one = 1;
+      [[maybe_unused]] const ssize_t written = write(wake_, &one, sizeof(one));
+    }
+    if (thread_.joinable()) thread_.join();
+    for (const Connection& c : connections_) close(c.descriptor);
+    if (listener_ >= 0) {
+      close(listener_);
+      unlink(options_.path.c_str());
+    }
+    if (wake_ >= 0) close(wake_);
+  }
+
+  absl::Status Listen() {
+    auto address = AddressOf(options_.path);
+    if (!address.ok()) return address.status();
+    if (absl::Status status = PrepareSocketPath(options_.path); !status.ok()) return status;
+    wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (wake_ < 0) return SystemError("eventfd");
+    const int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (listener < 0) return SystemError("socket");
+    // Nobody else may connect, not even between bind and chmod.
+    const mode_t mask = umask(0177);
+    const int bound =
+        bind(listener, reinterpret_cast<const sockaddr*>(&*address), sizeof(*address));
+    umask(mask);
+    if (bound != 0 || listen(listener, 128) != 0) {
+      const absl::Status status = SystemError(absl::StrCat("listening on ", options_.path));
+      close(listener);
+      return status;
+    }
+    // Others than the owner connect only where a UID besides ours is allowed.
+    if (options_.allowed_uids.size() > 1) chmod(options_.path.c_str(), 0666);
+    listener_ = listener;
+    thread_ = std::thread([this] { Serve(); });
+    return absl::OkStatus();
+  }
+
+ private:
+  void Serve() {
+    while (true) {
+      std::vector<pollfd> watched;
+      watched.push_back({wake_, POLLIN, 0});
+      const bool room = static_cast<int>(connections_.size()) < options_.connection_cap;
+      watched.push_back({room ? listener_ : -1, POLLIN, 0});
+      for (const Connection& c : connections_) watched.push_back({c.descriptor, POLLIN, 0});
+      const int timeout = connections_.empty() ? -1 : 1000;
+      if (poll(watched.data(), watched.size(), timeout) < 0 && errno != EINTR) return;
+      if (watched[0].revents != 0) return;
+
+      const absl::Time now = absl::Now();
+      std::vector<Connection> kept;
+      for (size_t i = 0; i < connections_.size(); ++i) {
+        Connection c = connections_[i];
+        bool open = true;
+        if (watched[i + 2].revents != 0) {
+          open = Answer(c.descriptor);
+          c.last_heard = now;
+        } else if (now - c.last_heard > options_.idle_timeout) {
+          open = false;
+        }
+        if (open) {
+          kept.push_back(c);
+        } else {
+          close(c.descriptor);
+        }
+      }
+      connections_ = std::move(kept);
+      if (watched[1].revents != 0) Accept(now);
+    }
+  }
+
+  void Accept(absl::Time now) {
+    const int descriptor = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (descriptor < 0) return;
+    ucred peer{};
+    socklen_t size = sizeof(peer);
+    const bool known = getsockopt(descriptor, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 &&
+                       std::find(options_.allowed_uids.begin(), options_.allowed_uids.end(),
+                                 peer.uid) != options_.allowed_uids.end();
+    if (!known) {
+      close(descriptor);
+      return;
+    }
+    connections_.push_back({descriptor, now});
+  }
+
+  // One packet. False: close the connection.
+  bool Answer(int descriptor) {
+    char packet[kRequestSize + 1];
+    const ssize_t got = recv(descriptor, packet, sizeof(packet), MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return true;
+    if (got != static_cast<ssize_t>(kRequestSize)) return false;
+    if (std::memcmp(packet, kMagic, sizeof(kMagic)) != 0) return false;
+    const std::string session_id(packet + sizeof(kMagic), kIdSize);
+    const std::string region_id(packet + sizeof(kMagic) + kIdSize, kIdSize);
+    std::shared_ptr<Region> region;
+    absl::StatusCode code = absl::StatusCode::kNotFound;
+    if (auto session = sessions_.Find(session_id); session.ok()) {
+      if (auto found = (*session)->FindRegion(region_id); found.ok()) {
+        region = *std::move(found);
+        code = absl::StatusCode::kOk;
+      }
+    }
+    return Send(descriptor, code, region.get());
+  }
+
+  static bool Send(int descriptor, absl::StatusCode code, const Region* region) {
+    char answer[12];
+    const auto status = static_cast<uint32_t>(code);
+    const uint64_t length = region == nullptr ? 0 : region->length();
+    for (size_t i = 0; i < 4; ++i) answer[i] = static_cast<char>(status >> (8 * i));
+    for (size_t i = 0; i < 8; ++i) answer[4 + i] = static_cast<char>(length >> (8 * i));
+    iovec part{answer, sizeof(answer)};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+    if (region != nullptr) {
+      message.msg_control = control;
+      message.msg_controllen = sizeof(control);
+      cmsghdr* header = CMSG_FIRSTHDR(&message);
+      header->cmsg_level = SOL_SOCKET;
+      header->cmsg_type = SCM_RIGHTS;
+      header->cmsg_len = CMSG_LEN(sizeof(int));
+      const int passed = region->descriptor();
+      std::memcpy(CMSG_DATA(header), &passed, sizeof(passed));
+    }
+    // A client that does not read its answers is dropped rather than waited for.
+    return sendmsg(descriptor, &message, MSG_DONTWAIT | MSG_NOSIGNAL) ==
+           static_cast<ssize_t>(sizeof(answer));
+  }
+
+  BrokerOptions options_;
+  SessionManager& sessions_;
+  int listener_ = -1;
+  int wake_ = -1;
+  std::vector<Connection> connections_;  // the thread's own
+  std::thread thread_;
+};
+
+}  // namespace
+
+absl::Status PrepareSocketPath(const std::string& path) {
+  auto address = AddressOf(path);
+  if (!address.ok()) return address.status();
+  std::error_code error;
+  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (!folder.empty() && !std::filesystem::exists(folder, error)) {
+    std::filesystem::create_directories(folder.parent_path(), error);
+    if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
+      return SystemError(absl::StrCat("making ", folder.string()));
+    }
+  }
+  struct stat found {};
+  if (lstat(path.c_str(), &found) != 0) return absl::OkStatus();
+  if (!S_ISSOCK(found.st_mode)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, " exists and is no socket"));
+  }
+  if (SomebodyListens(*address, SOCK_STREAM) || SomebodyListens(*address, SOCK_SEQPACKET)) {
+    return absl::UnavailableError(absl::StrCat(path, " is in use by a running process"));
+  }
+  if (unlink(path.c_str()) != 0) return SystemError(absl::StrCat("removing the stale ", path));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Broker>> Broker::Start(BrokerOptions options,
+                                                      SessionManager& sessions) {
+  auto broker = std::make_unique<BrokerImpl>(std::move(options), sessions);
+  if (absl::Status status = broker->Listen(); !status.ok()) return status;
+  return broker;
+}
+
+}  // namespace lamina
