@@ -21,11 +21,12 @@ std::string DefaultTarget() {
   if (const char* target = std::getenv("LAMINA_TARGET"); target != nullptr && *target != '\0') {
     return *target == '/' ? absl::StrCat("unix:", target) : target;
   }
-  const char* runtime = std::getenv("XDG_RUNTIME_DIR");
-  if (geteuid() != 0 && runtime != nullptr && *runtime != '\0') {
+  if (geteuid() == 0) return "unix:/run/lamina/laminad.sock";
+  if (const char* runtime = std::getenv("XDG_RUNTIME_DIR");
+      runtime != nullptr && *runtime != '\0') {
     return absl::StrCat("unix:", runtime, "/lamina/laminad.sock");
   }
-  return "unix:/run/lamina/laminad.sock";
+  return absl::StrCat("unix:/tmp/lamina-", geteuid(), "/laminad.sock");
 }
 
 Client::Client(std::shared_ptr<Connection> connection) : connection_(std::move(connection)) {}

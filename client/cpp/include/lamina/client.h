@@ -38,8 +38,8 @@ struct ConnectOptions {
   std::chrono::milliseconds call_timeout{0};     // of each call; 0: none
 };
 
-// The environment's LAMINA_TARGET; else the socket where laminad listens by default:
-// unix:/run/lamina/laminad.sock for root, unix:$XDG_RUNTIME_DIR/lamina/laminad.sock for others.
+// The environment's LAMINA_TARGET; else the socket where laminad listens by default: in /run/lamina
+// for root, in $XDG_RUNTIME_DIR/lamina for others (in /tmp/lamina-UID where that is not set).
 std::string DefaultTarget();
 
 // The health service's answer for the daemon as a whole; `target` as Client::Connect's. Needs no

@@ -39,7 +39,8 @@ enum class TransportPolicy {
 struct SessionOptions {
   std::string client_name = "lamina-cpp";  // for people who read the daemon's log
   TransportPolicy transport = TransportPolicy::kAuto;
-  std::string broker_path;  // empty: where the daemon says; for sockets that are mounted elsewhere
+  std::string
+      broker_path{};  // empty: where the daemon says; for sockets that are mounted elsewhere
   // Hold the lease with a stream: the session ends as soon as this process or the connection does.
   // False: the session outlives a broken connection and ends when no call came for the lease.
   bool keep_alive = true;

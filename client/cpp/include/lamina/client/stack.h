@@ -45,18 +45,19 @@ class Context {
   std::weak_ptr<internal::SessionCore> session_;
 };
 
+// Here and below '{}' lets a caller name some members alone without its compiler's complaint.
 struct ForwardOptions {
   // Where the output [B, S, H] goes, in the stack's dtype; may not overlap the input. Absent: it
   // comes inside the answer, which the daemon's inline cap limits.
-  Tensor output;
-  Tensor mask;                       // fp32 [B, 1, 1, S] or [B, S], added to the scores of each key
-  Tensor lengths;                    // int32 [B], each 1..S; not together with mask
-  std::optional<LayerRange> layers;  // absent: all
-  std::optional<bool> training;      // absent: as the stack was configured
+  Tensor output{};
+  Tensor mask{};     // fp32 [B, 1, 1, S] or [B, S], added to the scores of each key
+  Tensor lengths{};  // int32 [B], each 1..S; not together with mask
+  std::optional<LayerRange> layers{};  // absent: all
+  std::optional<bool> training{};      // absent: as the stack was configured
 };
 
 struct ForwardResult {
-  Tensor output;    // ForwardOptions::output, or one of this process's memory
+  Tensor output{};  // ForwardOptions::output, or one of this process's memory
   Context context;  // in training; none in evaluation
   StepTiming timing;
   Transport input_transport = Transport::kNone;
@@ -65,7 +66,7 @@ struct ForwardResult {
 
 struct BackwardOptions {
   // Where the gradient by the Forward's input goes, [B, S, H] in the stack's dtype.
-  Tensor input_grad;
+  Tensor input_grad{};
   // With no input_grad tensor: ask for the gradient inside the answer.
   bool want_input_grad = false;
 };
@@ -103,7 +104,7 @@ struct ParameterOptions {
   // A region's tensor of that dtype with exactly as many elements as all parameters together: the
   // values are written there, one after another, and the results are views of it. Absent: streamed
   // into memory of this process, in any size.
-  Tensor target;
+  Tensor target{};
 };
 
 class Stack {

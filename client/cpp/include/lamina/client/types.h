@@ -14,7 +14,7 @@ namespace lamina::client {
 // Element type of a tensor; little-endian, dense.
 enum class DType : int { kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 4 };
 const char* Name(DType dtype);  // "fp32", "bf16", "fp16", "int32"
-size_t SizeOf(DType dtype);          // bytes of an element
+size_t SizeOf(DType dtype);     // bytes of an element
 // Takes "fp32", "float32", "bf16", "bfloat16", "fp16", "float16", "int32"; nullopt for others.
 std::optional<DType> ParseDType(std::string_view name);
 
@@ -115,9 +115,9 @@ struct StackInfo {
 
 // What can change on a live stack; absent fields stay as they are.
 struct StackUpdate {
-  std::optional<double> attn_dropout_ratio;    // p in [0, 1)
-  std::optional<double> hidden_dropout_ratio;  // p in [0, 1)
-  std::optional<bool> training;
+  std::optional<double> attn_dropout_ratio{};    // p in [0, 1)
+  std::optional<double> hidden_dropout_ratio{};  // p in [0, 1)
+  std::optional<bool> training{};
 };
 
 // What a daemon is and offers.

@@ -1,0 +1,375 @@
+// Drives a running laminad through the installed library and checks what comes back. One check a
+// run: consumer TARGET CHECK; prints what went wrong and exits 1, or exits 0.
+#include <lamina/client.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using namespace lamina::client;  // the whole program is about it
+
+constexpr int kSteps = 12;
+const Shape kShape = {3, 17, 32};
+
+[[noreturn]] void Fail(int line, const std::string& what) {
+  std::fprintf(stderr, "consumer.cc:%d: %s\n", line, what.c_str());
+  std::exit(1);
+}
+
+void Require(bool holds, const char* what, int line) {
+  if (!holds) Fail(line, what);
+}
+#define REQUIRE(condition) Require((condition), #condition, __LINE__)
+
+template <class T>
+T ValueOr(absl::StatusOr<T> result, int line) {
+  if (!result.ok()) Fail(line, result.status().ToString());
+  return *std::move(result);
+}
+#define VALUE(expression) ValueOr((expression), __LINE__)
+#define OK(expression)                                                                       \
+  do {                                                                                       \
+    if (const absl::Status done = (expression); !done.ok()) Fail(__LINE__, done.ToString()); \
+  } while (false)
+
+bool Says(const absl::Status& status, absl::StatusCode code, const char* words) {
+  const bool says =
+      status.code() == code && std::string(status.message()).find(words) != std::string::npos;
+  if (!says) std::fprintf(stderr, "the status was: %s\n", status.ToString().c_str());
+  return says;
+}
+
+StackConfig Config() {
+  StackConfig config{.batch_size = 4, .max_seq_length = 20, .hidden_size = 32, .heads = 4};
+  config.num_hidden_layers = 2;
+  config.attn_dropout_ratio = 0.1;
+  config.hidden_dropout_ratio = 0.1;
+  config.seed = 3;
+  return config;
+}
+
+void Fill(const Tensor& tensor, double pace) {
+  for (size_t i = 0; i < tensor.size(); ++i) {
+    tensor.floats()[i] = static_cast<float>(std::sin(pace * static_cast<double>(i)));
+  }
+}
+
+struct Trained {
+  std::vector<double> losses;
+  std::vector<float> weights;  // of all parameters, one after another
+};
+
+std::vector<float> Flatten(const std::vector<NamedTensor>& tensors) {
+  std::vector<float> values;
+  for (const NamedTensor& named : tensors) {
+    values.insert(values.end(), named.tensor.floats().begin(), named.tensor.floats().end());
+  }
+  return values;
+}
+
+// kSteps of AdamW towards a fixed target, with dropout, on a stack of its own.
+Trained Train(const Client& client, const SessionOptions& options, const std::string& name,
+              Transport transport) {
+  const Session session = VALUE(client.OpenSession(options));
+  const Stack stack = VALUE(session.CreateStack(name, Config()));
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  const Tensor y = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  const Tensor dx = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  REQUIRE(session.transport() == transport);
+  REQUIRE(x.in_region() == (transport == Transport::kMemfd));
+  Fill(x, 0.7);
+  Trained trained;
+  for (int step = 1; step <= kSteps; ++step) {
+    ForwardResult forward = VALUE(stack.Forward(x, {.output = y}));
+    REQUIRE(forward.input_transport == transport && forward.output_transport == transport);
+    REQUIRE(static_cast<bool>(forward.context));
+    double loss = 0;
+    for (size_t i = 0; i < y.size(); ++i) {
+      const float error = y.floats()[i] - 0.5f;
+      loss += error * error / static_cast<double>(y.size());
+      y.floats()[i] = 2 * error / static_cast<float>(y.size());
+    }
+    trained.losses.push_back(loss);
+    const BackwardResult backward = VALUE(stack.Backward(forward.context, y, {.input_grad = dx}));
+    REQUIRE(!forward.context);
+    REQUIRE(backward.input_grad.data() == dx.data());
+    const ApplyResult applied = VALUE(stack.ApplyGradients(
+        {.learning_rate = 5e-3, .weight_decay = 0.01, .max_grad_norm = 1, .zero_gradients = true}));
+    REQUIRE(applied.applied && applied.step == step && applied.grad_norm > 0);
+  }
+  trained.weights = Flatten(VALUE(stack.GetParameters()));
+  const StackInfo info = VALUE(stack.Describe());
+  REQUIRE(info.step == kSteps);
+  REQUIRE(info.forward_count == kSteps);
+  REQUIRE(info.outstanding_contexts == 0);
+  REQUIRE(static_cast<int64_t>(trained.weights.size()) == info.parameter_count);
+  OK(client.DeleteStack(name));
+  return trained;
+}
+
+void CheckTraining(const Client& client) {
+  const Trained regions =
+      Train(client, {.transport = TransportPolicy::kRegions}, "regions", Transport::kMemfd);
+  REQUIRE(regions.losses.back() < 0.8 * regions.losses.front());
+  const Trained inlined =
+      Train(client, {.transport = TransportPolicy::kInline}, "inline", Transport::kInline);
+  REQUIRE(regions.losses == inlined.losses);
+  REQUIRE(regions.weights == inlined.weights);
+}
+
+// `client` goes through a proxy that loses answers, `steady` does not. A call that ran twice would
+// draw another dropout mask, add its gradients twice or step twice: the numbers would differ.
+void CheckLostAnswers(const Client& client, const Client& steady) {
+  const SessionOptions options{.transport = TransportPolicy::kInline,
+                               .keep_alive = false,
+                               .retry_budget = std::chrono::seconds(20)};
+  const Trained flaky = Train(client, options, "flaky", Transport::kInline);
+  const Trained direct = Train(steady, options, "direct", Transport::kInline);
+  REQUIRE(flaky.losses == direct.losses);
+  REQUIRE(flaky.weights == direct.weights);
+}
+
+void CheckParameters(const Client& client) {
+  const Session session = VALUE(client.OpenSession());
+  const Stack stack = VALUE(session.CreateStack("parameters", Config()));
+  const std::vector<std::string> names = {"layers.1.inter_w", "layers.0.attn_qb"};
+  std::vector<NamedTensor> some = VALUE(stack.GetParameters(names));
+  REQUIRE(some.size() == 2 && some[0].name == names[0] && some[1].name == names[1]);
+  REQUIRE((some[0].tensor.shape() == Shape{128, 32}) && (some[1].tensor.shape() == Shape{32}));
+
+  // Into a region of ours, and all of them.
+  const Tensor target = VALUE(session.NewTensor(DType::kFloat32, {stack.info().parameter_count}));
+  const std::vector<NamedTensor> all = VALUE(stack.GetParameters({}, {.target = target}));
+  REQUIRE(all.size() == stack.info().parameters.size());
+  REQUIRE(all.front().tensor.data() == target.data());
+  REQUIRE(Flatten(all) == Flatten(VALUE(stack.GetParameters())));
+
+  // Write from this process's memory, then from the region.
+  Fill(some[0].tensor, 0.1);
+  Fill(some[1].tensor, 0.2);
+  OK(stack.SetParameters(some));
+  REQUIRE(Flatten(VALUE(stack.GetParameters(names))) == Flatten(some));
+  OK(stack.SetParameters(all));
+  REQUIRE(Flatten(VALUE(stack.GetParameters())) == Flatten(all));
+
+  // All or none: a wrong shape beside a right one.
+  const Tensor wrong = VALUE(Tensor::Allocate(DType::kFloat32, {31}));
+  const absl::Status refused = stack.SetParameters({some[0], {names[1], wrong}});
+  REQUIRE(Says(refused, absl::StatusCode::kInvalidArgument, "attn_qb"));
+  REQUIRE(Flatten(VALUE(stack.GetParameters())) == Flatten(all));
+  REQUIRE(Says(stack.GetParameters({"layers.9.inter_w"}).status(), absl::StatusCode::kNotFound,
+               "layers.9.inter_w"));
+
+  // Gradients: zero, then not, then zero again.
+  const auto norm = [&](const std::vector<NamedTensor>& tensors) {
+    double sum = 0;
+    for (const float value : Flatten(tensors)) sum += double{value} * value;
+    return std::sqrt(sum);
+  };
+  REQUIRE(norm(VALUE(stack.GetGradients())) == 0);
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  Fill(x, 0.3);
+  ForwardResult forward = VALUE(stack.Forward(x));
+  REQUIRE(!forward.output.in_region() && forward.output.shape() == kShape);
+  const BackwardResult backward =
+      VALUE(stack.Backward(forward.context, forward.output, {.want_input_grad = true}));
+  REQUIRE(backward.input_grad.shape() == kShape);
+  REQUIRE(backward.output_transport == Transport::kInline);
+  const double streamed = norm(VALUE(stack.GetGradients()));
+  REQUIRE(streamed > 0);
+  REQUIRE(norm(VALUE(stack.GetGradients({}, {.target = target}))) == streamed);
+  OK(stack.ZeroGradients());
+  REQUIRE(norm(VALUE(stack.GetGradients())) == 0);
+  OK(client.DeleteStack("parameters"));
+}
+
+// More than one message may carry inline: written through a temporary region.
+void CheckLargeParameters(const Client& client) {
+  const uint64_t cap = VALUE(client.Info()).inline_cap_bytes;
+  const Session session = VALUE(client.OpenSession());
+  StackConfig config{.batch_size = 1, .max_seq_length = 1, .hidden_size = 64, .heads = 1};
+  config.intermediate_size = static_cast<int64_t>(cap / 4 / 64) + 1;
+  config.num_hidden_layers = 1;
+  const Stack stack = VALUE(session.CreateStack("large", config));
+  const std::vector<NamedTensor> values =
+      VALUE(stack.GetParameters({"layers.0.inter_w", "layers.0.output_w"}));
+  REQUIRE(values[0].tensor.bytes() > cap);
+  Fill(values[0].tensor, 0.1);
+  Fill(values[1].tensor, 0.2);
+  OK(stack.SetParameters(values));
+  REQUIRE(Flatten(VALUE(stack.GetParameters({"layers.0.inter_w", "layers.0.output_w"}))) ==
+          Flatten(values));
+  OK(client.DeleteStack("large"));
+}
+
+void CheckContexts(const Client& client) {
+  const Session session = VALUE(client.OpenSession());
+  const Stack stack = VALUE(session.CreateStack("contexts", Config()));
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  const auto outstanding = [&] { return VALUE(stack.Describe()).outstanding_contexts; };
+  {
+    const ForwardResult dropped = VALUE(stack.Forward(x));
+    REQUIRE(outstanding() == 1);
+    // An evaluation keeps none.
+    REQUIRE(!VALUE(stack.Forward(x, {.training = false})).context);
+    REQUIRE(outstanding() == 1);
+  }
+  REQUIRE(outstanding() == 0);
+  Context kept = std::move(VALUE(stack.Forward(x)).context);
+  Context moved = std::move(kept);
+  REQUIRE(!kept && moved && outstanding() == 1);  // NOLINT: a moved-from context is none
+  REQUIRE(Says(stack.Backward(kept, x).status(), absl::StatusCode::kFailedPrecondition, "Forward"));
+  // A Backward that is refused leaves the context as it was.
+  const Tensor small = VALUE(session.NewTensor(DType::kFloat32, {1, 17, 32}));
+  REQUIRE(Says(stack.Backward(moved, small).status(), absl::StatusCode::kInvalidArgument,
+               "output_grad"));
+  REQUIRE(moved && outstanding() == 1);
+  VALUE(stack.Backward(moved, x));
+  REQUIRE(!moved && outstanding() == 0);
+  OK(client.DeleteStack("contexts"));
+}
+
+void CheckSessions(const Client& client) {
+  Session session = VALUE(client.OpenSession({.client_name = "consumer"}));
+  const Stack stack = VALUE(session.CreateStack("sessions", Config()));
+  REQUIRE(Says(session.OpenStack("nobody").status(), absl::StatusCode::kNotFound, "nobody"));
+  REQUIRE(Says(session.CreateStack("sessions", Config()).status(), absl::StatusCode::kAlreadyExists,
+               "sessions"));
+
+  // A region by hand, two tensors in it.
+  const Region region = VALUE(session.CreateRegion(10000));
+  REQUIRE(region.size() >= 10000 && region.size() % 4096 == 0);
+  const size_t bytes = 3 * 17 * 32 * 4;
+  const Tensor x = VALUE(region.View(DType::kFloat32, kShape));
+  REQUIRE(!region.View(DType::kFloat32, kShape, region.size() - bytes + 4).ok());
+  const Region second = VALUE(session.CreateRegion(bytes));
+  const Tensor y = VALUE(second.View(DType::kFloat32, kShape));
+  Fill(x, 0.4);
+  VALUE(stack.Forward(x, {.output = y, .training = false}));
+  REQUIRE(std::isfinite(y.floats()[0]) && y.floats()[0] != 0);
+  // The daemon sees later writes: it reads this very memory.
+  const float before = y.floats()[5];
+  x.floats()[5] += 1;
+  VALUE(stack.Forward(x, {.output = y, .training = false}));
+  REQUIRE(y.floats()[5] != before);
+
+  const Session other = VALUE(client.OpenSession());
+  const Stack others = VALUE(other.OpenStack("sessions"));
+  REQUIRE(Says(others.Forward(x, {.training = false}).status(), absl::StatusCode::kInvalidArgument,
+               "another session"));
+  const Session inline_only = VALUE(client.OpenSession({.transport = TransportPolicy::kInline}));
+  REQUIRE(
+      Says(inline_only.CreateRegion(1).status(), absl::StatusCode::kFailedPrecondition, "kInline"));
+  const Session nowhere = VALUE(client.OpenSession({.broker_path = "/nowhere/b.sock"}));
+  REQUIRE(!VALUE(nowhere.NewTensor(DType::kFloat32, {4})).in_region());
+  REQUIRE(nowhere.transport() == Transport::kInline);
+  REQUIRE(nowhere.transport_reason().find("/nowhere/b.sock") != std::string::npos);
+  const Session strict = VALUE(client.OpenSession(
+      {.transport = TransportPolicy::kRegions, .broker_path = "/nowhere/b.sock"}));
+  REQUIRE(Says(strict.NewTensor(DType::kFloat32, {4}).status(), absl::StatusCode::kUnavailable,
+               "/nowhere/b.sock"));
+
+  // After the end the memory is still there, the calls are not.
+  OK(session.Close());
+  REQUIRE(Says(session.status(), absl::StatusCode::kFailedPrecondition, "closed"));
+  REQUIRE(Says(stack.Forward(x).status(), absl::StatusCode::kFailedPrecondition, "closed"));
+  x.floats()[0] = 1;
+  OK(session.Close());
+  OK(client.DeleteStack("sessions"));
+}
+
+// Longer than the lease without a call: the thread holds it.
+void CheckLease(const Client& client) {
+  const Session held = VALUE(client.OpenSession());
+  const Session dropped = VALUE(client.OpenSession({.keep_alive = false}));
+  const Stack held_stack = VALUE(held.CreateStack("lease", Config()));
+  const Stack dropped_stack = VALUE(dropped.OpenStack("lease"));
+  const Tensor x = VALUE(Tensor::Allocate(DType::kFloat32, kShape));
+  std::this_thread::sleep_for(2 * held.lease());
+  VALUE(held_stack.Forward(x));
+  REQUIRE(Says(dropped_stack.Forward(x).status(), absl::StatusCode::kNotFound, "session"));
+  OK(client.DeleteStack("lease"));
+}
+
+// The driver kills the daemon after "ready".
+void CheckLoss(const Client& client) {
+  const Session session = VALUE(client.OpenSession({.retry_budget = std::chrono::milliseconds(0)}));
+  const Stack stack = VALUE(session.CreateStack("loss", Config()));
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  const ForwardResult forward = VALUE(stack.Forward(x));
+  std::puts("ready");
+  std::fflush(stdout);
+  for (int i = 0; i < 1000 && session.status().ok(); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  REQUIRE(Says(session.status(), absl::StatusCode::kUnavailable, "lease ended"));
+  REQUIRE(Says(stack.Forward(x).status(), absl::StatusCode::kUnavailable, "lease ended"));
+  x.floats()[0] = 1;  // still mapped
+}
+
+// Several threads on one session: their mutations queue up, none is lost.
+void CheckThreads(const Client& client) {
+  constexpr int kThreads = 4;
+  constexpr int kCalls = 10;
+  const Session session = VALUE(client.OpenSession());
+  StackConfig config = Config();
+  config.max_contexts = kThreads;
+  const Stack stack = VALUE(session.CreateStack("threads", config));
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&] {
+      const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+      Fill(x, 0.2);
+      for (int call = 0; call < kCalls; ++call) {
+        ForwardResult forward = VALUE(stack.Forward(x));
+        VALUE(stack.Backward(forward.context, x));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  REQUIRE(VALUE(stack.Describe()).forward_count == kThreads * kCalls);
+  OK(client.DeleteStack("threads"));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) {
+    std::fprintf(stderr, "usage: %s TARGET CHECK [TARGET]\n", argv[0]);
+    return 2;
+  }
+  const std::string check = argv[2];
+  const Client client =
+      VALUE(Client::Connect(argv[1], {.connect_timeout = std::chrono::seconds(10)}));
+  if (check == "training") {
+    CheckTraining(client);
+  } else if (check == "lost-answers" && argc == 4) {
+    CheckLostAnswers(client, VALUE(Client::Connect(argv[3])));
+  } else if (check == "parameters") {
+    CheckParameters(client);
+  } else if (check == "large-parameters") {
+    CheckLargeParameters(client);
+  } else if (check == "contexts") {
+    CheckContexts(client);
+  } else if (check == "sessions") {
+    CheckSessions(client);
+  } else if (check == "lease") {
+    CheckLease(client);
+  } else if (check == "loss") {
+    CheckLoss(client);
+  } else if (check == "threads") {
+    CheckThreads(client);
+  } else {
+    std::fprintf(stderr, "there is no check '%s'\n", check.c_str());
+    return 2;
+  }
+  return 0;
+}
