@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "lamina/kernels/backend.h"
 
 namespace lamina::testing {
@@ -24,9 +25,7 @@ struct LayerShape {
   int64_t head_dim() const { return hidden / heads; }
   // "B2_S51_H64_A4_I96": fit for a test's name.
   std::string Name() const {
-    return "B" + std::to_string(batch) + "_S" + std::to_string(seq) + "_H" +
-           std::to_string(hidden) + "_A" + std::to_string(heads) + "_I" +
-           std::to_string(intermediate);
+    return absl::StrCat("B", batch, "_S", seq, "_H", hidden, "_A", heads, "_I", intermediate);
   }
 };
 

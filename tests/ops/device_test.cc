@@ -1,0 +1,198 @@
+// Backend::Create, memory, copies and marks.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "op_rig.h"
+
+namespace lamina::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(BackendCreate, RefusesUnknownDevices) {
+  for (const char* device : {"", "gpu", "CPU", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "cuda:1x",
+                             "cuda0", "cuda:99999999999", " cpu"}) {
+    const auto backend = Backend::Create(device);
+    ASSERT_FALSE(backend.ok()) << device;
+    EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument) << device;
+    EXPECT_THAT(std::string(backend.status().message()), HasSubstr("\"cuda:N\"")) << device;
+  }
+}
+
+TEST(BackendCreate, RefusesNegativeThreads) {
+  const auto backend = Backend::Create("cpu", -1);
+  ASSERT_FALSE(backend.ok());
+  EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(backend.status().message()), HasSubstr("-1"));
+}
+
+TEST(BackendCreate, CudaIsThereOrSaysWhyNot) {
+  const auto backend = Backend::Create("cuda:4095");
+  ASSERT_FALSE(backend.ok());
+  EXPECT_TRUE(backend.status().code() == absl::StatusCode::kNotFound ||
+              backend.status().code() == absl::StatusCode::kUnimplemented)
+      << backend.status();
+}
+
+class DeviceTest : public ::testing::TestWithParam<const char*> {
+ public:
+  static std::string ParamName(const ::testing::TestParamInfo<const char*>& info) {
+    return std::string(info.param).substr(0, 4) == "cuda" ? "cuda" : "cpu";
+  }
+
+ protected:
+  void SetUp() override {
+    std::string reason;
+    backend_ = OpenDevice(GetParam(), &reason);
+    if (backend_ == nullptr) GTEST_SKIP() << reason;
+  }
+  void* Allocate(size_t bytes) {
+    absl::StatusOr<void*> memory = backend_->Allocate(bytes);
+    if (!memory.ok()) throw std::runtime_error(memory.status().ToString());
+    return *memory;
+  }
+  Backend* backend_ = nullptr;
+};
+
+TEST_P(DeviceTest, Info) {
+  const DeviceInfo& info = backend_->info();
+  EXPECT_EQ(info.kind, std::string(GetParam()).substr(0, info.kind.size()));
+  EXPECT_FALSE(info.name.empty());
+  EXPECT_GT(info.threads, 0);
+  EXPECT_GT(info.total_bytes, 0u);
+  EXPECT_EQ(info.host_memory, info.kind == "cpu");
+  EXPECT_EQ(info.uuid.empty(), info.kind == "cpu");
+  const absl::StatusOr<size_t> free_bytes = backend_->FreeBytes();
+  ASSERT_TRUE(free_bytes.ok()) << free_bytes.status();
+  EXPECT_GT(*free_bytes, 0u);
+  EXPECT_LE(*free_bytes, info.total_bytes);
+}
+
+TEST_P(DeviceTest, AllocationsAreAlignedAndApart) {
+  std::vector<char*> blocks;
+  for (const size_t bytes : {1, 255, 256, 257, 100000})
+    blocks.push_back(static_cast<char*>(Allocate(bytes)));
+  for (char* block : blocks) EXPECT_EQ(reinterpret_cast<uintptr_t>(block) % 256, 0u);
+  for (char* block : blocks) backend_->Free(block);
+  backend_->Free(nullptr);
+}
+
+TEST_P(DeviceTest, AllocateRefusesWhatCannotBe) {
+  const auto memory = backend_->Allocate(size_t{1} << 60);
+  ASSERT_FALSE(memory.ok());
+  EXPECT_EQ(memory.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(memory.status().message()), HasSubstr("1152921504606846976"));
+  // And the device works on.
+  void* small = Allocate(16);
+  EXPECT_TRUE(backend_->SetZero(small, 16).ok());
+  EXPECT_TRUE(backend_->Synchronize().ok());
+  backend_->Free(small);
+}
+
+TEST_P(DeviceTest, CopiesMoveBytesInOrder) {
+  std::vector<uint8_t> bytes(100001);
+  std::iota(bytes.begin(), bytes.end(), uint8_t{3});
+  std::vector<uint8_t> back(bytes.size(), 0);
+  char* a = static_cast<char*>(Allocate(bytes.size()));
+  char* b = static_cast<char*>(Allocate(bytes.size()));
+  ASSERT_TRUE(backend_->CopyIn(a, bytes.data(), bytes.size()).ok());
+  ASSERT_TRUE(backend_->CopyWithin(b, a, bytes.size()).ok());
+  ASSERT_TRUE(backend_->SetZero(b + 7, 1000).ok());
+  ASSERT_TRUE(backend_->CopyOut(back.data(), b, bytes.size()).ok());
+  ASSERT_TRUE(backend_->Synchronize().ok());
+  for (size_t i = 7; i < 1007; ++i) bytes[i] = 0;
+  EXPECT_TRUE(back == bytes);
+  // No bytes are no error.
+  EXPECT_TRUE(backend_->CopyIn(a, bytes.data(), 0).ok());
+  EXPECT_TRUE(backend_->CopyOut(back.data(), a, 0).ok());
+  EXPECT_TRUE(backend_->SetZero(a, 0).ok());
+  EXPECT_TRUE(backend_->Synchronize().ok());
+  backend_->Free(a);
+  backend_->Free(b);
+}
+
+TEST_P(DeviceTest, RegisteredHostMemoryIsCopied) {
+  constexpr size_t kBytes = 1 << 20;
+  void* host = std::aligned_alloc(4096, kBytes);
+  ASSERT_NE(host, nullptr);
+  ASSERT_TRUE(backend_->RegisterHost(host, kBytes).ok());
+  auto* values = static_cast<uint8_t*>(host);
+  for (size_t i = 0; i < kBytes; ++i) values[i] = static_cast<uint8_t>(i * 7);
+  void* device = Allocate(kBytes);
+  ASSERT_TRUE(backend_->CopyIn(device, host, kBytes).ok());
+  ASSERT_TRUE(backend_->Synchronize().ok());
+  for (size_t i = 0; i < kBytes; ++i) values[i] = 0;
+  ASSERT_TRUE(backend_->CopyOut(host, device, kBytes).ok());
+  ASSERT_TRUE(backend_->Synchronize().ok());
+  size_t wrong = 0;
+  for (size_t i = 0; i < kBytes; ++i) wrong += values[i] != static_cast<uint8_t>(i * 7) ? 1 : 0;
+  EXPECT_EQ(wrong, 0u);
+  backend_->UnregisterHost(host);
+  backend_->Free(device);
+  std::free(host);
+}
+
+TEST_P(DeviceTest, MarksTellTime) {
+  // Work between the marks that no device does in no time.
+  constexpr size_t kBytes = size_t{32} << 20;
+  void* a = Allocate(kBytes);
+  void* b = Allocate(kBytes);
+  ASSERT_TRUE(backend_->RecordMark(0).ok());
+  for (int i = 0; i < 4; ++i) ASSERT_TRUE(backend_->SetZero(a, kBytes).ok());
+  ASSERT_TRUE(backend_->RecordMark(1).ok());
+  ASSERT_TRUE(backend_->CopyWithin(b, a, kBytes).ok());
+  ASSERT_TRUE(backend_->RecordMark(Backend::kMarks - 1).ok());
+  ASSERT_TRUE(backend_->Synchronize().ok());
+  const auto zeroing = backend_->SecondsBetween(0, 1);
+  const auto both = backend_->SecondsBetween(0, Backend::kMarks - 1);
+  ASSERT_TRUE(zeroing.ok()) << zeroing.status();
+  ASSERT_TRUE(both.ok()) << both.status();
+  EXPECT_GT(*zeroing, 0.0);
+  EXPECT_GT(*both, *zeroing);
+  EXPECT_LT(*both, 60.0);
+  backend_->Free(a);
+  backend_->Free(b);
+}
+
+TEST_P(DeviceTest, MarksAreChecked) {
+  for (const int mark : {-1, Backend::kMarks}) {
+    EXPECT_EQ(backend_->RecordMark(mark).code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(backend_->SecondsBetween(0, mark).status().code(),
+              absl::StatusCode::kInvalidArgument);
+  }
+}
+
+// The plan adds these up before anything is allocated.
+TEST_P(DeviceTest, SizesArePureFunctions) {
+  for (const LayerShape& s : kOpShapes)
+    for (const DType act : kActs) {
+      const LayerDims dims = s.Dims(act);
+      EXPECT_EQ(backend_->WorkspaceBytes(dims), backend_->WorkspaceBytes(dims));
+      EXPECT_EQ(backend_->AttentionSavedBytes(dims), backend_->AttentionSavedBytes(dims));
+      // A smaller batch fits in what a larger one was given.
+      LayerShape larger = s;
+      larger.batch += 1;
+      EXPECT_LE(backend_->WorkspaceBytes(dims), backend_->WorkspaceBytes(larger.Dims(act)))
+          << s.Name();
+      EXPECT_LE(backend_->AttentionSavedBytes(dims),
+                backend_->AttentionSavedBytes(larger.Dims(act)))
+          << s.Name();
+      larger = s;
+      larger.seq += 1;
+      EXPECT_LE(backend_->WorkspaceBytes(dims), backend_->WorkspaceBytes(larger.Dims(act)))
+          << s.Name();
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(cpu, DeviceTest, ::testing::Values("cpu"), DeviceTest::ParamName);
+INSTANTIATE_TEST_SUITE_P(cuda, DeviceTest, ::testing::Values("cuda:0"), DeviceTest::ParamName);
+
+}  // namespace
+}  // namespace lamina::testing

@@ -1,0 +1,377 @@
+// LayerNorm, DropoutAddNorm and their gradients against the oracle.
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "op_rig.h"
+
+namespace lamina::testing {
+namespace {
+
+struct RowCase {
+  LayerShape shape;
+  float ratio = 0.0f;  // hidden dropout, where the op has one
+  int64_t offset = 0;
+  std::string Name() const {
+    return absl::StrCat(shape.Name(), "_p", std::lround(1000 * ratio),
+                        offset != 0 ? "_unaligned" : "");
+  }
+};
+
+std::vector<RowCase> RowCases() {
+  const float ratios[] = {0.1f, 0.0f, 0.5f, 0.999f};
+  std::vector<RowCase> cases;
+  size_t i = 0;
+  for (const LayerShape& s : kOpShapes) cases.push_back({s, ratios[i++ % 4]});
+  for (const float ratio : ratios) {
+    cases.push_back({{4, 32, 72, 3, 8}, ratio});
+    cases.push_back({{2, 9, 37, 1, 8}, ratio, 1});
+  }
+  cases.push_back({{2, 5, 64, 4, 96}, 0.1f, 3});
+  return cases;
+}
+
+// Sums and means over a row of `values`.
+struct Row {
+  const double* values;
+  size_t h;
+  double Average(double (*f)(double)) const {
+    double sum = 0;
+    for (size_t c = 0; c < h; ++c) sum += f(values[c]);
+    return sum / static_cast<double>(h);
+  }
+  double AverageAbs() const {
+    return Average([](double v) { return std::abs(v); });
+  }
+  double Rms() const {
+    return std::sqrt(Average([](double v) { return v * v; }));
+  }
+};
+
+class RowTest : public OpTest<RowCase> {
+ protected:
+  int64_t t() const { return param().shape.tokens(); }
+  int64_t h() const { return param().shape.hidden; }
+  size_t rows() const { return static_cast<size_t>(t()); }
+  size_t cols() const { return static_cast<size_t>(h()); }
+  LayerDims Dims() const { return param().shape.Dims(act()); }
+  double u() const { return UnitRoundoff(act()); }
+  Vec Gamma() const { return Noise(act(), 21, h(), 0.5, 1.0); }
+  Vec Beta() const { return Noise(act(), 22, h(), 0.5); }
+  ref::Mask HostMask() const {
+    return ref::Mask{param().ratio, RngState{0xABCDEF0123456789u, 77},
+                     DropoutStream(3, DropoutSite::kAttentionOutput)};
+  }
+  Dropout DeviceMask(OpRun& run) const {
+    if (param().ratio == 0.0f) return Dropout{};  // no rng is needed then
+    const ref::Mask mask = HostMask();
+    return Dropout{mask.ratio, run.Rng(mask.rng), mask.stream};
+  }
+
+  // One row far from zero, whose variance a sum of squares would lose, and one of equal values.
+  Vec NormInputs() const {
+    Vec x = Noise(act(), 23, t() * h());
+    if (rows() >= 3)
+      for (size_t c = 0; c < cols(); ++c) {
+        x[cols() + c] = Round(act(), 50.0 + x[cols() + c]);
+        x[2 * cols() + c] = Round(act(), 0.3);
+      }
+    return x;
+  }
+
+  struct NormBounds {
+    Vec y, mean, rstd;
+  };
+  // `errors`: how far each input of the norm may be off, independently of the others. The mean then
+  // is off by their average, and the variance by twice their average product with xhat: both shrink
+  // with sqrt(H).
+  NormBounds BoundsOf(const ref::NormResult& n, const Vec& x, const Vec& gamma, const Vec& beta,
+                      const Vec& errors) const {
+    NormBounds b{Vec(n.y.size()), Vec(rows()), Vec(rows())};
+    const double shrink = std::min(1.0, 4.0 / std::sqrt(static_cast<double>(h())));
+    for (size_t r = 0; r < rows(); ++r) {
+      const Row row{&x[r * cols()], cols()}, error_row{&errors[r * cols()], cols()};
+      const double rstd = n.rstd[r];
+      const double error_rms = error_row.Rms();
+      const double mean_error = Growth(h()) * row.AverageAbs() + shrink * error_rms;
+      const double rstd_error = Growth(h()) + shrink * error_rms * rstd +
+                                std::pow(mean_error * rstd, 2) + std::pow(error_rms * rstd, 2);
+      b.mean[r] = mean_error + kF32Roundoff * std::abs(n.mean[r]);
+      b.rstd[r] = (rstd_error + 4 * kF32Roundoff) * rstd;
+      for (size_t c = 0; c < cols(); ++c) {
+        const size_t i = r * cols() + c;
+        const double xhat = (x[i] - n.mean[r]) * rstd;
+        b.y[i] =
+            u() * std::abs(n.y[i]) +
+            std::abs(gamma[c]) * (rstd * (mean_error + errors[i]) + std::abs(xhat) * rstd_error) +
+            4 * kF32Roundoff * (std::abs(gamma[c] * xhat) + std::abs(beta[c])) + Tiny(act());
+      }
+    }
+    return b;
+  }
+
+  // ds = d(LayerNorm) . dy + other, and its error in fp32 before it is rounded.
+  struct NormGradient {
+    Vec ds, error, dgamma, dbeta, dgamma_bound, dbeta_bound;
+  };
+  NormGradient GradientOf(const Vec& dy, const Vec& x, const Vec& gamma, const Vec& mean,
+                          const Vec& rstd, const Vec& other, const Vec& dgamma_before,
+                          const Vec& dbeta_before) const {
+    const ref::NormGradients g = ref::LayerNormBackward(dy, x, gamma, mean, rstd, t(), h());
+    NormGradient result{g.dx, Vec(g.dx.size()), g.dgamma, g.dbeta, Vec(cols()), Vec(cols())};
+    for (size_t r = 0; r < rows(); ++r) {
+      Vec abs_g(cols()), abs_gx(cols());
+      for (size_t c = 0; c < cols(); ++c) {
+        const size_t i = r * cols() + c;
+        const double xhat = (x[i] - mean[r]) * rstd[r];
+        abs_g[c] = std::abs(dy[i] * gamma[c]);
+        abs_gx[c] = abs_g[c] * std::abs(xhat);
+        result.dgamma_bound[c] += Growth(t()) * std::abs(dy[i] * xhat);
+        result.dbeta_bound[c] += Growth(t()) * std::abs(dy[i]);
+      }
+      const double average_g = Row{abs_g.data(), cols()}.AverageAbs();
+      const double average_gx = Row{abs_gx.data(), cols()}.AverageAbs();
+      for (size_t c = 0; c < cols(); ++c) {
+        const size_t i = r * cols() + c;
+        const double xhat = (x[i] - mean[r]) * rstd[r];
+        const double added = other.empty() ? 0.0 : other[i];
+        result.ds[i] += added;
+        result.error[i] =
+            Growth(h()) * rstd[r] * (abs_g[c] + average_g + std::abs(xhat) * average_gx) +
+            2 * kF32Roundoff * (std::abs(added) + std::abs(result.ds[i]));
+      }
+    }
+    for (size_t c = 0; c < cols(); ++c) {
+      result.dgamma[c] += dgamma_before[c];
+      result.dbeta[c] += dbeta_before[c];
+      result.dgamma_bound[c] += Growth(t()) * std::abs(dgamma_before[c]);
+      result.dbeta_bound[c] += Growth(t()) * std::abs(dbeta_before[c]);
+    }
+    return result;
+  }
+};
+
+class LayerNormTest : public RowTest {};
+
+TEST_P(LayerNormTest, Forward) {
+  const Vec x = NormInputs(), gamma = Gamma(), beta = Beta();
+  for (const float eps : {1e-12f, 1e-5f})
+    for (const bool statistics : {true, false}) {
+      SCOPED_TRACE(::testing::Message() << "eps " << eps << " statistics " << statistics);
+      const Results results = RunTwice(
+          backend(),
+          [&](OpRun& run) {
+            return backend().LayerNorm(
+                run.WorkspaceFor(Dims()),
+                {.x = run.In(act(), {t(), h()}, x),
+                 .gamma = run.In(act(), {h()}, gamma),
+                 .beta = run.In(act(), {h()}, beta),
+                 .eps = eps,
+                 .y = run.Out("y", act(), {t(), h()}),
+                 .mean = statistics ? run.Out("mean", DType::kF32, {t()}) : TensorView{},
+                 .rstd = statistics ? run.Out("rstd", DType::kF32, {t()}) : TensorView{}});
+          },
+          param().offset);
+      const ref::NormResult want =
+          ref::LayerNorm(x, gamma, beta, static_cast<double>(eps), t(), h());
+      const NormBounds bounds = BoundsOf(want, x, gamma, beta, Vec(x.size(), 0.0));
+      ExpectWithin("y", results.Values("y", act()), want.y, bounds.y);
+      if (!statistics) continue;
+      ExpectWithin("mean", results.Values("mean", DType::kF32), want.mean, bounds.mean);
+      ExpectWithin("rstd", results.Values("rstd", DType::kF32), want.rstd, bounds.rstd);
+    }
+}
+
+TEST_P(LayerNormTest, Backward) {
+  const Vec x = NormInputs(), gamma = Gamma(), dy = Noise(act(), 24, t() * h());
+  const Vec residual = Noise(act(), 25, t() * h());
+  const Vec dgamma_before = Noise(DType::kF32, 26, h(), 3.0);
+  const Vec dbeta_before = Noise(DType::kF32, 27, h(), 3.0);
+  // A row of equal values must not overflow fp16: rstd stays below 317 with this eps.
+  const ref::NormResult n = ref::LayerNorm(x, gamma, gamma, 1e-5, t(), h());
+  const Vec mean = Round(DType::kF32, n.mean), rstd = Round(DType::kF32, n.rstd);
+  enum class Residual { kAbsent, kApart, kInPlace };
+  for (const Residual kind : {Residual::kAbsent, Residual::kApart, Residual::kInPlace}) {
+    SCOPED_TRACE(::testing::Message() << "residual_grad " << static_cast<int>(kind));
+    const Results results = RunTwice(
+        backend(),
+        [&](OpRun& run) {
+          const TensorView dx = kind == Residual::kInPlace
+                                    ? run.InOut("dx", act(), {t(), h()}, residual)
+                                    : run.Out("dx", act(), {t(), h()});
+          return backend().LayerNormBackward(
+              run.WorkspaceFor(Dims()),
+              {.dy = run.In(act(), {t(), h()}, dy),
+               .x = run.In(act(), {t(), h()}, x),
+               .gamma = run.In(act(), {h()}, gamma),
+               .mean = run.In(DType::kF32, {t()}, mean),
+               .rstd = run.In(DType::kF32, {t()}, rstd),
+               .residual_grad = kind == Residual::kAbsent  ? TensorView{}
+                                : kind == Residual::kApart ? run.In(act(), {t(), h()}, residual)
+                                                           : dx,
+               .dx = dx,
+               .dgamma = run.InOut("dgamma", DType::kF32, {h()}, dgamma_before),
+               .dbeta = run.InOut("dbeta", DType::kF32, {h()}, dbeta_before)});
+        },
+        param().offset);
+    const NormGradient want =
+        GradientOf(dy, x, gamma, mean, rstd, kind == Residual::kAbsent ? Vec{} : residual,
+                   dgamma_before, dbeta_before);
+    Vec bound = want.error;
+    for (size_t i = 0; i < bound.size(); ++i) bound[i] += u() * std::abs(want.ds[i]) + Tiny(act());
+    ExpectWithin("dx", results.Values("dx", act()), want.ds, bound);
+    ExpectWithin("dgamma", results.Values("dgamma", DType::kF32), want.dgamma, want.dgamma_bound);
+    ExpectWithin("dbeta", results.Values("dbeta", DType::kF32), want.dbeta, want.dbeta_bound);
+  }
+}
+
+LAMINA_OP_SUITE(LayerNormTest, RowCases());
+
+class DropoutAddNormTest : public RowTest {};
+
+TEST_P(DropoutAddNormTest, Forward) {
+  const Vec x = Noise(act(), 31, t() * h()), bias = Noise(act(), 32, h());
+  const Vec residual = Noise(act(), 33, t() * h()), gamma = Gamma(), beta = Beta();
+  const float eps = 1e-12f;
+  struct Variant {
+    const char* name;
+    bool norm, sum, statistics, in_place;
+  };
+  for (const Variant v : {Variant{"training", true, true, true, false},
+                          Variant{"training, in place", true, true, true, true},
+                          Variant{"Pre-LN evaluation", true, true, false, false},
+                          Variant{"Post-LN evaluation", true, false, false, false},
+                          Variant{"no norm", false, true, false, false},
+                          Variant{"no norm, in place", false, true, false, true}}) {
+    SCOPED_TRACE(v.name);
+    const Results results = RunTwice(
+        backend(),
+        [&](OpRun& run) {
+          DropoutAddNormArgs args;
+          args.x =
+              v.in_place ? run.InOut("sum", act(), {t(), h()}, x) : run.In(act(), {t(), h()}, x);
+          args.bias = run.In(act(), {h()}, bias);
+          args.residual = run.In(act(), {t(), h()}, residual);
+          args.dropout = DeviceMask(run);
+          if (v.sum) args.sum = v.in_place ? args.x : run.Out("sum", act(), {t(), h()});
+          args.eps = eps;
+          if (v.norm) {
+            args.gamma = run.In(act(), {h()}, gamma);
+            args.beta = run.In(act(), {h()}, beta);
+            args.y = run.Out("y", act(), {t(), h()});
+          }
+          if (v.statistics) {
+            args.mean = run.Out("mean", DType::kF32, {t()});
+            args.rstd = run.Out("rstd", DType::kF32, {t()});
+          }
+          return backend().DropoutAddNorm(run.WorkspaceFor(Dims()), args);
+        },
+        param().offset);
+
+    const Vec sum = ref::DropoutAdd(x, bias, residual, HostMask(), t(), h());
+    const Vec factors = ref::DropoutFactors(HostMask(), t(), h());
+    Vec sum_bound(sum.size());
+    for (size_t i = 0; i < sum.size(); ++i)
+      sum_bound[i] =
+          u() * std::abs(sum[i]) + Tiny(act()) +
+          4 * kF32Roundoff *
+              (std::abs(residual[i]) + factors[i] * (std::abs(x[i]) + std::abs(bias[i % cols()])));
+    if (v.sum) ExpectWithin("sum", results.Values("sum", act()), sum, sum_bound);
+    if (!v.norm) continue;
+    // The norm may be taken of the sum in fp32 or of the sum as stored.
+    const ref::NormResult want =
+        ref::LayerNorm(sum, gamma, beta, static_cast<double>(eps), t(), h());
+    const NormBounds bounds = BoundsOf(want, sum, gamma, beta, sum_bound);
+    ExpectWithin("y", results.Values("y", act()), want.y, bounds.y);
+    if (!v.statistics) continue;
+    ExpectWithin("mean", results.Values("mean", DType::kF32), want.mean, bounds.mean);
+    ExpectWithin("rstd", results.Values("rstd", DType::kF32), want.rstd, bounds.rstd);
+  }
+}
+
+TEST_P(DropoutAddNormTest, Backward) {
+  const Vec sum = Noise(act(), 41, t() * h()), gamma = Gamma();
+  const Vec dy = Noise(act(), 42, t() * h()), dsum = Noise(act(), 43, t() * h());
+  const Vec dbias_before = Noise(DType::kF32, 44, h(), 3.0);
+  const Vec dgamma_before = Noise(DType::kF32, 45, h(), 3.0);
+  const Vec dbeta_before = Noise(DType::kF32, 46, h(), 3.0);
+  const ref::NormResult n = ref::LayerNorm(sum, gamma, gamma, 1e-5, t(), h());
+  const Vec mean = Round(DType::kF32, n.mean), rstd = Round(DType::kF32, n.rstd);
+  const Vec factors = ref::DropoutFactors(HostMask(), t(), h());
+  struct Variant {
+    const char* name;
+    bool dy, dsum, dresidual, in_place;
+  };
+  for (const Variant v : {Variant{"dy and dsum", true, true, true, false},
+                          Variant{"dy and dsum, in place", true, true, true, true},
+                          Variant{"dy alone", true, false, true, false},
+                          Variant{"dy alone, no dresidual", true, false, false, false},
+                          Variant{"dsum alone", false, true, false, false},
+                          Variant{"dsum alone, with dresidual", false, true, true, false}}) {
+    SCOPED_TRACE(v.name);
+    const Results results = RunTwice(
+        backend(),
+        [&](OpRun& run) {
+          DropoutAddNormBackwardArgs args;
+          if (v.dy) {
+            args.dy = run.In(act(), {t(), h()}, dy);
+            args.sum = run.In(act(), {t(), h()}, sum);
+            args.gamma = run.In(act(), {h()}, gamma);
+            args.mean = run.In(DType::kF32, {t()}, mean);
+            args.rstd = run.In(DType::kF32, {t()}, rstd);
+            args.dgamma = run.InOut("dgamma", DType::kF32, {h()}, dgamma_before);
+            args.dbeta = run.InOut("dbeta", DType::kF32, {h()}, dbeta_before);
+          }
+          if (v.dsum)
+            args.dsum = v.in_place ? run.InOut("dresidual", act(), {t(), h()}, dsum)
+                                   : run.In(act(), {t(), h()}, dsum);
+          args.dropout = DeviceMask(run);
+          if (v.dresidual)
+            args.dresidual = v.in_place ? args.dsum : run.Out("dresidual", act(), {t(), h()});
+          args.dx = run.Out("dx", act(), {t(), h()});
+          args.dbias = run.InOut("dbias", DType::kF32, {h()}, dbias_before);
+          return backend().DropoutAddNormBackward(run.WorkspaceFor(Dims()), args);
+        },
+        param().offset);
+
+    NormGradient want;
+    if (v.dy) {
+      want = GradientOf(dy, sum, gamma, mean, rstd, v.dsum ? dsum : Vec{}, dgamma_before,
+                        dbeta_before);
+      ExpectWithin("dgamma", results.Values("dgamma", DType::kF32), want.dgamma, want.dgamma_bound);
+      ExpectWithin("dbeta", results.Values("dbeta", DType::kF32), want.dbeta, want.dbeta_bound);
+    } else {
+      want.ds = dsum;
+      want.error = Vec(dsum.size(), 0.0);
+    }
+    const Vec dx = ref::DropoutAddBackward(want.ds, HostMask(), t(), h());
+    Vec ds_bound(dx.size()), dx_bound(dx.size());
+    // dx may come from ds in fp32 or as stored; the column sums from dx in either form. Each
+    // rounding is an independent error of u.
+    Vec dbias = ref::ColumnSums(dx, t(), h()), dbias_bound(cols(), 0.0), squares(cols(), 0.0);
+    for (size_t i = 0; i < dx.size(); ++i) {
+      const double u_ds = v.dy ? u() : 0.0;  // without dy, ds is dsum and exact
+      ds_bound[i] = want.error[i] + u_ds * std::abs(want.ds[i]) + Tiny(act());
+      dx_bound[i] = factors[i] * (want.error[i] + Tiny(act())) +
+                    (u_ds + u() + 4 * kF32Roundoff) * std::abs(dx[i]) + Tiny(act());
+      squares[i % cols()] += dx[i] * dx[i];
+      dbias_bound[i % cols()] += Growth(t()) * std::abs(dx[i]) + factors[i] * want.error[i];
+    }
+    for (size_t c = 0; c < cols(); ++c) {
+      dbias[c] += dbias_before[c];
+      dbias_bound[c] += 8 * u() * std::sqrt(squares[c]) +
+                        Growth(t()) * (std::abs(dbias_before[c]) + std::abs(dbias[c]));
+    }
+    if (v.dresidual)
+      ExpectWithin("dresidual", results.Values("dresidual", act()), want.ds, ds_bound);
+    ExpectWithin("dx", results.Values("dx", act()), dx, dx_bound);
+    ExpectWithin("dbias", results.Values("dbias", DType::kF32), dbias, dbias_bound);
+  }
+}
+
+LAMINA_OP_SUITE(DropoutAddNormTest, RowCases());
+
+}  // namespace
+}  // namespace lamina::testing

@@ -1,0 +1,204 @@
+#include "op_rig.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+
+namespace lamina::testing {
+namespace {
+
+constexpr size_t kGuard = 256;  // keeps the alignment of what Allocate gives
+
+void Check(const absl::Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.ToString());
+}
+
+template <typename T>
+std::vector<uint8_t> BytesOf(const T* values, size_t count) {
+  std::vector<uint8_t> bytes(count * sizeof(T));
+  std::memcpy(bytes.data(), values, bytes.size());
+  return bytes;
+}
+
+uint8_t GuardByte(size_t i) { return static_cast<uint8_t>(0xA5u ^ (i * 29u)); }
+
+}  // namespace
+
+Backend* OpenDevice(const std::string& device, std::string* reason) {
+  struct Opened {
+    std::unique_ptr<Backend> backend;
+    std::string reason;
+  };
+  static auto* const kOpened = new std::map<std::string, Opened>;  // lives as long as the process
+  auto found = kOpened->find(device);
+  if (found == kOpened->end()) {
+    Opened opened;
+    absl::StatusOr<std::unique_ptr<Backend>> backend = Backend::Create(device);
+    if (backend.ok()) {
+      opened.backend = *std::move(backend);
+    } else {
+      opened.reason = absl::StrCat("no ", device, " here: ", backend.status().ToString());
+      if (backend.status().code() != absl::StatusCode::kUnimplemented &&
+          backend.status().code() != absl::StatusCode::kNotFound)
+        throw std::runtime_error(opened.reason);
+    }
+    found = kOpened->emplace(device, std::move(opened)).first;
+  }
+  *reason = found->second.reason;
+  return found->second.backend.get();
+}
+
+OpRun::OpRun(Backend& backend, int round, int64_t offset)
+    : backend_(backend), round_(round), offset_(offset) {}
+
+OpRun::~OpRun() {
+  // Nothing may still be running on what is freed; Finish has reported any failure.
+  static_cast<void>(backend_.Synchronize());
+  for (const Buffer& buffer : buffers_) backend_.Free(buffer.memory);
+}
+
+void* OpRun::Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size,
+                   bool scratch) {
+  Buffer buffer;
+  buffer.name = name;
+  buffer.scratch = scratch;
+  buffer.bytes = contents.size();
+  buffer.begin = kGuard + (scratch ? 0 : static_cast<size_t>(offset_) * element_size);
+  buffer.before.resize(buffer.begin + contents.size() + kGuard);
+  for (size_t i = 0; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
+  std::copy(contents.begin(), contents.end(),
+            buffer.before.begin() + static_cast<ptrdiff_t>(buffer.begin));
+  absl::StatusOr<void*> memory = backend_.Allocate(buffer.before.size());
+  Check(memory.status());
+  buffer.memory = static_cast<char*>(*memory);
+  buffers_.push_back(std::move(buffer));
+  const Buffer& placed = buffers_.back();
+  if (reinterpret_cast<uintptr_t>(placed.memory) % 256 != 0)
+    throw std::runtime_error("Allocate gave memory that is not aligned to 256 bytes");
+  Check(backend_.CopyIn(placed.memory, placed.before.data(), placed.before.size()));
+  return placed.memory + placed.begin;
+}
+
+TensorView OpRun::In(DType dtype, const Shape& shape, const Vec& values) {
+  if (static_cast<int64_t>(values.size()) != shape.elements())
+    throw std::runtime_error("In: values do not fit " + shape.ToString());
+  return TensorView{Place("", Encode(dtype, values), SizeOf(dtype)), dtype, shape};
+}
+
+TensorView OpRun::In(const std::vector<int32_t>& values) {
+  return TensorView{Place("", BytesOf(values.data(), values.size()), sizeof(int32_t)), DType::kI32,
+                    Shape{static_cast<int64_t>(values.size())}};
+}
+
+TensorView OpRun::Out(const char* name, DType dtype, const Shape& shape) {
+  // 0xFF everywhere is a NaN in every float type.
+  return TensorView{
+      Place(name, std::vector<uint8_t>(static_cast<size_t>(shape.elements()) * SizeOf(dtype), 0xFF),
+            SizeOf(dtype)),
+      dtype, shape};
+}
+
+TensorView OpRun::InOut(const char* name, DType dtype, const Shape& shape, const Vec& before) {
+  if (static_cast<int64_t>(before.size()) != shape.elements())
+    throw std::runtime_error("InOut: values do not fit " + shape.ToString());
+  return TensorView{Place(name, Encode(dtype, before), SizeOf(dtype)), dtype, shape};
+}
+
+const RngState* OpRun::Rng(const RngState& rng) {
+  return static_cast<const RngState*>(Place("", BytesOf(&rng, 1), sizeof(rng)));
+}
+
+OptimizerControl* OpRun::ControlOut(const char* name) {
+  return static_cast<OptimizerControl*>(
+      Place(name, std::vector<uint8_t>(sizeof(OptimizerControl), 0xFF), alignof(OptimizerControl)));
+}
+
+const OptimizerControl* OpRun::ControlIn(const OptimizerControl& control) {
+  return static_cast<const OptimizerControl*>(
+      Place("", BytesOf(&control, 1), alignof(OptimizerControl)));
+}
+
+Workspace OpRun::WorkspaceFor(const LayerDims& dims) {
+  const size_t bytes = backend_.WorkspaceBytes(dims);
+  if (bytes == 0) return Workspace{};
+  // NaN in one round, in the other numbers that would show in any sum: about 1e8 in fp32.
+  return Workspace{
+      Place("", std::vector<uint8_t>(bytes, round_ == 0 ? 0xFF : 0x4C), 1, /*scratch=*/true),
+      bytes};
+}
+
+std::map<std::string, std::vector<uint8_t>> OpRun::Finish() {
+  std::map<std::string, std::vector<uint8_t>> results;
+  for (const Buffer& buffer : buffers_) {
+    std::vector<uint8_t> after(buffer.before.size());
+    Check(backend_.CopyOut(after.data(), buffer.memory, after.size()));
+    Check(backend_.Synchronize());
+    const std::string what = buffer.scratch ? "the workspace"
+                             : buffer.name.empty()
+                                 ? absl::StrCat("an input of ", buffer.bytes, " bytes")
+                                 : buffer.name;
+    const bool result = !buffer.name.empty();
+    for (size_t i = 0; i < after.size(); ++i) {
+      const bool guard = i < buffer.begin || i >= buffer.begin + buffer.bytes;
+      if (after[i] == buffer.before[i] || (!guard && (result || buffer.scratch))) continue;
+      ADD_FAILURE() << (guard ? "a byte was written outside of " : "the op changed ") << what
+                    << ", at byte "
+                    << static_cast<ptrdiff_t>(i) - static_cast<ptrdiff_t>(buffer.begin);
+      break;
+    }
+    if (result) {
+      const auto begin = after.begin() + static_cast<ptrdiff_t>(buffer.begin);
+      results[buffer.name].assign(begin, begin + static_cast<ptrdiff_t>(buffer.bytes));
+    }
+  }
+  return results;
+}
+
+Results RunTwice(Backend& backend, const std::function<absl::Status(OpRun&)>& op, int64_t offset) {
+  std::map<std::string, std::vector<uint8_t>> rounds[2];
+  // Both live at once, so that the second lies elsewhere.
+  OpRun first(backend, 0, offset), second(backend, 1, offset);
+  for (int round = 0; round < 2; ++round) {
+    OpRun& run = round == 0 ? first : second;
+    Check(op(run));
+    Check(backend.Synchronize());
+    rounds[round] = run.Finish();
+  }
+  for (const auto& [name, bytes] : rounds[0])
+    EXPECT_TRUE(bytes == rounds[1].at(name)) << name << " differs between two runs of one call";
+  return Results(std::move(rounds[0]));
+}
+
+double Growth(int64_t n) { return 8.0 * std::sqrt(static_cast<double>(n)) * kF32Roundoff; }
+
+void ExpectWithin(const char* what, const Vec& got, const Vec& want, const Vec& bound) {
+  ASSERT_EQ(got.size(), want.size()) << what;
+  ASSERT_EQ(bound.size(), want.size()) << what;
+  size_t bad = 0, worst = 0;
+  double worst_ratio = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    ASSERT_TRUE(std::isfinite(bound[i]) && bound[i] >= 0)
+        << what << "[" << i << "]: the test's own bound is " << bound[i];
+    const double error = std::abs(got[i] - want[i]);
+    if (error <= bound[i]) continue;  // false for NaN
+    ++bad;
+    const double ratio = std::isnan(error) ? HUGE_VAL : error / bound[i];
+    if (ratio > worst_ratio) {
+      worst_ratio = ratio;
+      worst = i;
+    }
+  }
+  if (bad == 0) return;
+  ADD_FAILURE() << what << ": " << bad << " of " << got.size() << " elements are off; worst at "
+                << worst << ": " << got[worst] << ", exactly " << want[worst] << ", bound "
+                << bound[worst] << " (error / bound " << worst_ratio << ")";
+}
+
+}  // namespace lamina::testing
