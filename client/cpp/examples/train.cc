@@ -16,11 +16,11 @@ int main() {
   for (size_t i = 0; i < x.size(); ++i) x.floats()[i] = std::sin(0.1f * static_cast<float>(i));
   for (int step = 0; step < 20; ++step) {
     ForwardResult forward = stack.Forward(x, {.output = y}).value();
-    double loss = 0;  // mean of y squared; its gradient by y overwrites y, in place
-    for (float& v : y.floats()) loss += v * v, v *= 2.0f / static_cast<float>(y.size());
+    float loss = 0;  // the mean of y squared; its gradient by y takes y's place
+    for (float& v : y.floats()) loss += v * v / y.size(), v *= 2.0f / y.size();
     stack.Backward(forward.context, y).value();
-    stack.ApplyGradients({.learning_rate = 1e-2, .zero_gradients = true}).value();
-    std::printf("step %2d  loss %.4f\n", step, loss / static_cast<double>(y.size()));
+    stack.ApplyGradients({.learning_rate = 1e-3, .zero_gradients = true}).value();
+    std::printf("step %2d  loss %.4f\n", step, loss);
   }
   return client.DeleteStack("example").ok() ? 0 : 1;
 }

@@ -55,16 +55,23 @@ class Connection {
   template <class Stub, class Request, class Response>
   absl::Status Call(Stub& stub, Method<Stub, Request, Response> method, const Request& request,
                     Response* response, Milliseconds retry_budget = Milliseconds(0)) const {
-    const Clock::time_point give_up = Clock::now() + retry_budget;
-    Milliseconds pause(20);
-    for (;;) {
+    return Repeat(retry_budget, [&] {
       grpc::ClientContext context;
       Prepare(&context);
       response->Clear();
-      const grpc::Status status = (stub.*method)(&context, request, response);
-      if (status.ok()) return absl::OkStatus();
-      if (status.error_code() != grpc::StatusCode::UNAVAILABLE || Clock::now() >= give_up) {
-        return ToAbsl(status, target_);
+      return ToAbsl((stub.*method)(&context, request, response), target_);
+    });
+  }
+
+  // Calls `once` until it is no longer UNAVAILABLE or the budget is spent.
+  template <class Once>
+  static absl::Status Repeat(Milliseconds retry_budget, const Once& once) {
+    const Clock::time_point give_up = Clock::now() + retry_budget;
+    Milliseconds pause(20);
+    for (;;) {
+      absl::Status status = once();
+      if (status.code() != absl::StatusCode::kUnavailable || Clock::now() >= give_up) {
+        return status;
       }
       std::this_thread::sleep_for(pause);
       pause = std::min(pause * 2, Milliseconds(500));

@@ -36,32 +36,30 @@ absl::StatusOr<Health> CheckHealth(const std::string& target, const ConnectOptio
   absl::StatusOr<std::shared_ptr<internal::Connection>> connection =
       internal::Connection::Create(target, options);
   if (!connection.ok()) return connection.status();
-  const internal::Clock::time_point give_up = internal::Clock::now() + options.connect_timeout;
-  for (;;) {
+  Health health = Health::kUnknown;
+  const absl::Status status = internal::Connection::Repeat(options.connect_timeout, [&] {
     grpc::ClientContext context;
     (*connection)->Prepare(&context);
     grpc::GenericStub stub((*connection)->channel());
     grpc::CompletionQueue queue;
-    grpc::ByteBuffer request;  // an empty message: the daemon as a whole
-    grpc::Slice nothing;
-    request = grpc::ByteBuffer(&nothing, 1);
+    const grpc::Slice nothing;  // an empty request: the daemon as a whole
+    const grpc::ByteBuffer request(&nothing, 1);
     grpc::ByteBuffer response;
-    grpc::Status status;
+    grpc::Status end;
     auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", request, &queue);
     call->StartCall();
-    call->Finish(&response, &status, nullptr);
+    call->Finish(&response, &end, nullptr);
     void* tag = nullptr;
     bool ok = false;
     queue.Next(&tag, &ok);
     queue.Shutdown();
     while (queue.Next(&tag, &ok)) {
     }
-    if (status.ok()) return Parse(response);
-    if (status.error_code() != grpc::StatusCode::UNAVAILABLE || internal::Clock::now() >= give_up) {
-      return internal::ToAbsl(status, (*connection)->target());
-    }
-    std::this_thread::sleep_for(internal::Milliseconds(50));
-  }
+    if (end.ok()) health = Parse(response);
+    return internal::ToAbsl(end, (*connection)->target());
+  });
+  if (!status.ok()) return status;
+  return health;
 }
 
 }  // namespace lamina::client

@@ -46,18 +46,20 @@ class StreamKeeper : public Keeper {
  private:
   void Run() {
     auto stream = args_.connection->sessions().KeepAlive(&context_);
+    // A read is always pending, so that a stream that breaks between two beats is noticed at once.
+    std::thread reader([this, &stream] {
+      pb::KeepAliveResponse response;
+      while (stream->Read(&response)) Note(&bound_);
+      Note(&broken_);
+    });
     pb::KeepAliveRequest request;
     request.set_session_id(args_.session_id);
-    pb::KeepAliveResponse response;
-    while (stream->Write(request) && stream->Read(&response)) {
+    while (stream->Write(request)) {
       std::unique_lock<std::mutex> lock(mutex_);
-      bound_ = true;
-      changed_.notify_all();
-      if (changed_.wait_for(lock, args_.lease / 3, [this] { return stopping_; })) break;
+      if (changed_.wait_for(lock, args_.lease / 3, [this] { return stopping_ || broken_; })) break;
     }
     stream->WritesDone();
-    while (stream->Read(&response)) {
-    }
+    reader.join();
     const grpc::Status end = stream->Finish();
     std::lock_guard<std::mutex> lock(mutex_);
     ended_ = true;
@@ -68,13 +70,20 @@ class StreamKeeper : public Keeper {
     changed_.notify_all();
   }
 
+  void Note(bool* what) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    *what = true;
+    changed_.notify_all();
+  }
+
   const Args args_;
   grpc::ClientContext context_;  // no deadline: the stream lives as long as the session
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  bool bound_ = false;     // guarded by mutex_
+  bool bound_ = false;     // guarded by mutex_: the daemon has answered
+  bool broken_ = false;    // guarded by mutex_: nothing can be read any more
   bool stopping_ = false;  // guarded by mutex_
-  bool ended_ = false;     // guarded by mutex_
+  bool ended_ = false;     // guarded by mutex_: status_ is final
   absl::Status status_;    // guarded by mutex_
   std::thread thread_;
 };

@@ -1,4 +1,4 @@
-// Holds a session's lease: a thread on the KeepAlive stream. Internal.
+// Holds a session's lease: two threads on the KeepAlive stream, one writes, one reads. Internal.
 #pragma once
 
 #include <chrono>
@@ -23,7 +23,7 @@ class Keeper {
   // Returns once the daemon has answered the first message: the lease is bound to the stream then.
   // Fails with the stream's status, or DEADLINE_EXCEEDED.
   static absl::StatusOr<std::unique_ptr<Keeper>> Start(Args args);
-  // Ends the stream, and with it the session; joins the thread.
+  // Ends the stream, and with it the session; joins the threads.
   virtual ~Keeper() = default;
   // OK while the stream stands; else how it ended. Any thread.
   virtual absl::Status status() const = 0;

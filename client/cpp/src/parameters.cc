@@ -64,23 +64,25 @@ absl::StatusOr<std::vector<NamedTensor>> Stack::GetGradients(
 absl::StatusOr<std::vector<NamedTensor>> Stack::Read(const std::vector<std::string>& names,
                                                      const ParameterOptions& options,
                                                      bool gradients) const {
-  if (absl::Status over = session_->status(); !over.ok()) return over;
   pb::StreamParametersRequest request;
   request.set_stack(name_);
   request.mutable_names()->Assign(names.begin(), names.end());
   request.set_dtype(gradients ? pb::DATA_TYPE_FLOAT32 : static_cast<pb::DataType>(options.dtype));
   request.set_gradients(gradients);
-  grpc::ClientContext context;
-  session_->connection().Prepare(&context);
-  auto stream = session_->connection().config().StreamParameters(&context, request);
   std::vector<NamedTensor> tensors;
-  pb::StreamParametersResponse chunk;
-  absl::Status taken;
-  while (taken.ok() && stream->Read(&chunk)) taken = TakeChunk(chunk, &tensors);
-  if (!taken.ok()) context.TryCancel();
-  const grpc::Status status = stream->Finish();
-  if (!taken.ok()) return taken;
-  if (!status.ok()) return internal::ToAbsl(status, session_->connection().target());
+  const absl::Status status = session_->ReadStream([&](internal::Connection& connection) {
+    tensors.clear();
+    grpc::ClientContext context;
+    connection.Prepare(&context);
+    auto stream = connection.config().StreamParameters(&context, request);
+    pb::StreamParametersResponse chunk;
+    absl::Status taken;
+    while (taken.ok() && stream->Read(&chunk)) taken = TakeChunk(chunk, &tensors);
+    if (!taken.ok()) context.TryCancel();
+    const grpc::Status end = stream->Finish();
+    return taken.ok() ? internal::ToAbsl(end, connection.target()) : taken;
+  });
+  if (!status.ok()) return status;
   return tensors;
 }
 

@@ -51,6 +51,13 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
     return Explain(connection_->Call(stub, method, request, response, options_.retry_budget));
   }
 
+  // The same for a call that is not unary; `once` starts over each time.
+  template <class Once>
+  absl::Status ReadStream(const Once& once) {
+    if (absl::Status over = status(); !over.ok()) return over;
+    return Explain(Connection::Repeat(options_.retry_budget, [&] { return once(*connection_); }));
+  }
+
   // A mutation: the session's next one, run once and only once however often it is sent.
   //
   // A call whose answer is lost (its deadline passed, the connection broke for longer than the
