@@ -1,17 +1,22 @@
 """Client of laminad, a daemon that owns transformer layer stacks on a GPU or CPU.
 
-    import lamina
-    with lamina.connect() as client:
-        stack = client.create_stack("demo", batch_size=8, max_seq_length=128, hidden_size=256, heads=8,
-                                    num_hidden_layers=4)
-        y, context = stack.forward(x, training=True)    # x: float32 [B, S, H]
-        dx = stack.backward(context, dy)
-        stack.apply_gradients(lr=1e-3, zero_gradients=True)
+>>> import lamina, numpy as np
+>>> with lamina.connect() as client:                      # LAMINA_TARGET, or the usual socket
+...     stack = client.create_stack("demo", batch_size=8, max_seq_length=128, hidden_size=64, heads=4,
+...                                 num_hidden_layers=2, hidden_dropout_ratio=0.1)
+...     x = np.random.default_rng(0).standard_normal((8, 32, 64)).astype(np.float32)      # [B, S, H]
+...     y, context = stack.forward(x)
+...     dx = stack.backward(context, 2 * (y - x) / y.size)                 # the loss is mean((y - x)^2)
+...     outcome = stack.apply_gradients(lr=1e-3, zero_gradients=True)
+...     client.delete_stack("demo")
+>>> outcome.applied
+True
 
-`lamina.torch.RemoteStack` wraps a stack as an nn.Module.
+Client: stacks, plans, checkpoints, shared arrays. Stack: forward, backward, the optimizer, parameters.
+StackConfig: what a stack is. LaminaError: what can go wrong. `lamina.torch.RemoteStack` wraps a stack as an nn.Module.
 """
 
-from lamina.client import Client, MemoryPlan, PlanEntry, ServerInfo, StackInfo, connect
+from lamina.client import Client, MemoryPlan, PlanEntry, ServerInfo, StackInfo, connect, default_target
 from lamina.config import StackConfig
 from lamina.dtypes import from_float32, to_float32
 from lamina.errors import (AlreadyExists, Cancelled, DataLoss, DeadlineExceeded, FailedPrecondition, Internal,
@@ -23,5 +28,5 @@ __all__ = [
     "AlreadyExists", "Applied", "Cancelled", "Client", "Context", "DataLoss", "DeadlineExceeded", "FailedPrecondition",
     "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "PlanEntry", "ResourceExhausted",
     "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Unavailable", "Unimplemented", "connect",
-    "from_float32", "to_float32",
+    "default_target", "from_float32", "to_float32",
 ]

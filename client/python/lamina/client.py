@@ -1,12 +1,17 @@
 """The way to a daemon: what it is, its stacks, plans."""
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import os
 import threading
-from typing import List
+import weakref
+from types import TracebackType
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 import grpc
+import numpy as np
 
 from lamina.config import StackConfig
 from lamina.errors import translated
@@ -18,7 +23,7 @@ from lamina.v1 import (config_service_pb2, config_service_pb2_grpc, layer_servic
 _Stubs = collections.namedtuple("_Stubs", "config layer session")
 
 
-def default_target():
+def default_target() -> str:
     """LAMINA_TARGET, or the socket where laminad listens by default."""
     if os.environ.get("LAMINA_TARGET"):
         return os.environ["LAMINA_TARGET"]
@@ -41,7 +46,7 @@ class ServerInfo:
     device_free_bytes: int
     inline_cap_bytes: int
     replay_window: int
-    transports: tuple
+    transports: Tuple[str, ...]
     uptime_seconds: float
     checkpoints_enabled: bool
     build_commit: str
@@ -59,18 +64,24 @@ class PlanEntry:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What a stack allocates, to the byte."""
+    """What a stack allocates, to the byte.
+
+    context_bytes: of one context of all layers at full size. device_free_bytes and fits: what was free when it was
+    planned and whether it fits into that; None in the plan of a stack that exists.
+    """
 
     entries: List[PlanEntry]
     total_bytes: int
     context_bytes: int
+    device_free_bytes: Optional[int] = dataclasses.field(default=None, compare=False)
+    fits: Optional[bool] = dataclasses.field(default=None, compare=False)
 
-    def bytes_of(self, kind):
+    def bytes_of(self, kind: str) -> int:
         """kind: "weights", "master_weights", "gradients", "optimizer", "activations", "workspace" or "staging"."""
         return sum(e.size_bytes for e in self.entries if e.kind == kind)
 
     @classmethod
-    def from_proto(cls, message):
+    def from_proto(cls, message: config_service_pb2.MemoryPlan) -> MemoryPlan:
         prefix = "MEMORY_KIND_"
         kind = config_service_pb2.MemoryKind.Name
         entries = [PlanEntry(kind(e.kind)[len(prefix):].lower(), e.name, e.size_bytes, e.instances)
@@ -92,7 +103,7 @@ class StackInfo:
     outstanding_contexts: int
 
     @classmethod
-    def from_proto(cls, message):
+    def from_proto(cls, message: config_service_pb2.Stack) -> StackInfo:
         return cls(message.name, StackConfig.from_proto(message.config), MemoryPlan.from_proto(message.plan),
                    message.parameter_count, message.step, message.skipped_steps, message.forward_count,
                    message.outstanding_contexts)
@@ -101,14 +112,29 @@ class StackInfo:
 class Client:
     """A connection to one daemon. Use as a context manager, or call close().
 
-    target: "unix:PATH" or "HOST:PORT". transport: None to share memory with the daemon where that works and send
-    tensors inside messages else, "memfd" or "inline" to insist. Threads: any.
+    target: "unix:PATH" or "HOST:PORT"; None: default_target(). transport: None (or LAMINA_TRANSPORT) to share memory
+    with the daemon where that works and send tensors inside messages else, "memfd" or "inline" to insist. client_name:
+    who this is, for people who read the daemon's log. timeout: of every call, in seconds; None: none. Nothing is sent
+    before the first call. Threads: any. A process that forks is to connect in the child.
+
+    >>> with connect() as client:
+    ...     stack = client.create_stack("client-example", batch_size=4, max_seq_length=16, hidden_size=32, heads=4,
+    ...                                 num_hidden_layers=2)
+    ...     x = client.empty((4, 16, 32))          # passed without a copy
+    ...     x[:] = 0.5
+    ...     y, _ = stack.forward(x, training=False)
+    ...     client.delete_stack("client-example")
+    >>> y.shape, y.dtype
+    ((4, 16, 32), dtype('float32'))
     """
 
-    def __init__(self, target=None, transport=None, client_name="python"):
+    def __init__(self, target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
+                 timeout: Optional[float] = None) -> None:
+        transport = transport or os.environ.get("LAMINA_TRANSPORT") or None
         if transport not in (None, "memfd", "inline"):
             raise ValueError(f"transport: {transport!r} must be None, 'memfd' or 'inline'")
         self.target = target or default_target()
+        self.timeout = timeout
         self._wanted_transport = transport
         self._client_name = client_name
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -116,102 +142,143 @@ class Client:
         self._stubs = _Stubs(config_service_pb2_grpc.ConfigServiceStub(self._channel),
                              layer_service_pb2_grpc.LayerServiceStub(self._channel),
                              session_service_pb2_grpc.SessionServiceStub(self._channel))
-        self._session = None
+        self._session: Optional[Session] = None
         self._opening = threading.Lock()
+        self._closed = False
 
-    def __enter__(self):
+    def __repr__(self) -> str:
+        return f"<lamina.Client of {self.target}{', closed' if self._closed else ''}>"
+
+    def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
         self.close()
 
-    def close(self):
-        """Ends the session: its regions and contexts are freed. Arrays over regions stay readable."""
-        if self._session is not None:
-            self._session.close()
+    def close(self) -> None:
+        """Ends the session: its regions and contexts are freed. Arrays over regions stay readable. Idempotent."""
+        with self._opening:
+            self._closed = True
+            if self._session is not None:
+                self._session.close()
         self._channel.close()
 
     @property
-    def session(self):
-        """The session, opened at first use. LaminaError."""
+    def session(self) -> Session:
+        """The session, opened at first use. Unavailable: no daemon, or one that drains. ResourceExhausted: the daemon's
+        cap on sessions."""
+        if self._session is not None and not self._closed:
+            return self._session
         with self._opening:
+            if self._closed:
+                raise ValueError("this client was closed")
             if self._session is None:
-                self._session = Session(self._stubs, self._client_name, self._wanted_transport)
+                self._session = Session(self._stubs, self._client_name, self._wanted_transport, self.timeout)
+                # A client that is dropped without close() ends its session as well.
+                weakref.finalize(self, self._session.abandon)
             return self._session
 
     @property
-    def transport(self):
+    def transport(self) -> str:
         """How tensors cross: "memfd" (shared memory, no copy) or "inline" (inside messages)."""
         return "inline" if self.session.pool is None else "memfd"
 
-    def empty(self, shape, dtype="fp32"):
+    def empty(self, shape: Any, dtype: Any = "fp32") -> np.ndarray:
         """An uninitialised numpy array in memory shared with the daemon: passing it (or a contiguous part of it) costs no
-        copy. Without regions, a plain array. bf16: uint16 bits."""
+        copy. Without shared memory, a plain array. bf16: uint16 bits. The memory is used again once no array over it is
+        referenced. ResourceExhausted: the session's cap on regions."""
         return self.session.empty(shape, dtype)
 
-    def ping(self):
-        """A round trip that does nothing."""
-        self._stubs.config.GetServerInfo(config_service_pb2.GetServerInfoRequest())
+    def trim(self) -> int:
+        """Gives shared memory that no array uses back to the daemon; returns the bytes. It happens by itself where the
+        session's cap is reached."""
+        return 0 if self.session.pool is None else self.session.pool.trim()
 
-    def info(self):
+    def ping(self) -> None:
+        """A round trip that does nothing. Unavailable."""
+        with translated():
+            self._stubs.config.GetServerInfo(config_service_pb2.GetServerInfoRequest(), timeout=self.timeout)
+
+    def _read(self, call: Any, request: Any) -> Any:
+        if self._closed:
+            raise ValueError("this client was closed")
+        return call_with_retries(call, request, self.timeout)
+
+    def _change(self, call: Any, request: Any) -> Any:
+        """A call without a sequence that must not be repeated."""
+        if self._closed:
+            raise ValueError("this client was closed")
+        with translated():
+            return call(request, timeout=self.timeout)
+
+    def info(self) -> ServerInfo:
         """ServerInfo. Unavailable where no daemon listens on the target."""
-        m = call_with_retries(self._stubs.config.GetServerInfo, config_service_pb2.GetServerInfoRequest())
-        values = {f.name: getattr(m, f.name) for f in dataclasses.fields(ServerInfo)}
+        m = self._read(self._stubs.config.GetServerInfo, config_service_pb2.GetServerInfoRequest())
+        values: Dict[str, Any] = {f.name: getattr(m, f.name) for f in dataclasses.fields(ServerInfo)}
         prefix = "TRANSPORT_"
         values["transports"] = tuple(tensor_pb2.Transport.Name(t)[len(prefix):].lower() for t in m.transports)
         return ServerInfo(**values)
 
     @staticmethod
-    def _config(config, settings):
+    def _config(config: Union[StackConfig, Mapping[str, Any], None],
+                settings: Mapping[str, Any]) -> config_service_pb2.StackConfig:
         if config is None:
             config = StackConfig.from_dict(settings)
         elif settings:
             raise TypeError("give a config or settings by name, not both")
-        elif isinstance(config, dict):
+        elif not isinstance(config, StackConfig):
             config = StackConfig.from_dict(config)
         return config.to_proto()
 
-    def create_stack(self, name, config=None, **settings):
-        """Makes a stack from a StackConfig, a dict, or settings by name, and returns its Stack.
+    def create_stack(self, name: str, config: Union[StackConfig, Mapping[str, Any], None] = None,
+                     **settings: Any) -> Stack:
+        """Makes a stack from a StackConfig, a dict, or settings by name, draws its weights, and returns it.
 
-        AlreadyExists, InvalidArgument (names the setting), ResourceExhausted (with the plan's numbers),
-        Unimplemented.
+        It lives in the daemon until delete_stack, also when this client is gone. AlreadyExists, InvalidArgument (names
+        the setting), ResourceExhausted (with the plan's numbers), Unimplemented.
         """
         request = config_service_pb2.CreateStackRequest(name=name, config=self._config(config, settings))
-        with translated():
-            message = self._stubs.config.CreateStack(request).stack
-        return Stack(self, StackInfo.from_proto(message))
+        return Stack(self, StackInfo.from_proto(self._change(self._stubs.config.CreateStack, request).stack))
 
-    def stack(self, name):
+    def stack(self, name: str) -> Stack:
         """The Stack of that name. NotFound."""
         return Stack(self, self._stack_info(name))
 
-    def _stack_info(self, name):
+    def _stack_info(self, name: str) -> StackInfo:
         request = config_service_pb2.GetStackRequest(name=name)
-        return StackInfo.from_proto(call_with_retries(self._stubs.config.GetStack, request).stack)
+        return StackInfo.from_proto(self._read(self._stubs.config.GetStack, request).stack)
 
-    def stacks(self):
+    def stacks(self) -> List[StackInfo]:
         """A StackInfo of each stack, by name."""
-        request = config_service_pb2.ListStacksRequest()
-        return [StackInfo.from_proto(m) for m in call_with_retries(self._stubs.config.ListStacks, request).stacks]
+        answer = self._read(self._stubs.config.ListStacks, config_service_pb2.ListStacksRequest())
+        return [StackInfo.from_proto(m) for m in answer.stacks]
 
-    def delete_stack(self, name):
-        """Frees a stack, with its weights. NotFound."""
-        with translated():
-            self._stubs.config.DeleteStack(config_service_pb2.DeleteStackRequest(name=name))
+    def delete_stack(self, name: str) -> None:
+        """Frees a stack, with its weights and contexts. NotFound."""
+        self._change(self._stubs.config.DeleteStack, config_service_pb2.DeleteStackRequest(name=name))
 
-    def plan(self, config=None, **settings):
-        """The MemoryPlan of a config; allocates nothing."""
+    def plan(self, config: Union[StackConfig, Mapping[str, Any], None] = None, **settings: Any) -> MemoryPlan:
+        """The MemoryPlan of a config; allocates nothing. InvalidArgument, Unimplemented: as create_stack."""
         request = config_service_pb2.PlanMemoryRequest(config=self._config(config, settings))
-        return MemoryPlan.from_proto(call_with_retries(self._stubs.config.PlanMemory, request).plan)
+        answer = self._read(self._stubs.config.PlanMemory, request)
+        return dataclasses.replace(MemoryPlan.from_proto(answer.plan), device_free_bytes=answer.device_free_bytes,
+                                   fits=answer.fits)
 
-    def load_checkpoint(self, stack, name=None):
-        """Makes a new stack from a checkpoint (default: the stack's name) and returns it. NotFound, AlreadyExists, DataLoss."""
+    def load_checkpoint(self, stack: str, name: Optional[str] = None) -> Stack:
+        """Makes a new stack from a checkpoint (default: the stack's name) and returns it. NotFound, AlreadyExists,
+        DataLoss, ResourceExhausted, FailedPrecondition (the daemon has no checkpoint folder)."""
         request = config_service_pb2.LoadCheckpointRequest(stack=stack, name=name or "", create=True)
-        with translated():
-            return Stack(self, StackInfo.from_proto(self._stubs.config.LoadCheckpoint(request).stack))
+        return Stack(self, StackInfo.from_proto(self._change(self._stubs.config.LoadCheckpoint, request).stack))
 
 
-def connect(target=None, transport=None, client_name="python"):
-    """A Client of the daemon at `target` (default: LAMINA_TARGET, or the usual socket)."""
-    return Client(target, transport, client_name)
+def connect(target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
+            timeout: Optional[float] = None) -> Client:
+    """A Client of the daemon at `target` (default: LAMINA_TARGET, or the usual socket); see Client.
+
+    >>> with connect() as client:
+    ...     backend = client.info().backend
+    >>> backend in ("cpu", "cuda")
+    True
+    """
+    return Client(target, transport, client_name, timeout)

@@ -1,8 +1,11 @@
 """A stack's settings, under the names of DeepSpeed's transformer config."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
-from typing import Optional
+import os
+from typing import Any, Dict, Mapping, Optional, Union
 
 from lamina import dtypes
 from lamina.v1 import config_service_pb2 as pb
@@ -12,12 +15,17 @@ _GELU = {"erf": pb.GELU_ERF, "tanh": pb.GELU_TANH}
 
 @dataclasses.dataclass
 class StackConfig:
-    """What a stack is. None means the daemon's default; GetStack shows what that became.
+    """What a stack is. None means the daemon's default; Stack.config shows what that became.
 
     batch_size, max_seq_length: the largest B and S of a call. hidden_size H is divisible by heads A;
     intermediate_size I defaults to 4 H. Ratios are in [0, 1). seed -1: the daemon draws one. dtype: "fp32",
     "bf16" or "fp16". gelu: "erf" (BERT's) or "tanh" (DeepSpeed's). max_contexts: how many training Forwards at
-    full size may wait for their Backward.
+    full size may wait for their Backward. The daemon checks the values and names the one that is wrong.
+
+    >>> bert_base = StackConfig(batch_size=8, max_seq_length=128, hidden_size=768, heads=12, num_hidden_layers=12,
+    ...                         attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1, pre_layer_norm=False, dtype="bf16")
+    >>> StackConfig.from_dict(bert_base.to_dict()) == bert_base
+    True
     """
 
     batch_size: int = 0
@@ -45,7 +53,7 @@ class StackConfig:
     max_contexts: Optional[int] = None
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Mapping[str, Any]) -> StackConfig:
         """From a mapping with these names; TypeError names the ones that are none."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
@@ -53,14 +61,17 @@ class StackConfig:
         return cls(**values)
 
     @classmethod
-    def from_json_file(cls, path):
+    def from_json_file(cls, path: Union[str, os.PathLike]) -> StackConfig:
+        """From a file holding a JSON object with these names."""
         with open(path, encoding="utf-8") as file:
             return cls.from_dict(json.load(file))
 
-    def to_dict(self):
+    def to_dict(self) -> Dict[str, Any]:
+        """All settings by name."""
         return dataclasses.asdict(self)
 
-    def to_proto(self):
+    def to_proto(self) -> pb.StackConfig:
+        """The message; TypeError or ValueError names the setting that it can't hold."""
         message = pb.StackConfig()
         for name, value in self.to_dict().items():
             if value is None:
@@ -78,7 +89,8 @@ class StackConfig:
         return message
 
     @classmethod
-    def from_proto(cls, message):
+    def from_proto(cls, message: pb.StackConfig) -> StackConfig:
+        """From the daemon's answer, where every default is filled in."""
         values = {f.name: getattr(message, f.name) for f in dataclasses.fields(cls)}
         values["dtype"] = dtypes.from_proto(message.dtype)
         values["gelu"] = {number: name for name, number in _GELU.items()}[message.gelu]

@@ -1,6 +1,9 @@
 """The daemon's refusals as exceptions: one class a gRPC status code, all of them LaminaError."""
 
+from __future__ import annotations
+
 import contextlib
+from typing import Dict, Iterator, Optional, Type
 
 import grpc
 
@@ -11,47 +14,97 @@ class LaminaError(Exception):
     code: the grpc.StatusCode; message: the daemon's words, which name the field, its value and its range.
     """
 
-    code = grpc.StatusCode.UNKNOWN
+    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
 
-    def __init__(self, message, code=None):
+    def __init__(self, message: str, code: Optional[grpc.StatusCode] = None) -> None:
         super().__init__(message)
         self.message = message
         if code is not None:
             self.code = code
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.code.name}: {self.message}"
 
 
-def _error(name, meaning):
-    return type("".join(part.capitalize() for part in name.split("_")), (LaminaError,),
-                {"__doc__": meaning, "__module__": __name__, "code": grpc.StatusCode[name]})
+class InvalidArgument(LaminaError):
+    """A shape, dtype, slice or setting is outside what is allowed."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
 
 
-InvalidArgument = _error("INVALID_ARGUMENT", "A shape, dtype, slice or setting is outside what is allowed.")
-NotFound = _error("NOT_FOUND", "No such stack, session, region, context or parameter.")
-AlreadyExists = _error("ALREADY_EXISTS", "The name is taken, or the sequence was used with another body.")
-FailedPrecondition = _error("FAILED_PRECONDITION", "Not in this state: training is off, or a gap in the sequence.")
-ResourceExhausted = _error("RESOURCE_EXHAUSTED", "It does not fit: memory, contexts, regions, the queue.")
-Unavailable = _error("UNAVAILABLE", "The daemon can't be reached, drains, or its device failed.")
-Unimplemented = _error("UNIMPLEMENTED", "This version lacks the setting or call.")
-DeadlineExceeded = _error("DEADLINE_EXCEEDED", "The call took longer than its timeout.")
-Cancelled = _error("CANCELLED", "The call was cancelled.")
-DataLoss = _error("DATA_LOSS", "A checkpoint is damaged.")
-Internal = _error("INTERNAL", "The daemon failed; its log says more.")
+class NotFound(LaminaError):
+    """No such stack, session, region, context or parameter."""
 
-_BY_CODE = {c.code: c for c in (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted,
-                                Unavailable, Unimplemented, DeadlineExceeded, Cancelled, DataLoss, Internal)}
+    code = grpc.StatusCode.NOT_FOUND
 
 
-def from_rpc(error):
+class AlreadyExists(LaminaError):
+    """The name is taken, or the sequence was used with another body."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class FailedPrecondition(LaminaError):
+    """Not in this state: training is off, or a gap in the sequence."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ResourceExhausted(LaminaError):
+    """It does not fit: memory, contexts, regions, the queue. Nothing has changed."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unavailable(LaminaError):
+    """The daemon can't be reached, drains, or its device failed; or the session has ended."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class Unimplemented(LaminaError):
+    """This version lacks the setting or call."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class DeadlineExceeded(LaminaError):
+    """The call took longer than the client's timeout."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(LaminaError):
+    """The call was cancelled."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class DataLoss(LaminaError):
+    """A checkpoint is damaged."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
+class Internal(LaminaError):
+    """The daemon failed; its log says more."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+_BY_CODE: Dict[grpc.StatusCode, Type[LaminaError]] = {
+    c.code: c for c in (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted, Unavailable,
+                        Unimplemented, DeadlineExceeded, Cancelled, DataLoss, Internal)}
+
+
+def from_rpc(error: grpc.RpcError) -> LaminaError:
     """The LaminaError for a grpc.RpcError."""
     code = error.code()
     return _BY_CODE.get(code, LaminaError)(error.details() or code.name, code)
 
 
 @contextlib.contextmanager
-def translated():
+def translated() -> Iterator[None]:
     """Turns a grpc.RpcError inside into a LaminaError."""
     try:
         yield

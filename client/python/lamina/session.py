@@ -1,16 +1,23 @@
 """A session with the daemon: its lease, its mutation sequence, its way of moving tensors."""
 
+from __future__ import annotations
+
 import collections
+import dataclasses
+import gc
 import queue
 import threading
 import time
+from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple
 
 import grpc
 import numpy as np
 
 from lamina import dtypes
-from lamina.errors import LaminaError, Unavailable, from_rpc, translated
-from lamina.regions import RegionPool, region_request
+from lamina.errors import (AlreadyExists, Cancelled, DeadlineExceeded, LaminaError, ResourceExhausted, Unavailable,
+                           from_rpc, translated)
+from lamina.regions import RegionPool
+from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as layer_pb
 from lamina.v1 import session_service_pb2 as pb
 from lamina.v1 import tensor_pb2
@@ -18,59 +25,94 @@ from lamina.v1 import tensor_pb2
 # A call that the daemon did not answer is asked again this many times, waiting twice as long each time.
 _RETRIES = 5
 _FIRST_WAIT = 0.05
+_SLOWEST_ANSWER = 60.0  # seconds, to a keep-alive message
 
 
-def call_with_retries(call, request, timeout=None):
-    """Runs an RPC that is safe to repeat. LaminaError."""
+def call_with_retries(call: Callable, request: Any, timeout: Optional[float] = None,
+                      over: Callable[[], Optional[str]] = lambda: None) -> Any:
+    """Runs an RPC that is safe to repeat. over(): why repeating is useless, or None. LaminaError."""
     wait = _FIRST_WAIT
     for attempt in range(_RETRIES + 1):
         try:
             return call(request, timeout=timeout)
         except grpc.RpcError as error:
+            reason = over()
+            if reason is not None:
+                raise Unavailable(f"{reason}; the call heard {from_rpc(error)}") from None
             if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == _RETRIES:
                 raise from_rpc(error) from None
             time.sleep(wait)
             wait *= 2
+    raise AssertionError("unreachable")
+
+
+def _may_have_run(error: BaseException) -> bool:
+    """Whether the daemon may have done the call that ended so; every other status says that nothing has changed."""
+    return not isinstance(error, LaminaError) or isinstance(error, (Unavailable, DeadlineExceeded, Cancelled)) or (
+        error.code == grpc.StatusCode.UNKNOWN)
+
+
+@dataclasses.dataclass
+class _Lost:
+    """A mutation whose answer never came. `keep`: its arrays, which the daemon may still be using."""
+
+    call: Callable
+    request: Any
+    keep: Sequence[Any]
 
 
 class Session:
     """Opened lazily by Client. Threads: any; mutations run one after another."""
 
-    def __init__(self, stubs, client_name, transport):
+    def __init__(self, stubs: Any, client_name: str, transport: Optional[str], timeout: Optional[float]) -> None:
         self._stubs = stubs
-        opened = call_with_retries(stubs.session.CreateSession, pb.CreateSessionRequest(client_name=client_name))
-        self.id = opened.session_id
-        self._lease = opened.lease_seconds
+        self._timeout = timeout
+        opened = call_with_retries(stubs.session.CreateSession, pb.CreateSessionRequest(client_name=client_name), timeout)
+        self.id: str = opened.session_id
+        self._lease: float = opened.lease_seconds
         self._mutations = threading.Lock()
         self._next_sequence = 1
-        self._uncertain = False  # a mutation's outcome is unknown: ask before the next one
-        self._garbage = collections.deque()  # (stack, context id) that will get no Backward
-        self._outbox = queue.SimpleQueue()
-        self._applied = queue.SimpleQueue()
+        self._lost: List[_Lost] = []  # mutations that may have taken _next_sequence
+        self._quarantine: List[Any] = []  # arrays that the daemon may be using until the session ends
+        self._garbage: Deque[Tuple[str, str]] = collections.deque()  # (stack, context) that will get no Backward
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._answers = threading.Condition()
+        self._sent = 1  # keep-alive messages; guarded by _answers, like the three below
+        self._received = 0
+        self._applied = 0
+        self._over: Optional[str] = None
         self._closed = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name="lamina-keepalive", daemon=True)
-        self._keeper.start()
-        self._pings = threading.Lock()
-        with self._pings:
-            self._answer()  # to the stream's first message: the lease is bound to the stream from here on
-        self._ticker = threading.Thread(target=self._tick, name="lamina-tick", daemon=True)
-        self._ticker.start()
-        self.pool = None
-        if transport != "inline" and opened.broker_path:
-            try:
-                pool = RegionPool(self._create_region, opened.broker_path, self.id)
-                pool.empty(1, "fp32")  # whether the broker lets us
-                self.pool = pool
-            except Unavailable:
-                if transport == "memfd":
-                    raise
-        elif transport == "memfd":
-            raise Unavailable("the daemon offers no broker socket, so no regions")
+        threading.Thread(target=self._keep, name="lamina-keepalive", daemon=True).start()
+        self.pool: Optional[RegionPool] = None
+        self.inline_cap = 0  # bytes; set where there is no pool
+        try:
+            self._await_answer(1)  # the lease is bound to the stream from here on
+            threading.Thread(target=self._tick, name="lamina-tick", daemon=True).start()
+            if transport != "inline":
+                self.pool = self._open_pool(opened.broker_path, insist=transport == "memfd")
+            if self.pool is None:
+                info = call_with_retries(stubs.config.GetServerInfo, config_pb.GetServerInfoRequest(), timeout)
+                self.inline_cap = info.inline_cap_bytes
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _open_pool(self, broker_path: str, insist: bool) -> Optional[RegionPool]:
+        try:
+            if not broker_path:
+                raise Unavailable("the daemon offers no broker socket, so no regions")
+            pool = RegionPool(self._create_region, self._release_region, broker_path, self.id)
+            pool.empty(1, "fp32")  # whether the broker is here and lets us
+            return pool
+        except LaminaError:
+            if insist:
+                raise
+            return None
 
     # --- lease ---
 
-    def _keep(self):
-        def messages():
+    def _keep(self) -> None:
+        def messages() -> Iterator[pb.KeepAliveRequest]:
             yield pb.KeepAliveRequest(session_id=self.id)
             while True:
                 message = self._outbox.get()
@@ -78,137 +120,221 @@ class Session:
                     return
                 yield message
 
+        reason = "the daemon ended it"
         try:
             for answer in self._stubs.session.KeepAlive(messages()):
-                self._applied.put(answer.applied_sequence)
-        except grpc.RpcError:
-            pass  # the next call says what is wrong
-        self._applied.put(None)
+                with self._answers:
+                    self._received += 1
+                    self._applied = answer.applied_sequence
+                    self._answers.notify_all()
+        except grpc.RpcError as error:
+            reason = str(from_rpc(error))
+        except ValueError as error:  # the channel was closed under it
+            reason = str(error)
+        with self._answers:
+            self._over = "closed" if self._closed.is_set() else reason
+            self._answers.notify_all()
 
-    def _tick(self):
+    def _tick(self) -> None:
         while not self._closed.wait(self._lease / 3):
             try:
                 self.ping()
                 self.release_garbage()
             except LaminaError:
-                return
+                return  # the next call says what is wrong
 
-    def ping(self):
-        """The last applied sequence, from the daemon. Unavailable when the KeepAlive stream is gone."""
-        with self._pings:
+    def over(self) -> Optional[str]:
+        """Why the session has ended, in words; None while it lives."""
+        over = self._over
+        return None if over is None else f"this session has ended ({over}): its regions and contexts are gone, connect again"
+
+    def ping(self) -> int:
+        """The last applied sequence, from the daemon. Unavailable when the session has ended."""
+        with self._answers:
+            self._sent += 1
+            number = self._sent
             self._outbox.put(pb.KeepAliveRequest())
-            return self._answer()
+        return self._await_answer(number)
 
-    def _answer(self):
-        applied = self._applied.get()
-        if applied is None:
-            self._applied.put(None)
-            raise Unavailable("the session has ended: the daemon stopped or lost this client")
-        return applied
+    def _await_answer(self, number: int) -> int:
+        with self._answers:
+            answered = self._answers.wait_for(lambda: self._received >= number or self._over is not None, _SLOWEST_ANSWER)
+            if self._over is not None:
+                raise Unavailable(str(self.over()))
+            if not answered:
+                raise Unavailable(f"the daemon did not answer the session's keep-alive for {_SLOWEST_ANSWER:g} s")
+            return self._applied
 
-    def close(self):
+    def close(self) -> None:
+        """Ends the session in the daemon. Idempotent."""
         if self._closed.is_set():
             return
         self._closed.set()
-        try:
-            self._stubs.session.DeleteSession(pb.DeleteSessionRequest(session_id=self.id), timeout=5)
-        except grpc.RpcError:
-            pass  # the daemon is gone, and the session with it
-        self._outbox.put(None)
-        self._keeper.join(timeout=5)
-
-    # --- mutations ---
-
-    def mutate(self, call, request, timeout=None):
-        """Runs a mutation exactly once: a repeat after a lost answer carries the same sequence. LaminaError."""
-        with self._mutations:
-            if self._uncertain:
-                self._next_sequence = self.ping() + 1
-                self._uncertain = False
-            request.mutation.session_id = self.id
-            request.mutation.sequence = self._next_sequence
+        if self._over is None:
             try:
-                answer = call_with_retries(call, request, timeout)
-            except LaminaError as error:
-                self._uncertain = error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED,
-                                                 grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
-                raise
-            except BaseException:  # KeyboardInterrupt too
-                self._uncertain = True
-                raise
-            self._next_sequence += 1
-            return answer
+                self._stubs.session.DeleteSession(pb.DeleteSessionRequest(session_id=self.id), timeout=5)
+            except grpc.RpcError:
+                pass  # the daemon is gone, and the session with it
+        self._outbox.put(None)
+        with self._answers:
+            self._answers.wait_for(lambda: self._over is not None, 5)
+
+    def abandon(self) -> None:
+        """Ends the session without waiting: the keep-alive stream's end is the session's. For finalizers."""
+        self._closed.set()
+        self._outbox.put(None)
+
+    # --- calls ---
+
+    def read(self, call: Callable, request: Any, keep: Sequence[Any] = ()) -> Any:
+        """Runs a call that changes nothing, again where it was not answered. keep: arrays that it names. LaminaError."""
+        try:
+            return call_with_retries(call, request, self._timeout, self.over)
+        except BaseException as error:
+            if keep and _may_have_run(error) and self._over is None:
+                self._quarantine.extend(keep)  # it may still be running
+            raise
+
+    def mutate(self, call: Callable, request: Any, keep: Sequence[Any] = ()) -> Any:
+        """Runs a mutation exactly once: a repeat after a lost answer carries the same sequence. LaminaError.
+
+        A mutation whose answer stays lost (timeout, KeyboardInterrupt) leaves open whether it ran. Its sequence is then
+        the next mutation's: the daemon waits for a first user of it that still runs, says ALREADY_EXISTS if that one did
+        run (the following sequence is right, then), and turns the first away if it comes later.
+        """
+        with self._mutations:
+            request.mutation.session_id = self.id
+            while True:
+                request.mutation.sequence = self._next_sequence
+                try:
+                    answer = call_with_retries(call, request, self._timeout, self.over)
+                except AlreadyExists:
+                    if not self._lost:
+                        raise
+                    self._drop_lost_contexts()
+                    self._next_sequence += 1
+                    continue
+                except BaseException as error:  # KeyboardInterrupt too
+                    if _may_have_run(error):
+                        copy = type(request)()
+                        copy.CopyFrom(request)
+                        self._lost.append(_Lost(call, copy, keep))
+                    raise
+                self._next_sequence += 1
+                self._lost.clear()
+                return answer
+
+    def _drop_lost_contexts(self) -> None:
+        """One of the lost mutations has run. If it was a Forward, its context can be reached by nobody: asks for its
+        answer once more and releases it."""
+        lost, self._lost = self._lost, []
+        for one in lost:
+            if not isinstance(one.request, layer_pb.ForwardRequest):
+                continue
+            try:
+                answer = call_with_retries(one.call, one.request, self._timeout, self.over)
+            except LaminaError:
+                continue  # it was another one
+            self.discard(one.request.stack, answer.context_id)
 
     # --- contexts that nobody will use ---
 
-    def discard(self, stack, context_id):
+    def discard(self, stack: str, context_id: str) -> None:
         """Releases a context soon; may be called from a finalizer."""
         self._garbage.append((stack, context_id))
 
-    def release_garbage(self):
-        while self._garbage:
+    def release_garbage(self) -> bool:
+        """Releases what was discarded; whether there was any."""
+        any_released = False
+        while True:
             try:
                 stack, context_id = self._garbage.popleft()
             except IndexError:
-                return
+                return any_released
             try:
                 self._stubs.layer.ReleaseContext(
-                    layer_pb.ReleaseContextRequest(stack=stack, session_id=self.id, context_id=context_id))
+                    layer_pb.ReleaseContextRequest(stack=stack, session_id=self.id, context_id=context_id),
+                    timeout=self._timeout)
+                any_released = True
             except grpc.RpcError:
                 pass  # spent, or gone with its stack
 
+    def mutate_with_room(self, call: Callable, request: Any, keep: Sequence[Any] = ()) -> Any:
+        """mutate for a Forward: where contexts ran out, those held by unreachable Python objects alone are released."""
+        try:
+            return self.mutate(call, request, keep)
+        except ResourceExhausted:
+            gc.collect()
+            if not self.release_garbage():
+                raise
+        return self.mutate(call, request, keep)
+
     # --- tensors ---
 
-    def _create_region(self, size_bytes):
+    def _create_region(self, size_bytes: int) -> str:
+        request = pb.CreateRegionRequest(session_id=self.id, kind=pb.REGION_KIND_MEMFD, size_bytes=size_bytes)
         with translated():
-            return self._stubs.session.CreateRegion(region_request(self.id, size_bytes)).region.region_id
+            return self._stubs.session.CreateRegion(request, timeout=self._timeout).region.region_id
 
-    def empty(self, shape, dtype):
+    def _release_region(self, region_id: str) -> None:
+        try:
+            self._stubs.session.ReleaseRegion(pb.ReleaseRegionRequest(session_id=self.id, region_id=region_id),
+                                              timeout=self._timeout)
+        except grpc.RpcError:
+            pass  # gone with the session
+
+    def empty(self, shape: Any, dtype: Any) -> np.ndarray:
         """An array that calls can read and write without a copy, or a plain one without regions."""
         if self.pool is None:
             return np.empty(shape, dtypes.numpy_type(dtype))
         return self.pool.empty(shape, dtype)
 
-    def tensor(self, array, dtype):
-        """(message, array to keep alive) for an array of the type's numpy dtype: in place where it lies in a region,
-        copied into one or into the message else."""
-        message = tensor_pb2.Tensor(dtype=dtypes.to_proto(dtype), shape=array.shape)
+    def tensor(self, array: np.ndarray, dtype: Any, message: tensor_pb2.Tensor) -> np.ndarray:
+        """Fills `message` for an array of the type's numpy dtype: in place where it lies in a region, copied into one or
+        into the message else. Returns the array to keep alive during the call."""
+        message.dtype = dtypes.to_proto(dtype)
+        message.shape.extend(array.shape)
         if self.pool is None:
-            message.inline_data = np.ascontiguousarray(array).tobytes()
-            return message, array
-        place = None
-        if array.flags.c_contiguous and array.size:
-            place = self.pool.find(array.__array_interface__["data"][0], array.nbytes)
+            message.inline_data = array.tobytes()
+            return array
+        place = self.pool.find(array)
         if place is None:
+            if array.size == 0:
+                message.inline_data = b""  # for the daemon to refuse
+                return array
             copy = self.pool.empty(array.shape, dtype)
             copy[...] = array
-            array = copy
-            place = self.pool.find(array.__array_interface__["data"][0], array.nbytes)
+            array, place = copy, self.pool.find(copy)
+        assert place is not None
         message.slice.region_id, message.slice.offset_bytes = place
         message.slice.size_bytes = array.nbytes
-        return message, array
+        return array
 
-    def target(self, shape, dtype, out=None):
-        """(message, array that will hold the result or None for inline)."""
-        message = tensor_pb2.TensorTarget()
-        if self.pool is None:
+    def target(self, shape: Tuple[int, ...], dtype: Any, out: Optional[np.ndarray],
+               message: tensor_pb2.TensorTarget) -> Optional[np.ndarray]:
+        """Fills `message` for a result; returns the array that it will land in, or None for inline."""
+        if out is not None and (out.shape != tuple(shape) or out.dtype != dtypes.numpy_type(dtype)):
+            raise ValueError(f"out: is {out.dtype} {out.shape}, the result {dtypes.numpy_type(dtype)} {tuple(shape)}")
+        if self.pool is None or 0 in shape:
             message.inline.SetInParent()
-            return message, None
+            return None
         if out is None:
             out = self.pool.empty(shape, dtype)
-        place = None
-        if out.flags.c_contiguous:
-            place = self.pool.find(out.__array_interface__["data"][0], out.nbytes)
+        place = self.pool.find(out)
         if place is None:
-            raise ValueError("out: must be an array from Client.empty")
+            raise ValueError("out: must be a contiguous array from Client.empty")
         message.slice.region_id, message.slice.offset_bytes = place
         message.slice.size_bytes = out.nbytes
-        return message, out
+        return out
 
     @staticmethod
-    def result(message, array):
-        """The array that a result landed in."""
+    def result(message: tensor_pb2.Tensor, array: Optional[np.ndarray], out: Optional[np.ndarray] = None) -> np.ndarray:
+        """The array that a result landed in. out: where the caller wants an inline one."""
         if array is not None:
             return array
         dtype = dtypes.numpy_type(dtypes.from_proto(message.dtype))
-        return np.frombuffer(bytearray(message.inline_data), dtype).reshape(tuple(message.shape))
+        received = np.frombuffer(message.inline_data, dtype).reshape(tuple(message.shape))
+        if out is None:
+            return received.copy()
+        out[...] = received
+        return out

@@ -1,19 +1,34 @@
 """One stack: steps, parameters, checkpoints."""
 
+from __future__ import annotations
+
 import dataclasses
 import weakref
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from lamina import dtypes
-from lamina.errors import translated
+from lamina.errors import InvalidArgument, NotFound, translated
+from lamina.session import Session, call_with_retries
 from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from lamina.client import Client, StackInfo
+
+# Most bytes of one SetParameters through regions: what a transfer of any size needs of shared memory.
+_SET_BYTES = 256 << 20
+
+# Which rows of which stored parameter a part is: first third, second, third of the fused ones.
+_PARTS = {"attn_qw": "attn_qkvw", "attn_kw": "attn_qkvw", "attn_vw": "attn_qkvw",
+          "attn_qb": "attn_qkvb", "attn_kb": "attn_qkvb", "attn_vb": "attn_qkvb"}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTiming:
-    """Where a call's time went, in seconds."""
+    """Where a call's time went, in seconds: waiting for the device, moving inputs to it (0 where its kernels read the
+    region), running the layers, moving results back."""
 
     queue_seconds: float
     input_seconds: float
@@ -21,13 +36,14 @@ class StepTiming:
     output_seconds: float
 
     @classmethod
-    def from_proto(cls, m):
+    def from_proto(cls, m: pb.StepTiming) -> StepTiming:
         return cls(m.queue_seconds, m.input_seconds, m.compute_seconds, m.output_seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
-    """An optimizer step's outcome. applied False: a gradient was not finite and nothing was changed."""
+    """An optimizer step's outcome. applied False: a gradient was not finite and nothing was changed. grad_norm: of the
+    unscaled gradients before clipping. step: how many the stack has applied."""
 
     applied: bool
     grad_norm: float
@@ -35,19 +51,25 @@ class Applied:
 
 
 class Context:
-    """What a training forward saved for its backward. Dropped without one, it is released in the daemon."""
+    """What a training forward saved for its backward. Dropped without one, it is released in the daemon.
 
-    def __init__(self, session, stack, context_id, shape):
+    id: the daemon's name for it; shape: (B, S, H) of the forward.
+    """
+
+    def __init__(self, session: Session, stack: str, context_id: str, shape: Iterable[int]) -> None:
         self.id = context_id
         self.shape = tuple(shape)
         self._finalizer = weakref.finalize(self, session.discard, stack, context_id)
         self._finalizer.atexit = False
 
-    def _spent(self):
+    def __repr__(self) -> str:
+        return f"<lamina.Context of {list(self.shape)}{'' if self._finalizer.alive else ', spent'}>"
+
+    def _spent(self) -> None:
         self._finalizer.detach()
 
-    def release(self):
-        """Frees it now or soon; it can get no backward any more."""
+    def release(self) -> None:
+        """Frees it now or soon; it can get no backward any more. Idempotent."""
         self._finalizer()
 
 
@@ -55,92 +77,120 @@ class Stack:
     """A handle; the stack itself lives in the daemon until Client.delete_stack.
 
     name, config (every default filled in), dtype ("fp32", "bf16", "fp16"). Arrays are of the stack's type: float32,
-    float16, or uint16 holding bf16 bits; float32 is rounded where the stack's type is another. B and S of a call
-    may be smaller than the config's. Threads: any; steps of one client run one after another.
+    float16, or uint16 holding bf16 bits (ml_dtypes.bfloat16 is taken and given back as well); float32 is rounded where
+    the stack's type is another. B and S of a call may be smaller than the config's. Results are the caller's for as long
+    as they are referenced; they lie in shared memory where there is any, so that passing one on costs no copy.
+
+    Every method may raise Unavailable (the daemon is gone or drains), ResourceExhausted (its queue is full) and
+    DeadlineExceeded (the client's timeout). After any error the stack is as it was before the call, except where the
+    answer itself was lost (Unavailable, DeadlineExceeded, KeyboardInterrupt): then the call may have run, once.
+
+    Threads: any; mutations of one client run one after another.
+
+    >>> import lamina, numpy as np
+    >>> with lamina.connect() as client:
+    ...     stack = client.create_stack("stack-example", batch_size=2, max_seq_length=8, hidden_size=16, heads=2,
+    ...                                 num_hidden_layers=2, seed=1)
+    ...     x = np.ones((2, 8, 16), np.float32)
+    ...     y, context = stack.forward(x)
+    ...     dx = stack.backward(context, dy=2 * y / y.size)
+    ...     outcome = stack.apply_gradients(lr=1e-3, max_grad_norm=1.0, zero_gradients=True)
+    ...     client.delete_stack("stack-example")
+    >>> y.shape, dx.shape, outcome.applied, outcome.step
+    ((2, 8, 16), (2, 8, 16), True, 1)
     """
 
-    def __init__(self, client, info):
+    def __init__(self, client: Client, info: StackInfo) -> None:
         self._client = client
         self.name = info.name
         self.config = info.config
-        self.dtype = info.config.dtype
-        self.last_timing = None  # StepTiming of the last forward, backward or apply_gradients
+        self.dtype: str = info.config.dtype or "fp32"
+        self.last_timing: Optional[StepTiming] = None  # of the last forward, backward or apply_gradients
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         c = self.config
         return (f"<lamina.Stack {self.name!r}: {c.num_hidden_layers} layers, H {c.hidden_size}, A {c.heads}, "
                 f"{self.dtype}>")
 
-    def info(self):
-        """A fresh StackInfo."""
+    def info(self) -> StackInfo:
+        """A fresh StackInfo. NotFound: it was deleted."""
         return self._client._stack_info(self.name)
 
     # --- steps ---
 
-    def forward(self, x, mask=None, lengths=None, training=None, layers=None, out=None):
+    def forward(self, x: Any, mask: Optional[Any] = None, lengths: Optional[Any] = None, training: Optional[bool] = None,
+                layers: Optional[Tuple[int, int]] = None,
+                out: Optional[np.ndarray] = None) -> Tuple[np.ndarray, Optional[Context]]:
         """Runs the layers over x [B, S, H]: (y [B, S, H], Context), or (y, None) in evaluation.
 
-        mask: float32 [B, S] or [B, 1, 1, S], added to the scores of each key. lengths: int [B], 1..S. training: draw
-        dropout and keep a context; None: as the stack's config says. layers: (begin, end), None for all. out: an
-        array from Client.empty for the result. The result is the caller's for as long as it is referenced.
+        mask: float32 [B, S] or [B, 1, 1, S], added to the scores of each key: 0 to keep, -inf or a large negative
+        number to hide. lengths: int [B], 1..S, instead of a mask. training: draw dropout and keep a context; None: as
+        the stack's config says. layers: (begin, end), None for all. out: an array of y's shape and type from
+        Client.empty; y is then that array. x may be changed as soon as the call is back.
+
+        InvalidArgument: a shape, or layers. FailedPrecondition: training of a stack whose training is off.
+        ResourceExhausted: no room for another context (says the numbers). NotFound: the stack.
         """
         session = self._client.session
         session.release_garbage()
-        training = self.config.training if training is None else bool(training)
-        x = dtypes.as_stack_type(x, self.dtype)
+        if mask is not None and lengths is not None:
+            raise ValueError("give a mask or lengths, not both")
+        training = bool(self.config.training if training is None else training)
+        given = np.asarray(x)
+        values = dtypes.as_stack_type(given, self.dtype)
         request = pb.ForwardRequest(stack=self.name, session_id=session.id, training=training)
-        tensor, x = session.tensor(x, self.dtype)
-        request.input.CopyFrom(tensor)
+        keep = [session.tensor(values, self.dtype, request.input)]
         if layers is not None:
             request.layers.begin, request.layers.end = layers
-        keep = []
         if mask is not None:
-            tensor, array = session.tensor(np.asarray(mask, np.float32), "fp32")
-            request.mask.CopyFrom(tensor)
-            keep.append(array)
+            keep.append(session.tensor(np.asarray(mask, np.float32), "fp32", request.mask))
         if lengths is not None:
-            if mask is not None:
-                raise ValueError("give a mask or lengths, not both")
-            tensor, array = session.tensor(np.asarray(lengths, np.int32), "int32")
-            request.lengths.CopyFrom(tensor)
-            keep.append(array)
-        target, y = session.target(x.shape, self.dtype, out)
-        request.output.CopyFrom(target)
+            keep.append(session.tensor(_integers(lengths), "int32", request.lengths))
+        y = session.target(values.shape, self.dtype, out, request.output)
+        if y is not None:
+            keep.append(y)
         layer = self._client._stubs.layer
-        if training:
-            answer = session.mutate(layer.Forward, request)
-        else:
-            with translated():
-                answer = layer.Forward(request)
+        answer = (session.mutate_with_room if training else session.read)(layer.Forward, request, keep)
         self.last_timing = StepTiming.from_proto(answer.timing)
-        context = Context(session, self.name, answer.context_id, x.shape) if answer.context_id else None
-        return session.result(answer.output, y), context
+        context = Context(session, self.name, answer.context_id, values.shape) if answer.context_id else None
+        return _typed_like(given, session.result(answer.output, y, out)), context
 
-    def backward(self, context, dy, input_grad=True, out=None):
+    def backward(self, context: Context, dy: Any, input_grad: bool = True,
+                 out: Optional[np.ndarray] = None) -> Optional[np.ndarray]:
         """Adds the gradients of the context's layers; returns dx [B, S, H], or None without input_grad.
 
-        dy: gradient of the loss by the forward's output. The context is spent. NotFound for a spent one.
+        dy: gradient of the loss by the forward's output, of its shape. out: as in forward. The context is spent; after
+        an error that the daemon answered it is not, and the gradients are as they were.
+
+        NotFound: a context that was spent or released, or ended with its session. InvalidArgument: dy's shape.
+        FailedPrecondition: the stack was deleted.
         """
         session = self._client.session
-        dy = dtypes.as_stack_type(dy, self.dtype)
+        given = np.asarray(dy)
+        values = dtypes.as_stack_type(given, self.dtype)
         request = pb.BackwardRequest(stack=self.name, context_id=context.id)
-        tensor, dy = session.tensor(dy, self.dtype)
-        request.output_grad.CopyFrom(tensor)
+        keep = [session.tensor(values, self.dtype, request.output_grad)]
         dx = None
         if input_grad:
-            target, dx = session.target(dy.shape, self.dtype, out)
-            request.input_grad.CopyFrom(target)
-        answer = session.mutate(self._client._stubs.layer.Backward, request)
+            dx = session.target(values.shape, self.dtype, out, request.input_grad)
+            if dx is not None:
+                keep.append(dx)
+        answer = session.mutate(self._client._stubs.layer.Backward, request, keep)
         context._spent()
         self.last_timing = StepTiming.from_proto(answer.timing)
-        return session.result(answer.input_grad, dx) if input_grad else None
+        return _typed_like(given, session.result(answer.input_grad, dx, out)) if input_grad else None
 
-    def apply_gradients(self, lr, beta1=None, beta2=None, eps=None, weight_decay=None, max_grad_norm=None,
-                        loss_scale=None, decay_biases_and_norms=False, zero_gradients=False):
+    def apply_gradients(self, lr: float, beta1: Optional[float] = None, beta2: Optional[float] = None,
+                        eps: Optional[float] = None, weight_decay: Optional[float] = None,
+                        max_grad_norm: Optional[float] = None, loss_scale: Optional[float] = None,
+                        decay_biases_and_norms: bool = False, zero_gradients: bool = False) -> Applied:
         """One AdamW step from the accumulated gradients; returns Applied.
 
-        max_grad_norm: clip the global L2 norm. loss_scale: what the loss was multiplied by. zero_gradients: zero them
-        afterwards, also when the step was skipped.
+        Defaults as torch.optim.AdamW's, but weight_decay 0 (decoupled; biases and norms are left out of it unless
+        asked). max_grad_norm: clip the global L2 norm. loss_scale: what the loss was multiplied by. zero_gradients:
+        zero them afterwards, also when the step was skipped.
+
+        InvalidArgument: a value outside its range. FailedPrecondition: training is off.
         """
         request = pb.ApplyGradientsRequest(
             stack=self.name, learning_rate=lr, beta1=beta1, beta2=beta2, epsilon=eps, weight_decay=weight_decay,
@@ -150,70 +200,145 @@ class Stack:
         self.last_timing = StepTiming.from_proto(answer.timing)
         return Applied(answer.applied, answer.grad_norm, answer.step)
 
-    def zero_gradients(self):
-        """Sets all gradients to zero."""
+    def zero_gradients(self) -> None:
+        """Sets all gradients to zero. FailedPrecondition: training is off."""
         request = pb.ZeroGradientsRequest(stack=self.name)
         self._client.session.mutate(self._client._stubs.layer.ZeroGradients, request)
 
     # --- parameters ---
 
-    def parameters(self, names=None, dtype="fp32"):
+    def shapes(self) -> Dict[str, Tuple[int, ...]]:
+        """{name: shape} of the stored parameters, in their order."""
+        request = config_pb.GetStackRequest(name=self.name)
+        answer = call_with_retries(self._client._stubs.config.GetStack, request, self._client.timeout)
+        return {p.name: tuple(p.shape) for p in answer.parameters}
+
+    def parameters(self, names: Optional[Sequence[str]] = None, dtype: Any = "fp32") -> Dict[str, np.ndarray]:
         """{name: array}, by default all stored ones as float32 master weights; dtype may be the stack's own.
 
-        Names are "layers.<i>.<name>" with DeepSpeed's names (attn_qkvw, ...); attn_qw, attn_kw, attn_vw and their
-        biases are the parts of the fused ones. NotFound.
+        Names are "layers.<i>.<name>" with DeepSpeed's names: attn_qkvw [3H, H], attn_qkvb [3H], attn_ow [H, H],
+        attn_ob [H], attn_nw and attn_nb [H], inter_w [I, H], inter_b [I], output_w [H, I], output_b [H], norm_w and
+        norm_b [H]; attn_qw, attn_kw, attn_vw [H, H] and attn_qb, attn_kb, attn_vb [H] are the parts of the fused ones.
+        The arrays are the caller's own. Any size: they come as a stream. NotFound: a name.
         """
         return self._stream(names, dtype, gradients=False)
 
-    def gradients(self, names=None):
-        """{name: float32 array} of the accumulated gradients. FailedPrecondition where training is off."""
+    def gradients(self, names: Optional[Sequence[str]] = None) -> Dict[str, np.ndarray]:
+        """{name: float32 array} of the accumulated gradients; names as for parameters. FailedPrecondition where training
+        is off."""
         return self._stream(names, "fp32", gradients=True)
 
-    def _stream(self, names, dtype, gradients):
-        request = config_pb.StreamParametersRequest(stack=self.name, names=names or [],
+    def _stream(self, names: Optional[Sequence[str]], dtype: Any, gradients: bool) -> Dict[str, np.ndarray]:
+        request = config_pb.StreamParametersRequest(stack=self.name, names=list(names or ()),
                                                     dtype=dtypes.to_proto(dtype), gradients=gradients)
-        arrays = {}
-        with translated():
-            for chunk in self._client._stubs.config.StreamParameters(request):
+        stub = self._client._stubs.config.StreamParameters
+
+        def whole(message: Any, timeout: Optional[float]) -> Dict[str, np.ndarray]:
+            arrays: Dict[str, np.ndarray] = {}
+            for chunk in stub(message, timeout=timeout):
                 if chunk.name not in arrays:
                     arrays[chunk.name] = np.empty(tuple(chunk.shape), dtypes.numpy_type(dtype))
                 flat = arrays[chunk.name].reshape(-1).view(np.uint8)
                 flat[chunk.offset_bytes : chunk.offset_bytes + len(chunk.data)] = np.frombuffer(chunk.data, np.uint8)
-        return arrays
+            return arrays
 
-    def set_parameters(self, values):
-        """Writes {name: array}, all or none; float32 or the stack's type. InvalidArgument, NotFound."""
+        return call_with_retries(whole, request, self._client.timeout)
+
+    def set_parameters(self, values: Mapping[str, Any]) -> None:
+        """Writes {name: array}, float32 or the stack's type; names as for parameters.
+
+        All or none for values up to 256 MiB through shared memory, or up to the daemon's inline cap without. More goes
+        in several calls, after every name and shape was checked. InvalidArgument: a shape or type, or without shared
+        memory a tensor above the inline cap. NotFound: a name.
+        """
         session = self._client.session
-        request = config_pb.SetParametersRequest(stack=self.name)
-        keep = []
-        for name, value in values.items():
-            value = np.asarray(value)
-            own = value.dtype == dtypes.numpy_type(self.dtype)
-            dtype = self.dtype if own else "fp32"
-            tensor, array = session.tensor(value if own else np.asarray(value, np.float32), dtype)
-            keep.append(array)
-            named = request.tensors.add(name=name)
-            named.tensor.CopyFrom(tensor)
-        session.mutate(self._client._stubs.config.SetParameters, request)
+        arrays = {name: self._parameter_array(name, value) for name, value in values.items()}
+        limit = session.inline_cap if session.pool is None else _SET_BYTES
+        batches = list(_batches(arrays, limit))
+        if len(batches) > 1:
+            self._check_shapes(arrays)
+        for batch in batches:
+            request = config_pb.SetParametersRequest(stack=self.name)
+            keep = []
+            for name in batch:
+                named = request.tensors.add(name=name)
+                array, dtype = arrays[name]
+                keep.append(session.tensor(array, dtype, named.tensor))
+            session.mutate(self._client._stubs.config.SetParameters, request, keep)
+        if session.pool is not None and len(batches) > 1:
+            del keep
+            session.pool.trim()
+
+    def _parameter_array(self, name: str, value: Any) -> Tuple[np.ndarray, str]:
+        value = np.asarray(value)
+        if value.dtype == dtypes.numpy_type(self.dtype) or (self.dtype == "bf16" and value.dtype.name == "bfloat16"):
+            return dtypes.as_stack_type(value, self.dtype), self.dtype
+        if value.dtype.kind != "f":
+            raise TypeError(f"{name}: an array of {value.dtype} can't stand for {self.dtype}: give float32")
+        return value.astype(np.float32, copy=False), "fp32"
+
+    def _check_shapes(self, arrays: Mapping[str, Tuple[np.ndarray, str]]) -> None:
+        stored = self.shapes()
+        for name, (array, _) in arrays.items():
+            layer, _, part = name.rpartition(".")
+            whole = stored.get(f"{layer}.{_PARTS[part]}") if part in _PARTS else None
+            shape = (whole[0] // 3, *whole[1:]) if whole else stored.get(name)
+            if shape is None:
+                raise NotFound(f"stack '{self.name}' has no parameter '{name}'")
+            if array.shape != shape:
+                raise InvalidArgument(f"{name}: shape {list(array.shape)} must be {list(shape)}")
 
     # --- life ---
 
-    def update(self, **changes):
-        """Changes attn_dropout_ratio, hidden_dropout_ratio or training on the live stack; returns StackInfo."""
+    def update(self, **changes: Any) -> StackInfo:
+        """Changes attn_dropout_ratio, hidden_dropout_ratio or training on the live stack; returns StackInfo.
+
+        InvalidArgument: a ratio outside [0, 1). FailedPrecondition: training off while contexts are outstanding.
+        ResourceExhausted: training on does not fit.
+        """
+        self._client.session.release_garbage()
         with translated():
-            self._client._stubs.config.UpdateStack(config_pb.UpdateStackRequest(name=self.name, **changes))
+            self._client._stubs.config.UpdateStack(config_pb.UpdateStackRequest(name=self.name, **changes),
+                                                   timeout=self._client.timeout)
         info = self.info()
         self.config = info.config
         return info
 
-    def save(self, name=None):
-        """Saves a checkpoint (default: under the stack's name); returns its path on the daemon's side."""
+    def save(self, name: Optional[str] = None) -> str:
+        """Saves a checkpoint (default: under the stack's name): weights, optimizer, counters, config, durably and
+        atomically. Returns its path on the daemon's side. FailedPrecondition: the daemon has no checkpoint folder."""
         request = config_pb.SaveCheckpointRequest(stack=self.name, name=name or "")
-        with translated():
-            return self._client._stubs.config.SaveCheckpoint(request).path
+        return call_with_retries(self._client._stubs.config.SaveCheckpoint, request, self._client.timeout).path
 
-    def load(self, name=None):
-        """Loads a checkpoint into this stack: weights, optimizer, counters. NotFound, DataLoss, InvalidArgument."""
+    def load(self, name: Optional[str] = None) -> None:
+        """Loads a checkpoint into this stack: weights, optimizer, counters. NotFound, DataLoss, InvalidArgument (another
+        shape)."""
         request = config_pb.LoadCheckpointRequest(stack=self.name, name=name or "")
-        with translated():
-            self._client._stubs.config.LoadCheckpoint(request)
+        call_with_retries(self._client._stubs.config.LoadCheckpoint, request, self._client.timeout)
+
+
+def _integers(lengths: Any) -> np.ndarray:
+    values = np.asarray(lengths)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"lengths: an array of {values.dtype}, must be of integers")
+    if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
+        raise ValueError("lengths: beyond 32 bits")
+    return values.astype(np.int32)
+
+
+def _typed_like(given: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """`result`, seen as ml_dtypes' bfloat16 where the caller gave that."""
+    return result.view(given.dtype) if given.dtype.name == "bfloat16" else result
+
+
+def _batches(arrays: Mapping[str, Tuple[np.ndarray, str]], limit: int) -> Iterator[List[str]]:
+    """The names in groups of at most `limit` bytes, or of one larger array; one empty group for no names."""
+    batch: List[str] = []
+    size = 0
+    for name, (array, _) in arrays.items():
+        if batch and size + array.nbytes > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += array.nbytes
+    yield batch

@@ -1,106 +1,140 @@
-"""A remote stack as a PyTorch module."""
+"""A remote stack as a PyTorch module.
+
+CPU tensors cross through memory shared with the daemon when it is on this host; tensors of other devices are copied into
+it and back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
 
-from lamina import dtypes
+from lamina.stack import Applied, Context, Stack
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _shared_empty(client, shape, dtype):
-    """A CPU tensor in memory shared with the daemon; it keeps the memory alive."""
-    array = client.empty(shape, dtype)
-    if dtype == "bf16":
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """A CPU tensor over the array's memory; uint16 is bf16 bits. The array's memory lives as long as the tensor."""
+    if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def _as_array(tensor):
-    """A numpy view of a contiguous CPU tensor; bf16 as uint16 bits."""
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy array over a CPU tensor's memory; bf16 as uint16 bits."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
 
 
-def _as_tensor(array, dtype):
-    if dtype == "bf16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 class _RemoteForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, module, attention):
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, module: RemoteStack,
+                attention: Dict[str, np.ndarray]) -> torch.Tensor:
         y, ctx.context = module._run(x, training=True, **attention)
         ctx.module = module
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        module, context = ctx.module, ctx.context
-        if context is None:
+    def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], None, None, None]:
+        if ctx.context is None:
             raise RuntimeError("RemoteStack: backward was run a second time; the daemon spent the activations in the first")
-        ctx.context = None
-        stack = module.stack
-        local = dy.detach().to("cpu", _TORCH[stack.dtype]).contiguous()
         wanted = ctx.needs_input_grad[0]
-        dx = stack.backward(context, _as_array(local), input_grad=wanted)
-        if not wanted:
-            return None, None, None, None
-        return _as_tensor(dx, stack.dtype).to(dy.device, dy.dtype), None, None, None
+        dx = ctx.module.stack.backward(ctx.context, as_array(ctx.module._local(dy)), input_grad=wanted)
+        ctx.context = None
+        return (as_tensor(dx).to(dy.device, dy.dtype) if wanted else None), None, None, None
 
 
 class RemoteStack(torch.nn.Module):
     """Runs a lamina.Stack as a module: [B, S, H] -> [B, S, H], with autograd through the daemon.
 
-    The weights live in the daemon: parameters() is empty here; train them with `step` (or Stack.apply_gradients),
-    read them with Stack.parameters. Each backward adds to the daemon's gradients. In eval mode, or without
-    gradients enabled, it evaluates: no dropout, nothing kept. A forward whose graph is dropped without a backward
-    frees its activations in the daemon. CPU tensors cross through shared memory when the daemon is on this host
-    (`Client.empty` and `empty` make tensors that cross without a copy); others are copied to the CPU first.
+    The weights live in the daemon: parameters() and state_dict() are empty here. Train them with `step` (or
+    Stack.apply_gradients); read and write them with `weights` and `load_weights`, keep them with Stack.save. Each
+    backward adds to the daemon's gradients, as PyTorch's do. In eval mode, or where gradients are off, it evaluates: no
+    dropout, nothing kept. A forward whose graph is dropped without a backward frees its activations in the daemon. A
+    second backward through the same graph and double differentiation are RuntimeErrors.
+
+    stack: dtype and sizes are its own; a tensor of another dtype is converted and the result converted back. layers:
+    (begin, end) to run a part of it, None for all.
+
+    >>> import lamina, torch
+    >>> with lamina.connect() as client:
+    ...     stack = client.create_stack("torch-example", batch_size=2, max_seq_length=8, hidden_size=16, heads=2,
+    ...                                 num_hidden_layers=2, hidden_dropout_ratio=0.1)
+    ...     encoder = RemoteStack(stack)
+    ...     x = torch.randn(2, 8, 16, requires_grad=True)
+    ...     loss = encoder(x, attention_mask=torch.ones(2, 8)).square().mean()
+    ...     loss.backward()
+    ...     outcome = encoder.step(lr=1e-3, zero_gradients=True)
+    ...     client.delete_stack("torch-example")
+    >>> x.grad.shape, outcome.applied
+    (torch.Size([2, 8, 16]), True)
     """
 
-    def __init__(self, stack):
+    def __init__(self, stack: Stack, layers: Optional[Tuple[int, int]] = None) -> None:
         super().__init__()
         self.stack = stack
+        self.layers = layers
         # Makes autograd call backward although x may need no gradient itself. Not a parameter.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def empty(self, batch, seq):
-        """A CPU tensor [batch, seq, H] of the stack's type in memory shared with the daemon."""
-        return _shared_empty(self.stack._client, (batch, seq, self.stack.config.hidden_size), self.stack.dtype)
+    def empty(self, batch: int, seq: int) -> torch.Tensor:
+        """An uninitialised CPU tensor [batch, seq, H] of the stack's type, in memory shared with the daemon where there is
+        any: passing it costs no copy."""
+        shape = (batch, seq, self.stack.config.hidden_size)
+        return as_tensor(self.stack._client.empty(shape, self.stack.dtype))
 
-    def forward(self, x, mask=None, lengths=None, attention_mask=None):
-        """x: [B, S, H]. At most one of: mask, additive [B, S] or [B, 1, 1, S]; lengths, [B]; attention_mask, [B, S] with
-        1 for tokens and 0 for padding. The result has x's dtype and device."""
+    def forward(self, x: torch.Tensor, mask: Optional[torch.Tensor] = None, lengths: Optional[torch.Tensor] = None,
+                attention_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """x: [B, S, H]. At most one of: mask, additive [B, S] or [B, 1, 1, S]; lengths, [B], 1..S; attention_mask, [B, S]
+        with 1 (True) for tokens and 0 for padding. The result has x's dtype and device. LaminaError."""
         if sum(a is not None for a in (mask, lengths, attention_mask)) > 1:
             raise ValueError("give one of mask, lengths, attention_mask")
-        attention = {}
+        attention: Dict[str, np.ndarray] = {}
         if attention_mask is not None:
             hidden = torch.zeros(attention_mask.shape, dtype=torch.float32)
             mask = hidden.masked_fill(attention_mask.detach().cpu() == 0, float("-inf"))
         if mask is not None:
             attention["mask"] = mask.detach().to("cpu", torch.float32).contiguous().numpy()
         if lengths is not None:
-            attention["lengths"] = torch.as_tensor(lengths).detach().to("cpu", torch.int32).numpy()
+            attention["lengths"] = torch.as_tensor(lengths).detach().cpu().numpy()
         if self.training and torch.is_grad_enabled():
             return _RemoteForward.apply(x, self._anchor, self, attention)
         return self._run(x, training=False, **attention)[0]
 
-    def _run(self, x, training, **attention):
-        local = x.detach().to("cpu", _TORCH[self.stack.dtype]).contiguous()
-        y, context = self.stack.forward(_as_array(local), training=training, **attention)
-        return _as_tensor(y, self.stack.dtype).to(x.device, x.dtype), context
+    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous CPU tensor of the stack's type: `tensor` itself where it is one, else a copy in shared memory."""
+        tensor = tensor.detach()
+        wanted = _TORCH[self.stack.dtype]
+        if tensor.device.type == "cpu" and tensor.dtype == wanted and tensor.is_contiguous():
+            return tensor
+        copy = as_tensor(self.stack._client.empty(tuple(tensor.shape), self.stack.dtype))
+        return copy.copy_(tensor)
 
-    def step(self, lr, **options):
-        """Stack.apply_gradients."""
+    def _run(self, x: torch.Tensor, training: bool, **attention: np.ndarray) -> Tuple[torch.Tensor, Optional[Context]]:
+        y, context = self.stack.forward(as_array(self._local(x)), training=training, layers=self.layers, **attention)
+        return as_tensor(y).to(x.device, x.dtype), context
+
+    def step(self, lr: float, **options: Any) -> Applied:
+        """One AdamW step in the daemon: Stack.apply_gradients with its options."""
         return self.stack.apply_gradients(lr, **options)
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the daemon's gradients."""
         self.stack.zero_gradients()
 
-    def extra_repr(self):
-        return repr(self.stack)
+    def weights(self) -> Dict[str, torch.Tensor]:
+        """{name: float32 CPU tensor}, a copy of the daemon's master weights; names as in Stack.parameters."""
+        return {name: torch.from_numpy(value) for name, value in self.stack.parameters().items()}
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Writes {name: tensor}; names as in Stack.parameters. NotFound, InvalidArgument."""
+        self.stack.set_parameters({name: value.detach().float().cpu().numpy()
+                                   for name, value in weights.items()})
+
+    def extra_repr(self) -> str:
+        return repr(self.stack) + (f", layers {self.layers[0]}..{self.layers[1] - 1}" if self.layers else "")
