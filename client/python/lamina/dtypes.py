@@ -5,7 +5,7 @@ numpy has no bfloat16: such arrays are uint16 holding the bits. ml_dtypes.bfloat
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import numpy as np
 
@@ -15,7 +15,7 @@ _ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "f
 _PROTO = {"fp32": pb.DATA_TYPE_FLOAT32, "bf16": pb.DATA_TYPE_BFLOAT16, "fp16": pb.DATA_TYPE_FLOAT16,
           "int32": pb.DATA_TYPE_INT32}
 _NAMES = {number: name for name, number in _PROTO.items()}
-_NUMPY = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "fp16": np.dtype(np.float16),
+_NUMPY: Dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "fp16": np.dtype(np.float16),
           "int32": np.dtype(np.int32)}
 
 
@@ -34,12 +34,12 @@ def canonical(dtype: Any) -> str:
     return name
 
 
-def to_proto(dtype: Any) -> int:
+def to_proto(dtype: Any) -> pb.DataType:
     """The contract's number of a type; canonical's spellings."""
     return _PROTO[canonical(dtype)]
 
 
-def from_proto(number: int) -> str:
+def from_proto(number: pb.DataType) -> str:
     """The name of a contract's number."""
     return _NAMES[number]
 
