@@ -17,17 +17,20 @@ START_SECONDS = 60  # a sanitizer's build on a busy machine
 class Daemon:
     """with Daemon(device="cpu") as d: lamina.connect(d.target). More arguments go to laminad as they are.
 
-    target: its Unix socket; tcp: its TCP address; folder: sockets, log and checkpoints. The log is kept in
-    `log()` after the end.
+    target: its Unix socket; tcp: its TCP address; folder: sockets, log and checkpoints (checkpoints=False: none are
+    kept). broker: the path of its broker socket, or "none". The log is kept in `log()` after the end.
     """
 
-    def __init__(self, *arguments, device=None, checkpoints=None):
+    def __init__(self, *arguments, device=None, checkpoints=None, broker=None):
         self.device = device or os.environ.get("LAMINA_TEST_DEVICE", "cpu")
         self.arguments = list(arguments)
         self._folder = tempfile.TemporaryDirectory(prefix="lamina-e2e-")
         self.folder = pathlib.Path(self._folder.name)
-        self.checkpoints = pathlib.Path(checkpoints or self.folder / "checkpoints")
-        self.checkpoints.mkdir(exist_ok=True)
+        self.broker = broker or f"{self.folder}/broker.sock"
+        if checkpoints is not False:
+            self.checkpoints = pathlib.Path(checkpoints or self.folder / "checkpoints")
+            self.checkpoints.mkdir(exist_ok=True)
+            self.arguments += ["--checkpoints", str(self.checkpoints)]
         self.target = f"unix:{self.folder}/laminad.sock"
         self.process = None
 
@@ -35,9 +38,8 @@ class Daemon:
         self._log_file = open(self.folder / "log", "ab")
         self._log_start = self._log_file.tell()
         self.process = subprocess.Popen(
-            [BINARY, "--listen", self.target, "--listen", "127.0.0.1:0", "--broker", f"{self.folder}/broker.sock",
-             "--metrics", "127.0.0.1:0", "--device", self.device, "--checkpoints", str(self.checkpoints),
-             *self.arguments], stderr=self._log_file, stdout=self._log_file)
+            [BINARY, "--listen", self.target, "--listen", "127.0.0.1:0", "--broker", self.broker,
+             "--metrics", "127.0.0.1:0", "--device", self.device, *self.arguments], stderr=self._log_file, stdout=self._log_file)
         deadline = time.monotonic() + START_SECONDS
         while "event=ready" not in self.log():
             if self.process.poll() is not None or time.monotonic() > deadline:

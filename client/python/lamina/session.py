@@ -208,6 +208,9 @@ class Session:
                 request.mutation.sequence = self._next_sequence
                 try:
                     answer = call_with_retries(call, request, self._timeout, self.over)
+                    self._next_sequence += 1
+                    self._lost.clear()
+                    return answer
                 except AlreadyExists:
                     if not self._lost:
                         raise
@@ -220,9 +223,6 @@ class Session:
                         copy.CopyFrom(request)
                         self._lost.append(_Lost(call, copy, keep))
                     raise
-                self._next_sequence += 1
-                self._lost.clear()
-                return answer
 
     def _drop_lost_contexts(self) -> None:
         """One of the lost mutations has run. If it was a Forward, its context can be reached by nobody: asks for its
