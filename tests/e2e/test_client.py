@@ -5,6 +5,7 @@ import time
 
 import encoder
 import lamina
+import lamina.torch
 import numpy as np
 import pytest
 import torch
@@ -143,6 +144,78 @@ def test_transports_give_the_same_bits(daemon):
             client.delete_stack("bits")
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_layer_ranges_one_after_another_are_the_whole(client):
+    """Forward through two halves and Backward through them in reverse: the whole's result, and its gradients."""
+    x = np.random.default_rng(0).standard_normal((3, 13, 24)).astype(np.float32)
+    lengths = [13, 4, 1]
+    whole = client.create_stack("whole", **dict(CONFIG, num_hidden_layers=3))
+    y, context = whole.forward(x, lengths=lengths)
+    dx = whole.backward(context, y)
+    parts = client.create_stack("parts", **dict(CONFIG, num_hidden_layers=3), max_contexts=3)
+    a, first = parts.forward(x, lengths=lengths, layers=(0, 2))
+    b, second = parts.forward(a, lengths=lengths, layers=(2, 3))
+    assert np.array_equal(b, y)
+    assert np.array_equal(parts.backward(first, parts.backward(second, b)), dx)
+    expected, found = whole.gradients(), parts.gradients()
+    assert all(np.array_equal(expected[n], found[n]) for n in expected)
+    # Two halves as modules of one PyTorch program, with something of its own in between.
+    x = torch.from_numpy(x).requires_grad_()
+    parts.zero_gradients()
+    lower, upper = RemoteStack(parts, layers=(0, 2)), RemoteStack(parts, layers=(2, 3))
+    upper(lower(x, lengths=torch.tensor(lengths)) * 1.0, lengths=torch.tensor(lengths)).backward(torch.from_numpy(y))
+    assert np.array_equal(x.grad.numpy(), dx)
+    with pytest.raises(lamina.InvalidArgument, match="layers"):
+        parts.forward(x.detach(), layers=(2, 4))
+
+
+def test_backward_through_a_graph_of_several_forwards(client):
+    """One stack used twice in a graph: contexts are spent in the order that autograd wants, gradients add up."""
+    stack = client.create_stack("t", **CONFIG)
+    module = RemoteStack(stack)
+    weights = stack.parameters()
+    x = torch.randn(2, 5, 24)
+    a, b = x.clone().requires_grad_(), (x * 2).requires_grad_()
+    (module(a) * module(b)).sum().backward()
+    leaves = {n: torch.from_numpy(p).double().requires_grad_() for n, p in weights.items()}
+
+    def run(z):
+        for i in range(2):
+            z = encoder.layer(z, {n: leaves[f"layers.{i}.{n}"] for n in encoder.NAMES}, 3, True)
+        return z
+
+    ra, rb = x.double().requires_grad_(), (x.double() * 2).requires_grad_()
+    (run(ra) * run(rb)).sum().backward()
+    assert encoder.relative_error(a.grad, ra.grad) < 1e-5 and encoder.relative_error(b.grad, rb.grad) < 1e-5
+    scale = max(float(leaf.grad.norm()) for leaf in leaves.values())
+    for name, gradient in stack.gradients().items():
+        assert float((torch.from_numpy(gradient) - leaves[name].grad).norm()) < 1e-5 * scale, name
+
+
+def test_module_weights(client):
+    source = RemoteStack(client.create_stack("a", **CONFIG))
+    target = RemoteStack(client.create_stack("b", **dict(CONFIG, seed=6)))
+    x = torch.randn(2, 5, 24)
+    source.eval(), target.eval()
+    assert not torch.equal(source(x), target(x))
+    target.load_weights(source.weights())
+    assert torch.equal(source(x), target(x))
+    with pytest.raises(lamina.NotFound, match="nothing"):
+        target.load_weights({"nothing": torch.zeros(1)})
+
+
+def test_tensors_from_empty_cross_in_place(client, daemon):
+    """A module's input that lies in shared memory is not copied: the daemon reads what is written after `empty`."""
+    module = RemoteStack(client.create_stack("t", **CONFIG, dtype="bf16"))
+    x = module.empty(2, 5)
+    assert x.dtype == torch.bfloat16 and x.shape == (2, 5, 24)
+    assert client.session.pool.find(lamina.torch.as_array(x)) is not None
+    x.copy_(torch.randn(2, 5, 24))
+    y = module(x)
+    assert y.dtype == torch.bfloat16 and client.session.pool.find(lamina.torch.as_array(y.detach())) is not None
+    strided = torch.randn(5, 2, 24, dtype=torch.float64).transpose(0, 1)
+    assert torch.equal(module.eval()(strided), module(strided.float().bfloat16().contiguous()).double())
 
 
 def test_arrays_from_empty_are_passed_in_place(client, daemon):

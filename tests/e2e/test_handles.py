@@ -8,6 +8,8 @@ import struct
 import grpc
 import numpy as np
 import pytest
+from lamina.v1 import config_service_pb2 as cpb
+from lamina.v1 import layer_service_pb2 as lpb
 from lamina.v1 import session_service_pb2 as spb
 from lamina.v1 import tensor_pb2 as tpb
 from raw import BYTES, SHAPE, Raw, refused
@@ -151,6 +153,105 @@ def test_inline_sizes(ready):
         ready.forward(training=False, input=too_short)
     with refused("INVALID_ARGUMENT", "input", "slice or inline_data"):
         ready.forward(training=False, input=tpb.Tensor(dtype=tpb.DATA_TYPE_FLOAT32, shape=SHAPE))
+
+
+# --- every field that takes a slice ---
+
+
+def calls_with_slices(raw):
+    """{field: (bytes that it takes, call with a slice)}: each place of the contract where a client names memory."""
+    context = raw.forward().context_id
+    mutated = lambda message, **fields: message(stack="s", mutation=raw.next(), **fields)
+    values = "layers.0.norm_w"
+    tensor = lambda s, shape, dtype=tpb.DATA_TYPE_FLOAT32: tpb.Tensor(dtype=dtype, shape=shape, slice=s)
+    target = lambda s: tpb.TensorTarget(slice=s)
+    ones = raw.tensor(np.ones(SHAPE, np.float32))
+    forward, backward = raw.layer.Forward, raw.layer.Backward
+    evaluate = lambda **fields: forward(raw.forward_request(training=False, **fields))
+    return context, {
+        "input.slice": (BYTES, lambda s: evaluate(input=tensor(s, SHAPE))),
+        "mask.slice": (64, lambda s: evaluate(mask=tensor(s, (2, 8)))),
+        "lengths.slice": (8, lambda s: evaluate(lengths=tensor(s, (2,), tpb.DATA_TYPE_INT32))),
+        "output.slice": (BYTES, lambda s: evaluate(output=target(s))),
+        "output_grad.slice": (BYTES, lambda s: backward(raw.backward_request(context, output_grad=tensor(s, SHAPE)))),
+        "input_grad.slice": (BYTES, lambda s: backward(raw.backward_request(context, output_grad=ones, input_grad=target(s)))),
+        "tensors[0].tensor.slice": (64, lambda s: raw.config.SetParameters(mutated(
+            cpb.SetParametersRequest, tensors=[cpb.NamedTensor(name=values, tensor=tensor(s, (16,)))]))),
+        "target.slice": (64, lambda s: raw.config.GetParameters(cpb.GetParametersRequest(
+            stack="s", names=[values], session_id=raw.session, target=target(s)))),
+        "target.slice of gradients": (64, lambda s: raw.config.GetGradients(cpb.GetGradientsRequest(
+            stack="s", names=[values], session_id=raw.session, target=target(s)))),
+    }
+
+
+FIELDS = ["input.slice", "mask.slice", "lengths.slice", "output.slice", "output_grad.slice", "input_grad.slice",
+          "tensors[0].tensor.slice", "target.slice", "target.slice of gradients"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_slice_is_checked(raw, daemon, field):
+    raw.stack()
+    context, calls = calls_with_slices(raw)
+    size, call = calls[field]
+    name = field.split(" of ")[0]
+    region = raw.region(PAGE)
+    raw.mapped(region)[:] = b"\x01\x00\x00\x00" * (PAGE // 4)  # lengths of 1; other values are small
+    before, weights, gradients = raw.describe(), raw.parameters(), raw.gradients()
+    other = Raw(daemon.target)
+    foreign = other.region(PAGE)
+    slice_of = lambda r, offset, size: tpb.Slice(region_id=r.region_id, offset_bytes=offset, size_bytes=size)
+    for offset in (PAGE - size + 4, PAGE, 2**63, 2**64 - 4, 2**64 - size):
+        with refused("INVALID_ARGUMENT", name):
+            call(slice_of(region, offset, size))
+    for wrong in (0, size - 4, size + 4, 2**64 - 4):
+        with refused("INVALID_ARGUMENT", f"{name}.size_bytes"):
+            call(slice_of(region, 0, wrong))
+    for offset in (1, 2, 3):
+        with refused("INVALID_ARGUMENT", f"{name}.offset_bytes"):
+            call(slice_of(region, offset, size))
+    for unknown in (foreign.region_id, "0" * 32, "", "x" * 32, region.region_id.upper() + "0"):
+        with refused("NOT_FOUND", "region") as caught:
+            call(tpb.Slice(region_id=unknown, size_bytes=size))
+        assert not unknown or unknown not in caught.value.details()
+    other.close()
+    assert raw.describe() == before
+    for were, are in ((weights, raw.parameters()), (gradients, raw.gradients())):
+        assert all(np.array_equal(were[n], are[n]) for n in were)
+    call(slice_of(region, PAGE - size, size))  # up to the region's very end
+    raw.sessions.ReleaseRegion(spb.ReleaseRegionRequest(session_id=raw.session, region_id=region.region_id))
+    raw.describe()
+
+
+def test_a_dead_sessions_regions_are_gone(raw, daemon):
+    raw.stack()
+    other = Raw(daemon.target)
+    region = other.region()
+    other.close()
+    with refused("NOT_FOUND"):
+        raw.forward(training=False, input=raw.slice(region))
+    answer, descriptors, _, _ = ask(raw.broker, b"LMN1" + other.session.encode() + region.region_id.encode())
+    assert struct.unpack("<IQ", answer) == (5, 0) and not descriptors
+
+
+def test_a_region_may_change_or_go_between_forward_and_backward(raw):
+    """The context keeps what Backward needs: the client's memory is its own again once Forward is back."""
+    raw.stack()
+    x = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    dy = tpb.TensorTarget(inline=tpb.InlineTarget())
+    inline = raw.backward(raw.forward(input=raw.tensor(x)).context_id, input_grad=dy).input_grad.inline_data
+    expected = raw.gradients()
+    raw.layer.ZeroGradients(lpb.ZeroGradientsRequest(stack="s", mutation=raw.next()))
+    raw.took()
+    region = raw.region()
+    memory = np.frombuffer(raw.mapped(region), np.float32)
+    memory[: x.size] = x.ravel()
+    lengths = np.frombuffer(memory, np.int32, 2, 32768)
+    lengths[:] = 8
+    context = raw.forward(input=raw.slice(region), lengths=raw.slice(region, 32768, 8, (2,), tpb.DATA_TYPE_INT32)).context_id
+    memory[:] = np.nan
+    raw.sessions.ReleaseRegion(spb.ReleaseRegionRequest(session_id=raw.session, region_id=region.region_id))
+    assert raw.backward(context, input_grad=dy).input_grad.inline_data == inline
+    assert all(np.array_equal(expected[n], g) for n, g in raw.gradients().items())
 
 
 # --- regions and the broker ---

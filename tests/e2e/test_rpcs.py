@@ -1,5 +1,7 @@
 """Every RPC: that it works, and each status code that its comment in the proto lists."""
 
+import signal
+import subprocess
 import time
 
 import grpc
@@ -9,6 +11,7 @@ from lamina.v1 import config_service_pb2 as cpb
 from lamina.v1 import layer_service_pb2 as lpb
 from lamina.v1 import session_service_pb2 as spb
 from lamina.v1 import tensor_pb2 as tpb
+from daemon import Daemon
 from raw import BYTES, CONFIG, SHAPE, Raw, refused
 
 
@@ -465,6 +468,175 @@ def test_sequences_of_two_sessions_are_their_own(raw, daemon):
     raw.backward(a)
     other.close()
     assert raw.describe().outstanding_contexts == 0
+
+
+def mutations(raw):
+    """{RPC: (call, request without its mutation filled in)} of every mutation, each of which would succeed."""
+    context = raw.forward().context_id
+    value = cpb.NamedTensor(name="layers.0.norm_w", tensor=raw.tensor(np.ones(16, np.float32)))
+    return {
+        "Forward": (raw.layer.Forward, raw.forward_request()),
+        "Backward": (raw.layer.Backward, raw.backward_request(context)),
+        "ApplyGradients": (raw.layer.ApplyGradients, lpb.ApplyGradientsRequest(stack="s", learning_rate=0.1)),
+        "ZeroGradients": (raw.layer.ZeroGradients, lpb.ZeroGradientsRequest(stack="s")),
+        "SetParameters": (raw.config.SetParameters, cpb.SetParametersRequest(stack="s", tensors=[value])),
+    }
+
+
+@pytest.mark.parametrize("name", ["Forward", "Backward", "ApplyGradients", "ZeroGradients", "SetParameters"])
+def test_every_mutation_is_counted(raw, daemon, name):
+    raw.stack()
+    raw.backward(raw.forward().context_id)  # gradients that a wrong step would change or apply
+    call, request = mutations(raw)[name]
+    before, weights, gradients = raw.describe(), raw.parameters(), raw.gradients()
+    request.mutation.CopyFrom(tpb.Mutation(session_id=raw.session, sequence=raw.sequence - 1))  # a Backward's
+    with refused("ALREADY_EXISTS", str(raw.sequence - 1)):
+        call(request)
+    request.mutation.sequence = raw.sequence + 2
+    with refused("FAILED_PRECONDITION", "gap", str(raw.sequence + 1)):
+        call(request)
+    request.mutation.sequence = 2**64 - 1
+    with refused("FAILED_PRECONDITION", "gap"):
+        call(request)
+    request.mutation.sequence = 0
+    with refused("INVALID_ARGUMENT", "mutation.sequence"):
+        call(request)
+    request.mutation.sequence = raw.sequence + 1
+    elsewhere = type(request)()
+    elsewhere.CopyFrom(request)
+    elsewhere.stack = "none"
+    with refused("NOT_FOUND"):
+        call(elsewhere)
+    stranger = type(request)()
+    stranger.CopyFrom(request)
+    stranger.mutation.session_id = "0" * 32
+    if name == "Forward":
+        stranger.session_id = "0" * 32
+    with refused("NOT_FOUND", "session"):
+        call(stranger)
+    assert raw.describe() == before
+    for were, are in ((weights, raw.parameters()), (gradients, raw.gradients())):
+        assert all(np.array_equal(were[n], are[n]) for n in were)
+    first = call(request)  # and so it would have run
+    assert call(request) == first
+    raw.took()
+
+
+def test_without_a_checkpoint_folder():
+    with Daemon(checkpoints=False) as daemon:
+        raw = Raw(daemon.target)
+        raw.stack()
+        assert not raw.config.GetServerInfo(cpb.GetServerInfoRequest()).checkpoints_enabled
+        with refused("FAILED_PRECONDITION", "checkpoint"):
+            raw.config.SaveCheckpoint(cpb.SaveCheckpointRequest(stack="s"))
+        with refused("FAILED_PRECONDITION", "checkpoint"):
+            raw.config.LoadCheckpoint(cpb.LoadCheckpointRequest(stack="s"))
+        raw.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one():
+    with Daemon() as daemon:
+        raw = Raw(daemon.target)
+        raw.stack()
+        raw.config.SaveCheckpoint(cpb.SaveCheckpointRequest(stack="s"))
+        path = daemon.checkpoints / "s.safetensors"
+        old = path.read_bytes()
+        before = raw.describe()
+        # No space: a file system of 64 KiB in the folder's place.
+        daemon.checkpoints.rename(daemon.folder / "aside")
+        daemon.checkpoints.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(daemon.checkpoints)],
+                                 capture_output=True)
+        if mounted.returncode == 0:  # needs root
+            try:
+                with refused("RESOURCE_EXHAUSTED"):
+                    raw.config.SaveCheckpoint(cpb.SaveCheckpointRequest(stack="s"))
+                assert not list(daemon.checkpoints.iterdir())
+            finally:
+                subprocess.run(["umount", str(daemon.checkpoints)], check=True)
+        daemon.checkpoints.rmdir()
+        (daemon.folder / "aside").rename(daemon.checkpoints)
+        assert path.read_bytes() == old and list(daemon.checkpoints.iterdir()) == [path]
+        # A file in the way of the temporary one's folder.
+        daemon.checkpoints.rename(daemon.folder / "aside")
+        daemon.checkpoints.write_text("not a folder")
+        with refused("INTERNAL"):
+            raw.config.SaveCheckpoint(cpb.SaveCheckpointRequest(stack="s"))
+        daemon.checkpoints.unlink()
+        (daemon.folder / "aside").rename(daemon.checkpoints)
+        assert raw.describe() == before
+        raw.config.LoadCheckpoint(cpb.LoadCheckpointRequest(stack="s"))
+        raw.close()
+
+
+def test_training_that_does_not_fit(raw):
+    """A stack that fits for evaluation, and whose contexts would not."""
+    tall = dict(batch_size=1024, max_seq_length=512, hidden_size=64, heads=2, num_hidden_layers=40, training=False)
+    raw.stack("tall", **tall)
+    before = raw.describe("tall")
+    with refused("RESOURCE_EXHAUSTED", "bytes"):
+        raw.config.UpdateStack(cpb.UpdateStackRequest(name="tall", training=True))
+    assert raw.describe("tall") == before
+
+
+def test_a_call_cancelled_while_it_waits_changes_nothing(raw, daemon):
+    raw.stack("busy", batch_size=8, max_seq_length=128, hidden_size=256, heads=4, num_hidden_layers=6)
+    raw.stack()
+    long = raw.layer.Forward.future(lpb.ForwardRequest(
+        stack="busy", session_id=raw.session, training=False, input=raw.tensor(np.ones((8, 128, 256), np.float32)),
+        output=tpb.TensorTarget(inline=tpb.InlineTarget())))
+    started = lambda: sum(v for n, v in daemon.metrics().items()
+                          if n.startswith("grpc_server_started_total") and '"Forward"' in n)
+    until(lambda: started() >= 1)
+    count = started()
+    waiting = raw.layer.Forward.future(raw.forward_request())
+    until(lambda: started() > count)
+    waiting.cancel()
+    long.result()
+    until(lambda: daemon.metrics()['lamina_admission_rejections_total{reason="cancelled"}'] >= 1)
+    assert raw.describe().forward_count == 0 and raw.describe().outstanding_contexts == 0
+    raw.forward()  # the sequence was not used up
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_everything_is_unavailable_while_draining():
+    with Daemon() as daemon:
+        raw = Raw(daemon.target)
+        raw.stack("wide", hidden_size=768, heads=12)
+        raw.stack()
+        context = raw.forward().context_id
+        stream = raw.config.StreamParameters(cpb.StreamParametersRequest(stack="wide"))
+        first = next(stream)  # the rest is not read yet, so this call stays, and the drain waits for it
+        daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: "event=draining" in daemon.log())
+        session = raw.session
+        for call, request in (
+            (raw.layer.Forward, raw.forward_request()), (raw.layer.Backward, raw.backward_request(context)),
+            (raw.layer.ApplyGradients, lpb.ApplyGradientsRequest(stack="s", mutation=raw.next())),
+            (raw.layer.ZeroGradients, lpb.ZeroGradientsRequest(stack="s", mutation=raw.next())),
+            (raw.config.CreateStack, cpb.CreateStackRequest(name="new", config=cpb.StackConfig(**CONFIG))),
+            (raw.config.UpdateStack, cpb.UpdateStackRequest(name="s", training=True)),
+            (raw.config.DeleteStack, cpb.DeleteStackRequest(name="s")),
+            (raw.config.SetParameters, cpb.SetParametersRequest(stack="s", mutation=raw.next())),
+            (raw.config.GetParameters, cpb.GetParametersRequest(stack="s")),
+            (raw.config.GetGradients, cpb.GetGradientsRequest(stack="s")),
+            (raw.config.SaveCheckpoint, cpb.SaveCheckpointRequest(stack="s")),
+            (raw.config.LoadCheckpoint, cpb.LoadCheckpointRequest(stack="s")),
+            (raw.sessions.CreateSession, spb.CreateSessionRequest()),
+            (raw.sessions.CreateRegion, spb.CreateRegionRequest(session_id=session, size_bytes=1))):
+            with refused("UNAVAILABLE", "draining"):
+                call(request, timeout=30)
+            assert daemon.process.poll() is None
+        # The call that was in goes to its end.
+        assert len(first.data) + sum(len(chunk.data) for chunk in stream) == 2 * 4 * (12 * 768 * 768 + 13 * 768)
+        assert daemon.process.wait(60) == 0
+        raw.channel.close()
 
 
 # --- SessionService ---

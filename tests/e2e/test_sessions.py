@@ -116,6 +116,7 @@ def test_lost_and_never_run(client, monkeypatch):
     assert stack.info().forward_count == 1
 
 
+@pytest.mark.slow
 def test_timeouts_of_real_steps(daemon):
     with lamina.connect(daemon.target) as client:
         stack = client.create_stack("long", **LONG)
@@ -133,6 +134,7 @@ def test_timeouts_of_real_steps(daemon):
         client.delete_stack("long")
 
 
+@pytest.mark.slow
 def test_keyboard_interrupt_in_the_middle_of_steps(client):
     stack = client.create_stack("long", **LONG)
     stack.forward(LONG_X, training=False)
