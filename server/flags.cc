@@ -1,5 +1,6 @@
 #include "server/flags.h"
 
+#include <arpa/inet.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -20,8 +21,11 @@ std::string DefaultSocket() {
   return "/tmp/lamina-" + std::to_string(geteuid()) + "/laminad.sock";
 }
 
+// Of numbers, not of a name that begins like one.
 bool IsLoopback(const std::string& host) {
-  return host == "localhost" || host == "[::1]" || host.rfind("127.", 0) == 0;
+  in_addr number{};
+  if (inet_pton(AF_INET, host.c_str(), &number) == 1) return (ntohl(number.s_addr) >> 24) == 127;
+  return host == "localhost" || host == "[::1]";
 }
 
 // Empty, or what is wrong with a --listen.

@@ -7,13 +7,14 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
 
 #include <nlohmann/json.hpp>
 
-#include "absl/strings/str_cat.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
 #include "server/engine/engine.h"
@@ -81,10 +82,15 @@ SessionOptions ToSessionOptions(const Flags& flags) {
   return options;
 }
 
-// Signals are taken here alone: main blocked them before any thread began.
-void WaitForStop(const sigset_t& signals) {
-  int signal = 0;
-  sigwait(&signals, &signal);
+// Signals are taken here alone: main blocked them before any thread began. Calls `look` about once
+// a second meanwhile.
+void WaitForStop(const sigset_t& signals, const std::function<void()>& look) {
+  int signal = -1;
+  while (signal < 0) {
+    const timespec second{.tv_sec = 1, .tv_nsec = 0};
+    signal = sigtimedwait(&signals, nullptr, &second);
+    look();
+  }
   spdlog::info("event=draining signal={}", signal == SIGINT ? "SIGINT" : "SIGTERM");
   std::thread([signals] {
     int again = 0;
@@ -184,7 +190,15 @@ int Run(const Flags& flags, const sigset_t& signals) {
       absl::StrJoin((*server)->addresses(), ","), flags.broker.empty() ? "none" : flags.broker,
       exposer == nullptr ? "none" : exposer->address());
 
-  WaitForStop(signals);
+  bool healthy = true;
+  WaitForStop(signals, [&] {
+    const absl::Status health = (*engine)->health();
+    if (health.ok() || !healthy) return;
+    healthy = false;
+    spdlog::error("event=device_failed reason=\"{}\"", absl::CEscape(health.message()));
+    (*server)->SetServing(false);
+    metrics.SetServing(false);
+  });
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
   (*server)->SetServing(false);
   metrics.SetServing(false);

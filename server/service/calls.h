@@ -73,12 +73,19 @@ absl::Status RunOnce(SharedState& state, const Session& session, const Request& 
     }
     return absl::OkStatus();
   }
+  // Whatever comes: a sequence that stays in flight would block the session for good.
+  struct Slot {
+    MutationLog& log;
+    const uint64_t sequence;
+    bool committed = false;
+    ~Slot() {
+      if (!committed) log.Abort(sequence);
+    }
+  } slot{*log, sequence};
   const absl::Status status = run();
-  if (status.ok()) {
-    log->Commit(sequence, response->SerializeAsString());
-  } else {
-    log->Abort(sequence);
-  }
+  if (!status.ok()) return status;
+  log->Commit(sequence, response->SerializeAsString());
+  slot.committed = true;
   return status;
 }
 

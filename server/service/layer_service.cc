@@ -56,27 +56,34 @@ absl::Status Forward(SharedState& state, const v1::ForwardRequest& request,
                      const CallControl& control, v1::ForwardResponse* response) {
   auto session = state.sessions.Find(request.session_id());
   if (!session.ok()) return session.status();
-  bool training = request.training();
-  if (!request.has_training()) {
+  const auto trains = [&]() -> absl::StatusOr<bool> {
+    if (request.has_training()) return request.training();
     auto info = state.engine.GetStack(request.stack());
     if (!info.ok()) return info.status();
-    training = info->config.training;
+    return info->config.training;
+  };
+  if (!request.has_mutation()) {
+    const auto training = trains();
+    if (!training.ok()) return training.status();
+    if (*training) return MutatingSession(state, false, request.mutation()).status();
+    return RunForward(state, request, **session, false, control, response);
   }
-  if (!training) {
-    if (request.has_mutation()) {
+  if (request.mutation().session_id() != request.session_id()) {
+    return absl::InvalidArgumentError("mutation.session_id: must be the same as session_id");
+  }
+  auto mutating = MutatingSession(state, true, request.mutation());
+  if (!mutating.ok()) return mutating.status();
+  // What the stack says is asked inside: a repeat is answered as at first, whatever became of it.
+  return RunOnce(state, **session, request, control, response, [&]() -> absl::Status {
+    const auto training = trains();
+    if (!training.ok()) return training.status();
+    if (!*training) {
       return absl::InvalidArgumentError(
           "mutation: an evaluation changes nothing and takes no sequence; leave it out or set "
           "training");
     }
-    return RunForward(state, request, **session, false, control, response);
-  }
-  if (request.has_mutation() && request.mutation().session_id() != request.session_id()) {
-    return absl::InvalidArgumentError("mutation.session_id: must be the same as session_id");
-  }
-  auto mutating = MutatingSession(state, request.has_mutation(), request.mutation());
-  if (!mutating.ok()) return mutating.status();
-  return RunOnce(state, **session, request, control, response,
-                 [&] { return RunForward(state, request, **session, true, control, response); });
+    return RunForward(state, request, **session, true, control, response);
+  });
 }
 
 absl::Status RunBackward(SharedState& state, const v1::BackwardRequest& request, Session& session,

@@ -79,16 +79,19 @@ absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
                                                    " bytes passes the cap of ", cap,
                                                    "; use StreamParameters or a slice"));
   }
+  // At once, so that no step of another client comes between two of them.
+  const DType dtype = reads->empty() ? DType::kF32 : reads->front().dtype;
+  const auto values = std::make_unique<char[]>(total);
+  absl::Status status = state.engine.ReadParameters(query.stack, query.names, dtype,
+                                                    query.gradients, values.get(), total, control);
+  if (!status.ok()) return status;
+  const char* from = values.get();
   for (const ParameterRead& read : *reads) {
     v1::NamedTensor* named = tensors->Add();
     named->set_name(read.info.name);
     *named->mutable_tensor() = TensorOf(read);
-    std::string* data = named->mutable_tensor()->mutable_inline_data();
-    data->resize(BytesOf(read));
-    absl::Status status =
-        state.engine.ReadParameters(query.stack, {read.info.name}, read.dtype, query.gradients,
-                                    data->data(), data->size(), control);
-    if (!status.ok()) return status;
+    named->mutable_tensor()->set_inline_data(from, BytesOf(read));
+    from += BytesOf(read);
   }
   return absl::OkStatus();
 }

@@ -1,10 +1,15 @@
 #include "server/service/session_service.h"
 
+#include <grpcpp/alarm.h>
 #include <spdlog/spdlog.h>
 
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
 #include "server/service/status.h"
 
 namespace lamina {
@@ -17,35 +22,42 @@ void Fill(const Region& region, v1::Region* out) {
   out->set_registered(region.registered());
 }
 
-// One KeepAlive stream. Its end is the session's end. gRPC runs a reactor's methods one after
-// another.
+// One KeepAlive stream. Its end is the session's end, and the session's end, however it comes, is
+// its end.
+//
+// Threads: gRPC runs the On... methods one after another; Close may come from any thread at any
+// time, so who wants to do that holds a Link, which knows whether the stream is still there.
 class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::KeepAliveResponse> {
  public:
-  explicit Keeper(SharedState& state) : state_(state) { StartRead(&request_); }
+  explicit Keeper(SharedState& state) : state_(state), link_(std::make_shared<Link>()) {
+    link_->keeper = this;
+    // A client that opens a stream must say whose it is, or the stream would stay for ever.
+    first_message_.Set(absl::ToChronoTime(absl::Now() + state_.sessions.options().lease),
+                       [link = link_](bool rang) {
+                         if (rang) Close(*link, absl::DeadlineExceededError(kSilent));
+                       });
+    StartRead(&request_);
+  }
 
   void OnReadDone(bool ok) override {
     if (!ok) {
-      // The client closed its side, or is gone.
-      Leave("client_closed", grpc::Status::OK);
+      // The client closed its side, or is gone, or this side has finished.
+      Leave(kClosed, absl::OkStatus());
       return;
     }
     if (session_id_.empty()) {
-      if (absl::Status status = state_.sessions.BindKeeper(request_.session_id()); !status.ok()) {
-        Leave("", ToGrpc(status));
+      if (absl::Status status = Bind(); !status.ok()) {
+        Leave("", status);
         return;
       }
-      session_id_ = request_.session_id();
     } else if (!request_.session_id().empty() && request_.session_id() != session_id_) {
-      Leave("protocol_error", grpc::Status(grpc::StatusCode::INVALID_ARGUMENT,
-                                           "session_id: a KeepAlive stream keeps one session"));
+      Leave("protocol_error",
+            absl::InvalidArgumentError("session_id: a KeepAlive stream keeps one session"));
       return;
     }
     auto session = state_.sessions.Find(session_id_);
     if (!session.ok()) {
-      // The reaper was faster: silence for a whole lease, or somebody deleted it.
-      session_id_.clear();
-      Leave("", grpc::Status(grpc::StatusCode::DEADLINE_EXCEEDED,
-                             "the session has ended: no message for lease_seconds, or deleted"));
+      Leave("", absl::DeadlineExceededError(kSilent));  // the reaper was faster
       return;
     }
     response_.set_applied_sequence(state_.mutations.For((*session)->key())->applied());
@@ -54,9 +66,9 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
 
   void OnWriteDone(bool ok) override {
     if (ok) {
-      StartRead(&request_);
+      StartRead(&request_);  // fails where the stream was closed meanwhile
     } else {
-      Leave("client_lost", grpc::Status::OK);
+      Leave(kClosed, absl::OkStatus());
     }
   }
 
@@ -65,15 +77,49 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
   void OnDone() override { delete this; }
 
  private:
-  void Leave(const std::string& reason, const grpc::Status& status) {
-    if (!session_id_.empty()) {
-      state_.sessions.UnbindKeeper(session_id_, reason);
-      session_id_.clear();
+  static constexpr const char* kClosed = "keep_alive_closed";
+  static constexpr const char* kSilent =
+      "the session's lease has ended: no message for lease_seconds";
+
+  struct Link {
+    std::mutex mutex;
+    Keeper* keeper = nullptr;  // guarded by mutex; null: finished
+  };
+
+  // Finishes the stream, once.
+  static void Close(Link& link, const absl::Status& status) {
+    Keeper* keeper = nullptr;
+    {
+      std::lock_guard<std::mutex> lock(link.mutex);
+      keeper = std::exchange(link.keeper, nullptr);
     }
-    Finish(status);
+    // It is there until it has finished, and only who took it from the link makes it finish.
+    if (keeper != nullptr) keeper->Finish(ToGrpc(status));
+  }
+
+  absl::Status Bind() {
+    auto lost = [link = link_](const std::string& reason) {
+      Close(*link, reason == "deleted" ? absl::NotFoundError("session_id: the session was deleted")
+                                       : absl::DeadlineExceededError(kSilent));
+    };
+    absl::Status status = state_.sessions.BindKeeper(request_.session_id(), std::move(lost));
+    if (!status.ok()) return status;
+    session_id_ = request_.session_id();
+    first_message_.Cancel();
+    return status;
+  }
+
+  void Leave(const std::string& reason, const absl::Status& status) {
+    if (!session_id_.empty()) {
+      // At the daemon's end it is gRPC that cuts the streams.
+      state_.sessions.UnbindKeeper(session_id_, state_.gate.closed() ? "shutdown" : reason);
+    }
+    Close(*link_, status);
   }
 
   SharedState& state_;
+  const std::shared_ptr<Link> link_;
+  grpc::Alarm first_message_;
   std::string session_id_;  // empty until the first message named it
   v1::KeepAliveRequest request_;
   v1::KeepAliveResponse response_;
@@ -95,7 +141,7 @@ grpc::Status SessionServiceImpl::CreateSession(grpc::ServerContext*,
   response->set_region_cap_bytes(options.region_cap_bytes);
   response->set_region_cap(options.region_cap);
   spdlog::info("event=session_opened session={} client=\"{}\"", opened->session->key(),
-               opened->session->client_name());
+               absl::CEscape(opened->session->client_name()));
   return grpc::Status::OK;
 }
 
@@ -122,12 +168,11 @@ grpc::Status SessionServiceImpl::CreateRegion(grpc::ServerContext*,
     case v1::REGION_KIND_MEMFD:
       break;
     case v1::REGION_KIND_DEVICE:
-      return grpc::Status(grpc::StatusCode::UNIMPLEMENTED,
-                          "kind: REGION_KIND_DEVICE is not offered by this version; use MEMFD");
+      return ToGrpc(absl::UnimplementedError(
+          "kind: REGION_KIND_DEVICE is not offered by this version; use MEMFD"));
     default:
-      return grpc::Status(
-          grpc::StatusCode::INVALID_ARGUMENT,
-          "kind: " + std::to_string(static_cast<int>(request->kind())) + " is no region kind");
+      return ToGrpc(absl::InvalidArgumentError(
+          absl::StrCat("kind: ", static_cast<int>(request->kind()), " must be REGION_KIND_MEMFD")));
   }
   auto region = (*session)->CreateRegion(request->size_bytes());
   if (!region.ok()) return ToGrpc(region.status());

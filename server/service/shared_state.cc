@@ -21,6 +21,11 @@ bool Gate::Close(absl::Time deadline) {
   return left_.wait_until(lock, absl::ToChronoTime(deadline), [this] { return inside_ == 0; });
 }
 
+bool Gate::closed() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return closed_;
+}
+
 std::shared_ptr<MutationLog> MutationLogs::For(SessionKey session) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::shared_ptr<MutationLog>& log = logs_[session];

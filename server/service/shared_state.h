@@ -39,12 +39,13 @@ class Gate {
 
   // From now on nobody enters; returns whether all have left by the deadline.
   bool Close(absl::Time deadline);
+  bool closed() const;
 
  private:
   absl::Status Enter();
   void Leave();
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable left_;
   bool closed_ = false;  // guarded by mutex_
   int64_t inside_ = 0;   // guarded by mutex_

@@ -23,6 +23,8 @@ namespace {
 constexpr char kMagic[4] = {'L', 'M', 'N', '1'};
 constexpr size_t kIdSize = 32;
 constexpr size_t kRequestSize = sizeof(kMagic) + 2 * kIdSize;
+// How often silent connections are looked for, and how long a lack of descriptors is waited out.
+constexpr absl::Duration kLook = absl::Milliseconds(250);
 
 absl::Status SystemError(const std::string& what) {
   return absl::UnavailableError(absl::StrCat(what, ": ", std::strerror(errno)));
@@ -106,10 +108,13 @@ class BrokerImpl final : public Broker {
     while (true) {
       std::vector<pollfd> watched;
       watched.push_back({wake_, POLLIN, 0});
-      const bool room = static_cast<int>(connections_.size()) < options_.connection_cap;
+      if (absl::Now() >= accept_again_) accept_again_ = absl::InfinitePast();
+      const bool room = static_cast<int>(connections_.size()) < options_.connection_cap &&
+                        accept_again_ == absl::InfinitePast();
       watched.push_back({room ? listener_ : -1, POLLIN, 0});
       for (const Connection& c : connections_) watched.push_back({c.descriptor, POLLIN, 0});
-      const int timeout = connections_.empty() ? -1 : 1000;
+      const bool idle = connections_.empty() && accept_again_ == absl::InfinitePast();
+      const int timeout = idle ? -1 : static_cast<int>(absl::ToInt64Milliseconds(kLook));
       if (poll(watched.data(), watched.size(), timeout) < 0 && errno != EINTR) return;
       if (watched[0].revents != 0) return;
 
@@ -137,7 +142,13 @@ class BrokerImpl final : public Broker {
 
   void Accept(absl::Time now) {
     const int descriptor = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (descriptor < 0) return;
+    if (descriptor < 0) {
+      // The one that waits stays in the backlog and would wake us again at once.
+      if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {
+        accept_again_ = now + kLook;
+      }
+      return;
+    }
     ucred peer{};
     socklen_t size = sizeof(peer);
     const bool known = getsockopt(descriptor, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 &&
@@ -200,7 +211,9 @@ class BrokerImpl final : public Broker {
   SessionManager& sessions_;
   int listener_ = -1;
   int wake_ = -1;
-  std::vector<Connection> connections_;  // the thread's own
+  // The thread's own.
+  std::vector<Connection> connections_;
+  absl::Time accept_again_ = absl::InfinitePast();
   std::thread thread_;
 };
 

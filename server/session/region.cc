@@ -6,6 +6,8 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -20,6 +22,18 @@ absl::Status SystemError(const char* what) {
     return absl::ResourceExhaustedError(message);
   }
   return absl::InternalError(message);
+}
+
+// What the kernel could still give, in bytes, about; without that file, no limit.
+size_t AvailableMemory() {
+  std::ifstream file("/proc/meminfo");
+  std::string name, unit;
+  size_t kibibytes = 0;
+  while (file >> name >> kibibytes) {
+    if (name == "MemAvailable:") return kibibytes * 1024;
+    std::getline(file, unit);
+  }
+  return std::numeric_limits<size_t>::max();
 }
 
 class MemfdRegion final : public Region {
@@ -107,6 +121,14 @@ absl::StatusOr<std::shared_ptr<Region>> MakeRegion(std::string id, size_t bytes,
     return absl::ResourceExhaustedError(absl::StrCat("size_bytes: the region takes ", length,
                                                      " bytes; all sessions' regions have ",
                                                      total->bytes(), " of at most ", total->cap()));
+  }
+  // Pages are reserved below; past what there is, the kernel would kill processes for them.
+  if (const size_t available = AvailableMemory(); length > available) {
+    session->Uncharge(length);
+    total->Uncharge(length);
+    return absl::ResourceExhaustedError(absl::StrCat("size_bytes: the region takes ", length,
+                                                     " bytes; the machine has ", available,
+                                                     " available"));
   }
   // From here on the region's destructor undoes what was done.
   auto region = std::make_shared<MemfdRegion>(std::move(id), length, std::move(session),

@@ -29,7 +29,7 @@ class Ledger {
 };
 
 // `id` is the new region's; `bytes` >= 1 is rounded up to whole pages. RESOURCE_EXHAUSTED with the
-// numbers where a ledger's cap, the descriptors or the memory do not allow it. The pages are
+// numbers where a ledger's cap, the descriptors or the free memory do not allow it. The pages are
 // reserved at once: a later touch of them can't fail. The hooks' functions run here and in the
 // region's destructor.
 absl::StatusOr<std::shared_ptr<Region>> MakeRegion(std::string id, size_t bytes,

@@ -49,6 +49,12 @@ class SessionImpl final : public Session {
         total_(std::move(total)),
         hooks_(std::move(hooks)) {}
 
+  // Nobody holds it: no call of it runs, and none can come. Contexts go before the regions, which
+  // are members.
+  ~SessionImpl() override {
+    if (hooks_->ended) hooks_->ended(key_, reason_);
+  }
+
   uint64_t key() const override { return key_; }
   const std::string& client_name() const override { return client_name_; }
 
@@ -68,7 +74,7 @@ class SessionImpl final : public Session {
       ++being_made_;
     }
     auto made = MakeRegion(NewCapability(), bytes, ledger_, total_, hooks_);
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);  // goes before `made` does: no unmapping under it
     --being_made_;
     if (!made.ok()) return made.status();
     if (ended_) return NoSession();
@@ -107,17 +113,16 @@ class SessionImpl final : public Session {
     return absl::OkStatus();
   }
 
-  void DropRegions() {
-    std::unordered_map<std::string, std::shared_ptr<Region>> dropped;
+  void EndFor(const std::string& reason) {
     std::lock_guard<std::mutex> lock(mutex_);
     ended_ = true;
-    dropped.swap(regions_);
-    order_.clear();
+    reason_ = reason;
   }
 
   // The manager's; guarded by its mutex.
   absl::Time expires;
   bool has_keeper = false;
+  SessionManager::Lost lost;
 
  private:
   const uint64_t key_;
@@ -130,6 +135,7 @@ class SessionImpl final : public Session {
   std::vector<std::string> order_;                                    // guarded by mutex_
   int64_t being_made_ = 0;                                            // guarded by mutex_
   bool ended_ = false;                                                // guarded by mutex_
+  std::string reason_;  // guarded by mutex_, but for the destructor
 };
 
 class SessionManagerImpl final : public SessionManager {
@@ -147,12 +153,7 @@ class SessionManagerImpl final : public SessionManager {
     }
     changed_.notify_all();
     reaper_.join();
-    std::map<std::string, std::shared_ptr<SessionImpl>> left;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      left.swap(sessions_);
-    }
-    for (auto& [id, session] : left) End(*session, "shutdown");
+    for (auto& [id, session] : sessions_) session->EndFor("shutdown");
   }
 
   absl::StatusOr<Opened> Open(const std::string& client_name) override {
@@ -189,7 +190,7 @@ class SessionManagerImpl final : public SessionManager {
     return std::shared_ptr<Session>(found->second);
   }
 
-  absl::Status BindKeeper(const std::string& id) override {
+  absl::Status BindKeeper(const std::string& id, Lost lost) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return NoSession();
@@ -197,18 +198,33 @@ class SessionManagerImpl final : public SessionManager {
       return absl::AlreadyExistsError("the session has a KeepAlive stream already");
     }
     found->second->has_keeper = true;
+    found->second->lost = std::move(lost);
     found->second->expires = absl::Now() + options_.lease;
     return absl::OkStatus();
   }
 
   void UnbindKeeper(const std::string& id, const std::string& reason) override {
-    if (std::shared_ptr<SessionImpl> session = Take(id)) End(*session, reason);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = sessions_.find(id);
+      if (found == sessions_.end()) return;
+      found->second->EndFor(reason);
+      found->second->lost = nullptr;
+      leaving_.push_back(std::move(found->second));
+      sessions_.erase(found);
+    }
+    changed_.notify_all();
   }
 
   absl::Status Delete(const std::string& id) override {
-    std::shared_ptr<SessionImpl> session = Take(id);
-    if (session == nullptr) return NoSession();
-    End(*session, "deleted");
+    Ended ended;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = sessions_.find(id);
+      if (found == sessions_.end()) return NoSession();
+      ended = Take(found, "deleted");
+    }
+    if (ended.lost) ended.lost("deleted");
     return absl::OkStatus();
   }
 
@@ -221,44 +237,53 @@ class SessionManagerImpl final : public SessionManager {
   const SessionOptions& options() const override { return options_; }
 
  private:
-  std::shared_ptr<SessionImpl> Take(const std::string& id) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = sessions_.find(id);
-    if (found == sessions_.end()) return nullptr;
-    std::shared_ptr<SessionImpl> session = std::move(found->second);
+  using Sessions = std::map<std::string, std::shared_ptr<SessionImpl>>;
+
+  // A session that is in no map any more. Destroyed without the mutex: that may run its end hook.
+  struct Ended {
+    std::shared_ptr<SessionImpl> session;
+    Lost lost;
+  };
+
+  // Needs mutex_.
+  Ended Take(Sessions::iterator found, const std::string& reason) {
+    Ended ended{std::move(found->second), nullptr};
     sessions_.erase(found);
-    return session;
+    ended.session->EndFor(reason);
+    ended.lost = std::move(ended.session->lost);
+    ended.session->lost = nullptr;
+    return ended;
   }
 
-  // The session is in no map any more. Contexts before regions: queued calls may still write to
-  // them.
-  void End(SessionImpl& session, const std::string& reason) {
-    if (hooks_->ended) hooks_->ended(session.key(), reason);
-    session.DropRegions();
-  }
-
+  // The reaper's thread: ends what is silent, and what UnbindKeeper left to it.
   void Reap() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_) {
       const absl::Time now = absl::Now();
       absl::Time next = now + options_.lease;
-      std::vector<std::shared_ptr<SessionImpl>> expired;
+      std::vector<Ended> expired;
       for (auto it = sessions_.begin(); it != sessions_.end();) {
-        if (it->second->expires <= now) {
-          expired.push_back(std::move(it->second));
-          it = sessions_.erase(it);
+        const auto here = it++;
+        if (here->second->expires <= now) {
+          expired.push_back(
+              Take(here, here->second->has_keeper ? "keep_alive_silent" : "lease_expired"));
         } else {
-          next = std::min(next, it->second->expires);
-          ++it;
+          next = std::min(next, here->second->expires);
         }
       }
-      if (!expired.empty()) {
-        lock.unlock();
-        for (auto& session : expired) End(*session, "lease_expired");
-        lock.lock();
+      std::vector<std::shared_ptr<SessionImpl>> leaving;
+      leaving.swap(leaving_);
+      if (expired.empty() && leaving.empty()) {
+        changed_.wait_until(lock, absl::ToChronoTime(next));
         continue;
       }
-      changed_.wait_until(lock, absl::ToChronoTime(next));
+      lock.unlock();
+      for (const Ended& ended : expired) {
+        if (ended.lost) ended.lost("keep_alive_silent");
+      }
+      expired.clear();
+      leaving.clear();
+      lock.lock();
     }
   }
 
@@ -267,9 +292,10 @@ class SessionManagerImpl final : public SessionManager {
   const std::shared_ptr<Ledger> total_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::map<std::string, std::shared_ptr<SessionImpl>> sessions_;  // by id; guarded by mutex_
-  uint64_t last_key_ = 0;                                         // guarded by mutex_
-  bool stopping_ = false;                                         // guarded by mutex_
+  Sessions sessions_;                                  // by id; guarded by mutex_
+  std::vector<std::shared_ptr<SessionImpl>> leaving_;  // for the reaper; guarded by mutex_
+  uint64_t last_key_ = 0;                              // guarded by mutex_
+  bool stopping_ = false;                              // guarded by mutex_
   std::thread reaper_;
 };
 

@@ -2,8 +2,8 @@
 //
 // A session is one client's lease. It ends when its keeper goes (its KeepAlive stream), when
 // nothing was heard of it for the lease's length, or when it is deleted. Then, in this order: no
-// new call finds it, the end hook runs (the engine finishes its queued calls and frees its
-// contexts), its regions are unmapped as soon as no call holds them, its bytes are uncharged.
+// new call finds it; the calls that found it before finish; as the last of them lets go, the end
+// hook runs (the engine frees the contexts), the regions are unmapped, their bytes uncharged.
 //
 // Session and region ids are 128-bit capabilities in hexadecimal; they appear in no status message
 // and no log line. Threads: all methods from any thread.
@@ -43,22 +43,25 @@ struct SessionOptions {
   size_t total_region_cap_bytes = size_t{32} << 30;  // bytes of all sessions
 };
 
-// Hooks that the composition root fills in; called without locks held.
+// Hooks that the composition root fills in; called without locks held, from any thread.
 struct SessionHooks {
   std::function<absl::Status(void* data, size_t bytes)> register_host;  // pin for DMA; empty: none
   std::function<void(void* data)> unregister_host;
-  std::function<void(uint64_t key, const std::string& reason)>
-      ended;  // free contexts; reason for metrics
+  // Free contexts; may block until the device is free. The reason is for metrics and the log:
+  // "deleted", "lease_expired", "keep_alive_silent", "shutdown", or what UnbindKeeper was given.
+  std::function<void(uint64_t key, const std::string& reason)> ended;
 };
 
 // What a handler holds while it serves a call of a session: the session cannot vanish meanwhile.
+// Whoever lets go of an ended one last runs its end hook.
 class Session {
  public:
   virtual ~Session() = default;
   virtual uint64_t key() const = 0;  // no secret; never used twice
   virtual const std::string& client_name() const = 0;
 
-  // RESOURCE_EXHAUSTED with the cap's numbers; INVALID_ARGUMENT for size 0 or over 2^46.
+  // RESOURCE_EXHAUSTED with the numbers of the cap, or of the memory that is free; INVALID_ARGUMENT
+  // for size 0 or over 2^46; NOT_FOUND once the session has ended.
   virtual absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) = 0;
   // NOT_FOUND for any id that is not this session's.
   virtual absl::StatusOr<std::shared_ptr<Region>> FindRegion(const std::string& id) = 0;
@@ -69,7 +72,7 @@ class Session {
 class SessionManager {
  public:
   static std::unique_ptr<SessionManager> Create(SessionOptions options, SessionHooks hooks);
-  virtual ~SessionManager() = default;  // ends every session
+  virtual ~SessionManager() = default;  // ends every session; nobody may hold one any more
 
   struct Opened {
     std::string id;
@@ -78,10 +81,14 @@ class SessionManager {
   virtual absl::StatusOr<Opened> Open(const std::string& client_name) = 0;
   // Renews the lease. NOT_FOUND.
   virtual absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id) = 0;
-  // Binds the lease to a KeepAlive stream: one a session (ALREADY_EXISTS). Unbinding ends the
-  // session.
-  virtual absl::Status BindKeeper(const std::string& id) = 0;
+  // Binds the lease to a KeepAlive stream: one a session (ALREADY_EXISTS). `lost` may be empty; it
+  // is called, once and without locks held, if the session ends in another way than by
+  // UnbindKeeper.
+  using Lost = std::function<void(const std::string& reason)>;
+  virtual absl::Status BindKeeper(const std::string& id, Lost lost) = 0;
+  // Ends the session; the end hook runs on another thread. Nothing happens where it has ended.
   virtual void UnbindKeeper(const std::string& id, const std::string& reason) = 0;
+  // Ends the session; where no call holds it, its end hook has run when this returns. NOT_FOUND.
   virtual absl::Status Delete(const std::string& id) = 0;
 
   virtual int64_t live_sessions() const = 0;
