@@ -22,6 +22,13 @@ from lamina.v1 import (config_service_pb2, config_service_pb2_grpc, layer_servic
 
 _Stubs = collections.namedtuple("_Stubs", "config layer session")
 
+_CHANNEL = [
+    ("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1),
+    # A new client tries a daemon that is back at once, whatever an earlier client's attempts came to.
+    ("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
 
 def default_target() -> str:
     """LAMINA_TARGET, or the socket where laminad listens by default."""
@@ -137,8 +144,7 @@ class Client:
         self.timeout = timeout
         self._wanted_transport = transport
         self._client_name = client_name
-        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self._channel = grpc.insecure_channel(self.target, options=unlimited)
+        self._channel = grpc.insecure_channel(self.target, options=_CHANNEL)
         self._stubs = _Stubs(config_service_pb2_grpc.ConfigServiceStub(self._channel),
                              layer_service_pb2_grpc.LayerServiceStub(self._channel),
                              session_service_pb2_grpc.SessionServiceStub(self._channel))
