@@ -98,7 +98,7 @@ def test_adamw_against_pytorch_over_steps(client):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(start.values()), 0.5)
         optimizer.step()
-        theirs.append(float(loss))
+        theirs.append(loss.item())
     assert np.allclose(ours, theirs, rtol=2e-4)
     assert ours[-1] < ours[0]
 
@@ -263,6 +263,33 @@ def test_two_backwards_say_what_is_wrong(client):
     (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(torch, "compiler"), reason="this PyTorch has no torch.compiler")
+def test_inside_a_compiled_module(client):
+    stack = client.create_stack("t", **CONFIG)
+    module = torch.nn.Sequential(torch.nn.Linear(24, 24), RemoteStack(stack), torch.nn.Linear(24, 1))
+    x = torch.randn(2, 5, 24)
+    gradients = []
+    for run in (module, torch.compile(module, backend="aot_eager")):
+        module.zero_grad()
+        run(x).sum().backward()
+        gradients.append(module[0].weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6) and gradients[0].abs().max() > 0
+    assert stack.info().outstanding_contexts == 0
+
+
+def test_ml_dtypes_arrays(client):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    stack = client.create_stack("t", **CONFIG, dtype="bf16")
+    x = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(ml_dtypes.bfloat16)
+    y, context = stack.forward(x)
+    dx = stack.backward(context, y)
+    assert y.dtype == dx.dtype == x.dtype
+    bits, _ = stack.forward(x.view(np.uint16), training=False)
+    assert bits.dtype == np.uint16 and np.array_equal(bits, y.view(np.uint16))
+    stack.set_parameters({"layers.0.norm_b": np.ones(24, ml_dtypes.bfloat16)})
+    assert np.all(stack.parameters(["layers.0.norm_b"])["layers.0.norm_b"] == 1)
 
 
 def test_train_and_eval(client):

@@ -13,6 +13,9 @@ import torch
 
 from lamina.stack import Applied, Context, Stack
 
+# torch.compile is to run what is around the module, not trace the calls to the daemon; PyTorch 1 has no such thing.
+_not_compiled: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
+
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,6 +91,7 @@ class RemoteStack(torch.nn.Module):
         shape = (batch, seq, self.stack.config.hidden_size)
         return as_tensor(self.stack._client.empty(shape, self.stack.dtype))
 
+    @_not_compiled
     def forward(self, x: torch.Tensor, mask: Optional[torch.Tensor] = None, lengths: Optional[torch.Tensor] = None,
                 attention_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """x: [B, S, H]. At most one of: mask, additive [B, S] or [B, 1, 1, S]; lengths, [B], 1..S; attention_mask, [B, S]
