@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 
 #include <CLI/CLI.hpp>
@@ -136,9 +137,11 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->envname("LAMINA_DRAIN_TIMEOUT")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str();
-  app.add_option("--allow-uid", f.allow_uids,
-                 "Another user whose processes may map regions; repeatable. The sockets' folder "
-                 "must let them in")
+  app.add_option(
+         "--allow-uid", f.allow_uids,
+         "Another user (number) whose processes may map regions; repeatable. The broker's "
+         "folder must let them in; they call over TCP, as the gRPC socket stays the daemon's "
+         "user's")
       ->envname("LAMINA_ALLOW_UID")
       ->delimiter(',');
   app.add_flag("--insecure", f.insecure,
@@ -185,6 +188,8 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
     }
   }
   if (f.broker == "none") f.broker.clear();
+  // Clients are told it, and have working folders of their own.
+  if (!f.broker.empty()) f.broker = std::filesystem::absolute(f.broker).string();
   return f;
 }
 

@@ -1,8 +1,6 @@
 // laminad: wires the rooms together, waits for a signal, takes them down in order.
 #include <pthread.h>
 #include <signal.h>
-#include <spdlog/pattern_formatter.h>
-#include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
@@ -12,13 +10,12 @@
 #include <string>
 #include <thread>
 
-#include <nlohmann/json.hpp>
-
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
 #include "server/engine/engine.h"
 #include "server/flags.h"
+#include "server/logging.h"
 #include "server/metrics/exposer.h"
 #include "server/metrics/metrics.h"
 #include "server/service/grpc_server.h"
@@ -29,38 +26,8 @@
 namespace lamina {
 namespace {
 
-// A line's message as a JSON string.
-class JsonString final : public spdlog::custom_flag_formatter {
- public:
-  void format(const spdlog::details::log_msg& message, const std::tm&,
-              spdlog::memory_buf_t& out) override {
-    const std::string text(message.payload.data(), message.payload.size());
-    const std::string quoted =
-        nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-    out.append(quoted.data(), quoted.data() + quoted.size());
-  }
-  std::unique_ptr<custom_flag_formatter> clone() const override {
-    return std::make_unique<JsonString>();
-  }
-};
-
-void SetUpLog(const Flags& flags) {
-  auto logger = spdlog::stderr_logger_mt("laminad");
-  logger->set_level(spdlog::level::from_str(flags.log_level));
-  if (flags.log_format == "json") {
-    auto formatter = std::make_unique<spdlog::pattern_formatter>();
-    formatter->add_flag<JsonString>('*').set_pattern(
-        R"({"time":"%Y-%m-%dT%H:%M:%S.%e%z","level":"%l","message":%*})");
-    logger->set_formatter(std::move(formatter));
-  } else {
-    logger->set_pattern("%Y-%m-%dT%H:%M:%S.%e%z level=%l %v");
-  }
-  logger->flush_on(spdlog::level::info);
-  spdlog::set_default_logger(std::move(logger));
-}
-
 int Fail(const absl::Status& status) {
-  spdlog::error("event=failed reason=\"{}\"", std::string(status.message()));
+  spdlog::error("event=failed reason=\"{}\"", absl::CEscape(status.message()));
   return 1;
 }
 
@@ -68,7 +35,7 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const Flags& flags) {
   if (flags.device != "auto") return Backend::Create(flags.device, flags.threads);
   auto gpu = Backend::Create("cuda:0");
   if (gpu.ok()) return gpu;
-  spdlog::info("event=no_gpu reason=\"{}\" device=cpu", std::string(gpu.status().message()));
+  spdlog::info("event=no_gpu reason=\"{}\" device=cpu", absl::CEscape(gpu.status().message()));
   return Backend::Create("cpu", flags.threads);
 }
 
@@ -110,7 +77,7 @@ bool SaveAll(Engine& engine) {
                    saved->path, saved->bytes, saved->step);
     } else {
       spdlog::error("event=checkpoint_failed stack={} reason=\"{}\"", stack.name,
-                    std::string(saved.status().message()));
+                    absl::CEscape(saved.status().message()));
       saved_all = false;
     }
   }
@@ -186,8 +153,9 @@ int Run(const Flags& flags, const sigset_t& signals) {
   spdlog::info(
       "event=ready version={} commit={} device={}:{} device_name=\"{}\" threads={} listen={} "
       "broker={} metrics={}",
-      LAMINA_VERSION, LAMINA_COMMIT, device.kind, device.ordinal, device.name, device.threads,
-      absl::StrJoin((*server)->addresses(), ","), flags.broker.empty() ? "none" : flags.broker,
+      LAMINA_VERSION, LAMINA_COMMIT, device.kind, device.ordinal, absl::CEscape(device.name),
+      device.threads, absl::StrJoin((*server)->addresses(), ","),
+      flags.broker.empty() ? "none" : flags.broker,
       exposer == nullptr ? "none" : exposer->address());
 
   bool healthy = true;
@@ -220,7 +188,7 @@ int main(int argc, char** argv) {
   int exit_code = 0;
   const auto flags = lamina::ParseFlags(argc, argv, LAMINA_VERSION, &exit_code);
   if (!flags) return exit_code;
-  lamina::SetUpLog(*flags);
+  lamina::SetUpLog(flags->log_level, flags->log_format);
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "server/service/calls.h"
 #include "server/service/conversions.h"
 #include "server/service/parameters.h"
@@ -43,7 +44,7 @@ grpc::Status ConfigServiceImpl::CreateStack(grpc::ServerContext* context,
   if (!info.ok()) {
     spdlog::warn("event=create_stack_refused code={} reason=\"{}\"",
                  absl::StatusCodeToString(info.status().code()),
-                 std::string(info.status().message()));
+                 absl::CEscape(info.status().message()));
     return ToGrpc(info.status());
   }
   spdlog::info("event=stack_created stack={} parameters={} plan_bytes={}", info->name,
