@@ -8,7 +8,8 @@
 
 namespace lamina {
 
-// `threads` worker threads; 0: one for each core that the process may run on. INVALID_ARGUMENT below 0.
+// `threads` worker threads; 0: one for each core that the process may run on. INVALID_ARGUMENT
+// below 0.
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(int threads);
 
 }  // namespace lamina

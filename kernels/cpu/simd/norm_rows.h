@@ -1,0 +1,109 @@
+// Bias, dropout, residual and layer norm, row by row, and their gradients.
+#pragma once
+
+#include "simd/dropout_lanes.h"
+
+namespace lamina::cpu::LAMINA_CPU_ISA_NAMESPACE {
+
+template <typename E>
+LAMINA_INLINE const E* Row(const void* matrix, int64_t r, int64_t h) {
+  return matrix != nullptr ? static_cast<const E*>(matrix) + r * h : nullptr;
+}
+template <typename E>
+LAMINA_INLINE E* Row(void* matrix, int64_t r, int64_t h) {
+  return matrix != nullptr ? static_cast<E*>(matrix) + r * h : nullptr;
+}
+
+template <typename E>
+void DropoutAddNorm(const DropoutAddNormRows& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t h = a.h;
+  const float per_h = 1.0f / static_cast<float>(h);
+  float* factors = scratch;
+  float* row = scratch + Padded(h);  // the sum in fp32: the norm sees it before it is rounded
+  const E* bias = static_cast<const E*>(a.bias);
+  const E* gamma = static_cast<const E*>(a.gamma);
+  const E* beta = static_cast<const E*>(a.beta);
+  for (int64_t r = begin; r < end; ++r) {
+    const E* x = Row<E>(a.x, r, h);
+    const E* residual = Row<E>(a.residual, r, h);
+    E* sum = Row<E>(a.sum, r, h);
+    if (a.dropout.on) FactorRow(a.dropout, static_cast<uint64_t>(r), h, factors);
+    F total{};
+    Lanes(h, [&](int64_t j, auto part) {
+      F v = Load(x + j, part);
+      if (bias != nullptr) v += Load(bias + j, part);
+      if (a.dropout.on) v *= Load(factors + j, part);
+      if (residual != nullptr) v += Load(residual + j, part);
+      if (sum != nullptr) Store(sum + j, v, part);
+      if (gamma != nullptr) Store(row + j, v, part);
+      total += v;
+    });
+    if (gamma == nullptr) continue;
+    const float mean = Sum(total) * per_h;
+    F squares{};
+    Lanes(h, [&](int64_t j, auto part) {
+      const F centred = Keep(Load(row + j, part) - mean, 0.0f, part);
+      squares += centred * centred;
+    });
+    const float rstd = 1.0f / __builtin_sqrtf(Sum(squares) * per_h + a.eps);
+    E* y = Row<E>(a.y, r, h);
+    Lanes(h, [&](int64_t j, auto part) {
+      const F xhat = (Load(row + j, part) - mean) * rstd;
+      Store(y + j, xhat * Load(gamma + j, part) + Load(beta + j, part), part);
+    });
+    if (a.mean != nullptr) a.mean[r] = mean;
+    if (a.rstd != nullptr) a.rstd[r] = rstd;
+  }
+}
+
+template <typename E>
+void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, int64_t end,
+                            float* scratch) {
+  const int64_t h = a.h;
+  const float per_h = 1.0f / static_cast<float>(h);
+  const E* gamma = static_cast<const E*>(a.gamma);
+  float* const columns[] = {a.dbias, a.dgamma, a.dbeta};
+  for (float* column : columns)
+    if (column != nullptr)
+      for (int64_t j = 0; j < h; ++j) column[j] = 0.0f;
+  for (int64_t r = begin; r < end; ++r) {
+    const E* dy = Row<E>(a.dy, r, h);
+    const E* dsum = Row<E>(a.dsum, r, h);
+    const E* x = Row<E>(a.sum, r, h);
+    E* dresidual = Row<E>(a.dresidual, r, h);
+    E* dx = Row<E>(a.dx, r, h);
+    if (a.dropout.on) FactorRow(a.dropout, static_cast<uint64_t>(r), h, scratch);
+    // With xhat = (x - mean) * rstd and g = dy * gamma:
+    //   d(LayerNorm)/dx . dy = rstd * (g - average(g) - xhat * average(g * xhat))
+    float mean = 0.0f, rstd = 0.0f, average_g = 0.0f, average_gx = 0.0f;
+    if (dy != nullptr) {
+      mean = a.mean[r];
+      rstd = a.rstd[r];
+      F sum_g{}, sum_gx{};
+      Lanes(h, [&](int64_t j, auto part) {
+        const F g = Load(dy + j, part) * Load(gamma + j, part);  // zero beyond the row
+        const F xhat = (Load(x + j, part) - mean) * rstd;
+        sum_g += g;
+        sum_gx += g * Keep(xhat, 0.0f, part);
+      });
+      average_g = Sum(sum_g) * per_h;
+      average_gx = Sum(sum_gx) * per_h;
+    }
+    Lanes(h, [&](int64_t j, auto part) {
+      F ds = dsum != nullptr ? Load(dsum + j, part) : F{};
+      if (dy != nullptr) {
+        const F d = Load(dy + j, part);
+        const F xhat = (Load(x + j, part) - mean) * rstd;
+        ds += rstd * (d * Load(gamma + j, part) - average_g - xhat * average_gx);
+        if (a.dgamma != nullptr) Store(a.dgamma + j, Load(a.dgamma + j, part) + d * xhat, part);
+        if (a.dbeta != nullptr) Store(a.dbeta + j, Load(a.dbeta + j, part) + d, part);
+      }
+      if (dresidual != nullptr) Store(dresidual + j, ds, part);
+      if (a.dropout.on) ds *= Load(scratch + j, part);
+      if (dx != nullptr) Store(dx + j, ds, part);
+      if (a.dbias != nullptr) Store(a.dbias + j, Load(a.dbias + j, part) + ds, part);
+    });
+  }
+}
+
+}  // namespace lamina::cpu::LAMINA_CPU_ISA_NAMESPACE
