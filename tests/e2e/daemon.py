@@ -39,7 +39,9 @@ class Daemon:
         self._log_start = self._log_file.tell()
         self.process = subprocess.Popen(
             [BINARY, "--listen", self.target, "--listen", "127.0.0.1:0", "--broker", self.broker,
-             "--metrics", "127.0.0.1:0", "--device", self.device, *self.arguments], stderr=self._log_file, stdout=self._log_file)
+             "--metrics", "127.0.0.1:0", "--device", self.device, *self.arguments],
+            # Worker threads that spin between loops slow everything down where the machine is busy with other things.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ}, stderr=self._log_file, stdout=self._log_file)
         deadline = time.monotonic() + START_SECONDS
         while "event=ready" not in self.log():
             if self.process.poll() is not None or time.monotonic() > deadline:
