@@ -64,26 +64,28 @@ OpRun::~OpRun() {
   for (const Buffer& buffer : buffers_) backend_.Free(buffer.memory);
 }
 
-void* OpRun::Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size,
-                   bool scratch) {
-  Buffer buffer;
+OpRun::Buffer& OpRun::AddBuffer(const std::string& name, size_t begin, size_t bytes) {
+  absl::StatusOr<void*> memory = backend_.Allocate(begin + bytes + kGuard);
+  Check(memory.status());
+  Buffer& buffer = buffers_.emplace_back();
   buffer.name = name;
-  buffer.scratch = scratch;
-  buffer.bytes = contents.size();
-  buffer.begin = kGuard + (scratch ? 0 : static_cast<size_t>(offset_) * element_size);
-  buffer.before.resize(buffer.begin + contents.size() + kGuard);
+  buffer.memory = static_cast<char*>(*memory);
+  buffer.begin = begin;
+  buffer.bytes = bytes;
+  if (reinterpret_cast<uintptr_t>(buffer.memory) % 256 != 0)
+    throw std::runtime_error("Allocate gave memory that is not aligned to 256 bytes");
+  return buffer;
+}
+
+void* OpRun::Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size) {
+  const size_t begin = kGuard + static_cast<size_t>(offset_) * element_size;
+  Buffer& buffer = AddBuffer(name, begin, contents.size());
+  buffer.before.resize(begin + contents.size() + kGuard);
   for (size_t i = 0; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
   std::copy(contents.begin(), contents.end(),
-            buffer.before.begin() + static_cast<ptrdiff_t>(buffer.begin));
-  absl::StatusOr<void*> memory = backend_.Allocate(buffer.before.size());
-  Check(memory.status());
-  buffer.memory = static_cast<char*>(*memory);
-  buffers_.push_back(std::move(buffer));
-  const Buffer& placed = buffers_.back();
-  if (reinterpret_cast<uintptr_t>(placed.memory) % 256 != 0)
-    throw std::runtime_error("Allocate gave memory that is not aligned to 256 bytes");
-  Check(backend_.CopyIn(placed.memory, placed.before.data(), placed.before.size()));
-  return placed.memory + placed.begin;
+            buffer.before.begin() + static_cast<ptrdiff_t>(begin));
+  Check(backend_.CopyIn(buffer.memory, buffer.before.data(), buffer.before.size()));
+  return buffer.memory + begin;
 }
 
 TensorView OpRun::In(DType dtype, const Shape& shape, const Vec& values) {
@@ -128,26 +130,47 @@ const OptimizerControl* OpRun::ControlIn(const OptimizerControl& control) {
 Workspace OpRun::WorkspaceFor(const LayerDims& dims) {
   const size_t bytes = backend_.WorkspaceBytes(dims);
   if (bytes == 0) return Workspace{};
-  // NaN in one round, in the other numbers that would show in any sum: about 1e8 in fp32.
-  return Workspace{
-      Place("", std::vector<uint8_t>(bytes, round_ == 0 ? 0xFF : 0x4C), 1, /*scratch=*/true),
-      bytes};
+  Buffer& buffer = AddBuffer("", kGuard, bytes);
+  buffer.before.resize(2 * kGuard);
+  for (size_t i = 0; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
+  buffer.scratch = true;
+  char* const data = buffer.memory + kGuard;
+  Check(backend_.CopyIn(buffer.memory, buffer.before.data(), kGuard));
+  Check(backend_.CopyIn(data + bytes, buffer.before.data() + kGuard, kGuard));
+  // NaN in one round, in the other numbers that would show in any sum: about 1e8 in fp32. In
+  // pieces: a workspace is up to a hundred times as large as the tensors.
+  const std::vector<uint8_t> poison(std::min(bytes, size_t{1} << 20), round_ == 0 ? 0xFF : 0x4C);
+  for (size_t at = 0; at < bytes; at += poison.size())
+    Check(backend_.CopyIn(data + at, poison.data(), std::min(poison.size(), bytes - at)));
+  Check(backend_.Synchronize());
+  return Workspace{data, bytes};
+}
+
+void OpRun::CheckGuards(const Buffer& workspace) {
+  std::vector<uint8_t> after(2 * kGuard);
+  Check(backend_.CopyOut(after.data(), workspace.memory, kGuard));
+  Check(
+      backend_.CopyOut(after.data() + kGuard, workspace.memory + kGuard + workspace.bytes, kGuard));
+  Check(backend_.Synchronize());
+  EXPECT_TRUE(after == workspace.before) << "a byte was written outside of the workspace";
 }
 
 std::map<std::string, std::vector<uint8_t>> OpRun::Finish() {
   std::map<std::string, std::vector<uint8_t>> results;
   for (const Buffer& buffer : buffers_) {
+    if (buffer.scratch) {
+      CheckGuards(buffer);
+      continue;
+    }
     std::vector<uint8_t> after(buffer.before.size());
     Check(backend_.CopyOut(after.data(), buffer.memory, after.size()));
     Check(backend_.Synchronize());
-    const std::string what = buffer.scratch ? "the workspace"
-                             : buffer.name.empty()
-                                 ? absl::StrCat("an input of ", buffer.bytes, " bytes")
-                                 : buffer.name;
+    const std::string what =
+        buffer.name.empty() ? absl::StrCat("an input of ", buffer.bytes, " bytes") : buffer.name;
     const bool result = !buffer.name.empty();
     for (size_t i = 0; i < after.size(); ++i) {
       const bool guard = i < buffer.begin || i >= buffer.begin + buffer.bytes;
-      if (after[i] == buffer.before[i] || (!guard && (result || buffer.scratch))) continue;
+      if (after[i] == buffer.before[i] || (!guard && result)) continue;
       ADD_FAILURE() << (guard ? "a byte was written outside of " : "the op changed ") << what
                     << ", at byte "
                     << static_cast<ptrdiff_t>(i) - static_cast<ptrdiff_t>(buffer.begin);

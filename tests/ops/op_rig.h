@@ -63,11 +63,12 @@ class OpRun {
     std::string name;  // empty: an input
     char* memory = nullptr;
     size_t begin = 0, bytes = 0;  // where the tensor lies in it
-    std::vector<uint8_t> before;  // the whole of the memory
+    std::vector<uint8_t> before;  // the whole of the memory; of a workspace its two guard bands
     bool scratch = false;         // workspace: its contents are nobody's business
   };
-  void* Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size,
-              bool scratch = false);
+  Buffer& AddBuffer(const std::string& name, size_t begin, size_t bytes);
+  void* Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size);
+  void CheckGuards(const Buffer& workspace);
 
   Backend& backend_;
   int round_;
@@ -87,7 +88,8 @@ class Results {
 };
 
 // Runs `op` twice, as this file's head says. Throws where it returns an error.
-Results RunTwice(Backend& backend, const std::function<absl::Status(OpRun&)>& op, int64_t offset = 0);
+Results RunTwice(Backend& backend, const std::function<absl::Status(OpRun&)>& op,
+                 int64_t offset = 0);
 
 // --- tolerances ---
 //
