@@ -1,0 +1,108 @@
+// A backend that hands everything to another one and keeps count: what is allocated, how many ops
+// ran. It can fail on demand.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "lamina/kernels/backend.h"
+
+namespace lamina::testing {
+
+class CountingBackend final : public Backend {
+ public:
+  explicit CountingBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {
+    info_ = inner_->info();
+  }
+
+  // --- counts ---
+  size_t live_bytes = 0;    // allocated and not freed
+  int64_t allocations = 0;  // so far
+  int64_t ops = 0;          // so far
+  // --- faults ---
+  std::optional<size_t> free_bytes;  // what FreeBytes answers
+  int64_t fail_allocation = -1;      // this Allocate from now on fails; 0 is the next
+  int64_t fail_op = -1;              // this op from now on fails; 0 is the next
+  void set_host_memory(bool host_memory) { info_.host_memory = host_memory; }
+
+  absl::StatusOr<void*> Allocate(size_t bytes) override {
+    if (fail_allocation >= 0 && fail_allocation-- == 0)
+      return absl::ResourceExhaustedError("allocation failed on demand");
+    absl::StatusOr<void*> data = inner_->Allocate(bytes);
+    if (data.ok()) {
+      ++allocations;
+      live_bytes += bytes;
+      sizes_[*data] = bytes;
+    }
+    return data;
+  }
+  void Free(void* data) override {
+    live_bytes -= sizes_.at(data);
+    sizes_.erase(data);
+    inner_->Free(data);
+  }
+  absl::StatusOr<size_t> FreeBytes() const override {
+    return free_bytes.has_value() ? absl::StatusOr<size_t>(*free_bytes) : inner_->FreeBytes();
+  }
+  absl::Status RegisterHost(void* data, size_t bytes) override {
+    return inner_->RegisterHost(data, bytes);
+  }
+  void UnregisterHost(void* data) override { inner_->UnregisterHost(data); }
+  absl::Status CopyIn(void* dst, const void* src, size_t bytes) override {
+    return inner_->CopyIn(dst, src, bytes);
+  }
+  absl::Status CopyOut(void* dst, const void* src, size_t bytes) override {
+    return inner_->CopyOut(dst, src, bytes);
+  }
+  absl::Status CopyWithin(void* dst, const void* src, size_t bytes) override {
+    return inner_->CopyWithin(dst, src, bytes);
+  }
+  absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
+  absl::Status Synchronize() override { return inner_->Synchronize(); }
+  absl::Status RecordMark(int mark) override { return inner_->RecordMark(mark); }
+  absl::StatusOr<double> SecondsBetween(int begin, int end) override {
+    return inner_->SecondsBetween(begin, end);
+  }
+  size_t AttentionSavedBytes(const LayerDims& dims) const override {
+    return inner_->AttentionSavedBytes(dims);
+  }
+  size_t WorkspaceBytes(const LayerDims& dims) const override {
+    return inner_->WorkspaceBytes(dims);
+  }
+
+ private:
+  template <typename Args>
+  absl::Status Run(absl::Status (Backend::*op)(const Workspace&, const Args&), const Workspace& ws,
+                   const Args& args) {
+    if (fail_op >= 0 && fail_op-- == 0) return absl::InternalError("op failed on demand");
+    ++ops;
+    return (inner_.get()->*op)(ws, args);
+  }
+#define LAMINA_FORWARD_OP(Op)                                               \
+  absl::Status Do##Op(const Workspace& ws, const Op##Args& args) override { \
+    return Run(&Backend::Op, ws, args);                                     \
+  }
+  LAMINA_FORWARD_OP(Linear)
+  LAMINA_FORWARD_OP(LinearInputGrad)
+  LAMINA_FORWARD_OP(LinearWeightGrad)
+  LAMINA_FORWARD_OP(Gelu)
+  LAMINA_FORWARD_OP(GeluBackward)
+  LAMINA_FORWARD_OP(LayerNorm)
+  LAMINA_FORWARD_OP(LayerNormBackward)
+  LAMINA_FORWARD_OP(DropoutAddNorm)
+  LAMINA_FORWARD_OP(DropoutAddNormBackward)
+  LAMINA_FORWARD_OP(Attention)
+  LAMINA_FORWARD_OP(AttentionBackward)
+  LAMINA_FORWARD_OP(Cast)
+  LAMINA_FORWARD_OP(GradientStats)
+  LAMINA_FORWARD_OP(AdamW)
+#undef LAMINA_FORWARD_OP
+
+  std::unique_ptr<Backend> inner_;
+  std::map<void*, size_t> sizes_;
+};
+
+}  // namespace lamina::testing
