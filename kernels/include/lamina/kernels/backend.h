@@ -13,7 +13,8 @@
 // before they have run; Synchronize() waits. A device failure surfaces at a later call as INTERNAL
 // and is sticky. Inputs may not alias outputs except where an Args comment says so. Gradients of
 // parameters are fp32 and are added to what is there. Every result is a function of the inputs
-// alone: the same call on the same device gives the same bits (deterministic reductions).
+// alone: the same call on the same device gives the same bits (deterministic reductions), unless
+// Workspace::unordered allows otherwise.
 //
 // Threads: one thread at a time may call ops (the engine's device thread). Memory methods may be
 // called from any thread.
@@ -51,13 +52,21 @@ struct DeviceInfo {
 struct Workspace {
   void* data = nullptr;
   size_t bytes = 0;
+  // Sums over tokens may be added in any order (DeepSpeed's stochastic_mode): parameter gradients
+  // may then differ in their last bits from run to run. A backend that gains nothing ignores it.
+  bool unordered = false;
 };
 
 // The dimensions that decide workspace and saved bytes.
+//
+// A packed batch has no padding: its sequences lie one after the other, and T is the sum of their
+// lengths. packed_tokens is then T, `batch` the number of sequences, `seq` the longest one's
+// length.
 struct LayerDims {
   int64_t batch = 0, seq = 0, hidden = 0, heads = 0, intermediate = 0;
   DType dtype = DType::kF32;
-  int64_t tokens() const { return batch * seq; }
+  int64_t packed_tokens = 0;  // 0: not packed
+  int64_t tokens() const { return packed_tokens > 0 ? packed_tokens : batch * seq; }
   int64_t head_dim() const { return hidden / heads; }
 };
 
@@ -122,12 +131,18 @@ struct LayerNormArgs {
   TensorView rstd;  // fp32 [T]; absent in evaluation
 };
 
-// dx = d(LayerNorm)/dx . dy + residual_grad;  dgamma, dbeta accumulated
+// dx = d(LayerNorm)/dx . dy + residual_grad;  dgamma, dbeta accumulated.
+//
+// Of the normalised values (x - mean) * rstd there are two sources: x, mean and rstd; or, where x
+// is absent (normalize_invertible), the norm's output as (y - beta) / gamma, with rstd alone. The
+// caller has seen to it that no |gamma| is too small for that.
 struct LayerNormBackwardArgs {
   TensorView dy;             // act [T, H]
-  TensorView x;              // act [T, H]: the norm's input
+  TensorView x;              // act [T, H]: the norm's input; absent: y and beta are there instead
+  TensorView y;              // act [T, H]: the norm's output; only without x
+  TensorView beta;           // act [H]; only without x
   TensorView gamma;          // act [H]
-  TensorView mean;           // fp32 [T]
+  TensorView mean;           // fp32 [T]; only with x
   TensorView rstd;           // fp32 [T]
   TensorView residual_grad;  // act [T, H]; absent: zero. May be dx
   TensorView dx;             // act [T, H], overwritten
@@ -158,9 +173,12 @@ struct DropoutAddNormBackwardArgs {
   TensorView dy;  // act [T, H]: gradient of the norm's output; absent where Forward had no norm
   TensorView
       dsum;  // act [T, H]: gradient of sum by its other uses; absent: zero. One of the two at least
-  TensorView sum;    // act [T, H]: only with dy
+  TensorView sum;    // act [T, H]: only with dy; absent: y and beta are there instead, as in
+                     // LayerNormBackwardArgs
+  TensorView y;      // act [T, H]: the norm's output; only with dy and without sum
+  TensorView beta;   // act [H]: only with dy and without sum
   TensorView gamma;  // act [H]: only with dy
-  TensorView mean;   // fp32 [T]: only with dy
+  TensorView mean;   // fp32 [T]: only with dy and sum
   TensorView rstd;   // fp32 [T]: only with dy
   Dropout dropout;
   TensorView dresidual;  // act [T, H]; may be dsum. Absent: not wanted (it equals dsum without dy)
@@ -171,23 +189,31 @@ struct DropoutAddNormBackwardArgs {
 };
 
 // out = dropout(softmax(q k^T * scale + mask)) v, head by head. A query whose keys are all masked
-// out
-// (-inf) gives zeros, and passes no gradient.
+// out (-inf) gives zeros, and passes no gradient.
+//
+// Packed batches: sequence b is tokens [cu_seqlens[b], cu_seqlens[b + 1]), and attends to itself
+// alone. Its masks' rows are cu_seqlens[b] * A + a * length + s, which for equal lengths is what it
+// is without packing; so is the order of what is saved.
 struct AttentionArgs {
   LayerDims dims;
   TensorView qkv;   // act [T, 3H]: q in columns [0, H), k in [H, 2H), v in [2H, 3H); head a at a*D
   TensorView mask;  // fp32 [B, S], added to the scores of each key; absent: none
-  TensorView lengths;  // int32 [B], 1..S: keys at and after lengths[b] are masked out; absent:
-                       // none. Not both. Rows of padded queries are computed like any other
-  float scale = 1.0f;  // 1/sqrt(D)
-  Dropout dropout;     // mask over [B*A*S, S]
-  TensorView out;      // act [T, H]
-  TensorView saved;    // uint8 [AttentionSavedBytes]: what Backward needs; absent in evaluation
+  TensorView lengths;     // int32 [B], 1..S: keys at and after lengths[b] are masked out; absent:
+                          // none. Not both. Rows of padded queries are computed like any other
+  TensorView cu_seqlens;  // int32 [B + 1]: 0 first, T last, each step in [1, dims.seq] (the caller
+                          // has checked). Present exactly where the batch is packed, and then
+                          // neither mask nor lengths is
+  bool causal = false;    // query s sees keys 0..s of its sequence alone
+  float scale = 1.0f;     // 1/sqrt(D)
+  Dropout dropout;        // mask over [B*A*S, S], or [A*T, S] where packed
+  TensorView out;         // act [T, H]
+  TensorView saved;       // uint8 [AttentionSavedBytes]: what Backward needs; absent in evaluation
 };
 
 struct AttentionBackwardArgs {
   LayerDims dims;
-  TensorView qkv, mask, lengths;  // as in Forward
+  TensorView qkv, mask, lengths, cu_seqlens;  // as in Forward
+  bool causal = false;
   float scale = 1.0f;
   Dropout dropout;
   TensorView out;    // act [T, H]: Forward's output
@@ -232,6 +258,51 @@ struct AdamWArgs {
   const OptimizerControl* control = nullptr;  // in the backend's memory
 };
 
+// A parameter tensor in the flat buffers of a LAMB step.
+struct LambSegment {
+  int64_t begin = 0, end = 0;  // elements
+  int32_t decay = 1;           // 0: no weight decay
+  int32_t adapt = 1;           // 0: no trust ratio, as for biases and norms
+};
+
+// LAMB (You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
+// 2020, Algorithm 2), for each segment:
+//   g = grad * grad_scale;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
+//   u = (m / correction1) / (sqrt(v / correction2) + eps) + weight_decay * w
+//   w = w - lr * ratio * u,  ratio = ||w|| / ||u||, clamped; 1 where either norm is 0 or adapt is 0
+// Elements outside every segment stay as they are.
+struct LambArgs {
+  TensorView master;                      // fp32 [n]
+  TensorView weights;                     // act [n], written from master; absent where act is fp32
+  TensorView grad;                        // fp32 [n]
+  TensorView m, v;                        // fp32 [n]
+  const LambSegment* segments = nullptr;  // in the backend's memory, ascending, not overlapping
+  int64_t segment_count = 0;
+  float lr = 0, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-6f, weight_decay = 0;
+  float correction1 = 1, correction2 = 1;     // 1 - beta^t
+  float min_ratio = 0, max_ratio = 0;         // clamp the ratio to these; max 0: no clamp above
+  const OptimizerControl* control = nullptr;  // in the backend's memory
+};
+
+// What the plan must know of a backend: pure functions, there on machines without the device.
+class OpSizes {
+ public:
+  // "cpu", or "cuda": a Hopper card of 132 multiprocessors. INVALID_ARGUMENT for anything else.
+  // `threads`: CPU worker threads, 0 for one a core.
+  static absl::StatusOr<std::unique_ptr<const OpSizes>> Of(const std::string& kind,
+                                                           int threads = 0);
+  virtual ~OpSizes() = default;
+
+  // What Attention saves for its Backward.
+  virtual size_t AttentionSavedBytes(const LayerDims& dims) const = 0;
+  // Enough for any op at these dims, for GradientStats and Lamb of any length too.
+  virtual size_t WorkspaceBytes(const LayerDims& dims) const = 0;
+  // Kernels read and write host memory directly: no staging is needed.
+  virtual bool host_memory() const = 0;
+  // Whether Attention at these dims has its fused kernel, or the plain one that every shape has.
+  virtual bool FusedAttention(const LayerDims& dims) const = 0;
+};
+
 class Backend {
  public:
   // `device` is "cpu" or "cuda:N". UNIMPLEMENTED for cuda in a build without it; NOT_FOUND where
@@ -270,10 +341,12 @@ class Backend {
   // Seconds from one recorded mark to another; both must have passed (call Synchronize first).
   virtual absl::StatusOr<double> SecondsBetween(int begin, int end) = 0;
 
-  // --- sizes, pure functions of the dims; the plan adds them up ---
-  virtual size_t AttentionSavedBytes(const LayerDims& dims) const = 0;
-  // Enough for any op at these dims, for GradientStats of any length too.
-  virtual size_t WorkspaceBytes(const LayerDims& dims) const = 0;
+  // --- sizes; the plan adds them up. Equal to OpSizes::Of this device's kind and threads ---
+  virtual const OpSizes& sizes() const = 0;
+  size_t AttentionSavedBytes(const LayerDims& dims) const {
+    return sizes().AttentionSavedBytes(dims);
+  }
+  size_t WorkspaceBytes(const LayerDims& dims) const { return sizes().WorkspaceBytes(dims); }
 
   // --- ops ---
   absl::Status Linear(const Workspace& ws, const LinearArgs& args);
@@ -290,6 +363,7 @@ class Backend {
   absl::Status Cast(const Workspace& ws, const CastArgs& args);
   absl::Status GradientStats(const Workspace& ws, const GradientStatsArgs& args);
   absl::Status AdamW(const Workspace& ws, const AdamWArgs& args);
+  absl::Status Lamb(const Workspace& ws, const LambArgs& args);
 
  protected:
   Backend() = default;
@@ -314,6 +388,7 @@ class Backend {
   virtual absl::Status DoCast(const Workspace& ws, const CastArgs& args) = 0;
   virtual absl::Status DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) = 0;
   virtual absl::Status DoAdamW(const Workspace& ws, const AdamWArgs& args) = 0;
+  virtual absl::Status DoLamb(const Workspace& ws, const LambArgs& args) = 0;
 };
 
 }  // namespace lamina

@@ -29,8 +29,8 @@ struct Philox4 {
 // Where in a layer a mask applies; part of the Philox counter.
 enum class DropoutSite : uint32_t {
   kAttentionProbs = 0,   // rows B*A*S (b, a, q in row-major order), cols S (key)
-  kAttentionOutput = 1,  // rows B*S, cols H
-  kFeedForward = 2,      // rows B*S, cols H
+  kAttentionOutput = 1,  // rows T, cols H
+  kFeedForward = 2,      // rows T, cols H
 };
 
 // Lives where the backend's kernels read (device memory on CUDA), so that a captured graph draws a

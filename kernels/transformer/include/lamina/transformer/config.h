@@ -27,13 +27,26 @@ struct StackConfig {
   bool fp16 = false;                  // DeepSpeed's name for dtype = fp16
   DType dtype = DType::kF32;          // weights and activations: fp32, bf16, fp16
   bool pre_layer_norm = true;
-  bool normalize_invertible = false;
-  bool gelu_checkpoint = false;
-  bool attn_dropout_checkpoint = false;
-  bool stochastic_mode = false;
+  // Memory flags: less is kept for Backward, which computes it again. Any combination.
+  bool normalize_invertible = false;      // not the norms' inputs: x^ = (y - beta) / gamma
+  bool gelu_checkpoint = false;           // not the GELU's output
+  bool attn_dropout_checkpoint = false;   // no effect: fused attention keeps nothing of it anyway
+  bool activation_checkpointing = false;  // nothing but each layer's input
+  bool stochastic_mode =
+      false;  // sums over tokens may be added in any order (Workspace::unordered)
   bool adjust_init_range = true;  // the two output matrices' deviation is range / sqrt(2L)
   bool training = true;           // false: no gradients, optimizer state or contexts are kept
+  bool causal = false;            // token s attends to tokens 0..s alone
   GeluKind gelu = GeluKind::kErf;
+  // Dynamic loss scaling (Micikevicius et al., "Mixed Precision Training", 2018): the daemon tells
+  // the scale, the client multiplies its loss by it, ApplyGradients divides and adjusts it.
+  bool dynamic_loss_scale = false;
+  double initial_loss_scale = 65536.0;        // a power of two in [min_loss_scale, 2^24]
+  int64_t loss_scale_growth_interval = 1000;  // clean steps before the scale doubles, >= 1
+  double loss_scale_growth_factor = 2.0;      // > 1
+  double loss_scale_backoff_factor = 0.5;     // in (0, 1)
+  int64_t loss_scale_hysteresis = 2;  // overflows in a row's budget before it backs off, >= 1
+  double min_loss_scale = 1.0;        // > 0
   int64_t max_contexts = 2;  // activation contexts at full batch_size x max_seq_length, 1..1024
 
   // Largest values that are accepted; the plan decides what fits.
@@ -44,13 +57,14 @@ struct StackConfig {
   static constexpr int64_t kMaxLayers = 1024;
 
   int64_t head_dim() const { return hidden_size / heads; }
-  // Dimensions of a call of `batch` sequences of `seq` tokens.
-  LayerDims Dims(int64_t batch, int64_t seq) const;
+  // Dimensions of a call of `batch` sequences of `seq` tokens; packed: `packed_tokens` in all, and
+  // `seq` the longest one's length.
+  LayerDims Dims(int64_t batch, int64_t seq, int64_t packed_tokens = 0) const;
 };
 
 // Checks every field and fills in intermediate_size, dtype from fp16, and seed. INVALID_ARGUMENT
-// names the field, its value and its range; NaN ratios are refused. UNIMPLEMENTED for a memory flag
-// or stochastic_mode that this version lacks. `device_ordinal` is what local_rank is compared with.
+// names the field, its value and its range; NaN ratios are refused. `device_ordinal` is what
+// local_rank is compared with.
 absl::StatusOr<StackConfig> Resolve(StackConfig config, int device_ordinal);
 
 // OK for a ratio in [0, 1) that is still below 1 as fp32; else INVALID_ARGUMENT naming the field.

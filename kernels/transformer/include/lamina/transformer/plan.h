@@ -39,12 +39,27 @@ struct MemoryPlan {
   size_t Total() const;
 };
 
-// Bytes of a context for layers [begin, end) at (batch, seq): what a training Forward takes from
-// the context arena.
-size_t ContextBytes(const StackConfig& config, const Backend& backend, int64_t layers,
-                    int64_t batch, int64_t seq);
+// Bytes of a context of `layers` layers for a call of these dims (config.Dims): what a training
+// Forward takes from the context arena. Grows with each dimension.
+size_t ContextBytes(const StackConfig& config, const OpSizes& sizes, int64_t layers,
+                    const LayerDims& dims);
 
 // `config` is resolved. INVALID_ARGUMENT where a size overflows 63 bits.
-absl::StatusOr<MemoryPlan> PlanStack(const StackConfig& config, const Backend& backend);
+absl::StatusOr<MemoryPlan> PlanStack(const StackConfig& config, const OpSizes& sizes);
+
+// How large a micro-batch fits, and what it takes: the table of DeepSpeed's tutorial, computed.
+struct CapacityRow {
+  int64_t seq = 0;
+  int64_t batch_from = 0, batch_to = 0;  // micro-batches that need exactly these flags
+  std::vector<std::string> flags;        // by the config's names; empty: none is needed
+  size_t bytes = 0;                      // the plan's total at batch_to
+};
+// Rows by seq, then ascending batch. Flags come in the order of what they cost in time: each row
+// adds the cheapest set that fits. `config`'s own batch_size, max_seq_length and memory flags are
+// ignored; one context. A seq at which not even batch 1 fits has no row. INVALID_ARGUMENT as
+// Resolve.
+absl::StatusOr<std::vector<CapacityRow>> PlanCapacity(const StackConfig& config,
+                                                      const OpSizes& sizes, size_t memory_bytes,
+                                                      const std::vector<int64_t>& seqs);
 
 }  // namespace lamina

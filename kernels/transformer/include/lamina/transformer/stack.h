@@ -12,15 +12,16 @@
 //   inter_w [I, H]  inter_b [I]  output_w [H, I]  output_b [H]  norm_w [H]  norm_b [H]
 // and, as parts of the fused ones, attn_qw attn_kw attn_vw [H, H], attn_qb attn_kb attn_vb [H].
 //
-// Memory: everything is allocated in Create (and in SetTraining(true)); Forward, Backward and
-// ApplyGradients allocate no device memory. A Stack is not thread-safe: the engine's device thread
-// owns it. All tensors are in the backend's memory; all calls but the Read*/Write* ones and
+// Memory: everything is allocated in Create (and in Update, where that needs it); Forward, Backward
+// and ApplyGradients allocate no device memory. A Stack is not thread-safe: the engine's device
+// thread owns it. All tensors are in the backend's memory; all calls but the Read*/Write* ones and
 // ApplyGradients only enqueue.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -60,30 +61,48 @@ class Context {
   virtual int64_t batch() const = 0;
   virtual int64_t seq() const = 0;
   virtual size_t bytes() const = 0;
+  virtual int64_t tokens() const = 0;  // B * S, or T where packed
+  virtual bool packed() const = 0;
+  // Of input, output and their gradients: [B, S, H], or [T, H] where packed.
+  virtual Shape activation_shape() const = 0;
 };
 
+// Packed: input and output are [T, H], cu_seqlens is present, neither mask nor lengths is. T is at
+// most batch_size * max_seq_length and each sequence's length at most max_seq_length; there may be
+// more sequences than batch_size.
 struct ForwardArgs {
   LayerRange layers;
-  TensorView input;    // act [B, S, H]
-  TensorView mask;     // fp32 [B, S], added to the scores of each key; absent: none
-  TensorView lengths;  // int32 [B], each 1..S (the caller has checked); absent: none. Not both
-  TensorView output;   // act [B, S, H]; may not overlap input
+  TensorView input;       // act [B, S, H]
+  TensorView mask;        // fp32 [B, S], added to the scores of each key; absent: none
+  TensorView lengths;     // int32 [B], each 1..S (the caller has checked); absent: none. Not both
+  TensorView cu_seqlens;  // int32 [n + 1]: sequence i is tokens [cu[i], cu[i + 1]) (checked)
+  int64_t longest = 0;    // with cu_seqlens: the longest sequence's length
+  TensorView output;      // act [B, S, H]; may not overlap input
 };
 
-struct AdamWOptions {
+enum class OptimizerKind : uint8_t { kAdamW = 0, kLamb = 1 };
+
+struct OptimizerOptions {
+  OptimizerKind kind = OptimizerKind::kAdamW;
   double learning_rate = 0;           // >= 0, finite
   double beta1 = 0.9, beta2 = 0.999;  // [0, 1)
   double epsilon = 1e-8;              // > 0
   double weight_decay = 0.0;          // >= 0; decoupled
   bool decay_biases_and_norms = false;
   double max_grad_norm = 0.0;  // global L2 norm to clip to; 0: no clipping
-  double loss_scale = 1.0;     // > 0: what the loss was multiplied by
+  double loss_scale = 0.0;     // > 0: what the loss was multiplied by; 0: the stack's own
+                               // (loss_scale()) where it is dynamic, else 1
+  // LAMB alone.
+  bool adapt_biases_and_norms = false;
+  double min_trust_ratio = 0.0, max_trust_ratio = 0.0;  // 0 <= min <= max; max 0: no clamp above
 };
 
 struct ApplyResult {
-  bool applied = false;    // false: a gradient was not finite, nothing was changed
-  double grad_norm = 0.0;  // of the unscaled gradients, before clipping; may be inf or NaN
-  int64_t step = 0;        // optimizer steps applied so far
+  bool applied = false;          // false: a gradient was not finite, nothing was changed
+  double grad_norm = 0.0;        // of the unscaled gradients, before clipping; may be inf or NaN
+  int64_t step = 0;              // optimizer steps applied so far
+  double loss_scale = 1.0;       // that this step divided by
+  double next_loss_scale = 1.0;  // what to multiply the next loss by: changes only where dynamic
 };
 
 // Everything beyond the tensors that a checkpoint must hold to go on bit for bit.
@@ -91,6 +110,17 @@ struct StackCounters {
   int64_t optimizer_step = 0;
   uint64_t rng_counter = 0;  // training Forwards so far
   int64_t skipped_steps = 0;
+  double loss_scale = 1.0;          // the current one where it is dynamic
+  int64_t clean_steps = 0;          // since the scale last changed
+  int64_t overflows_tolerated = 0;  // what is left of loss_scale_hysteresis
+};
+
+// Changes to a live stack; absent members stay.
+struct StackChanges {
+  std::optional<double> attn_dropout_ratio, hidden_dropout_ratio;
+  std::optional<bool> training;
+  std::optional<bool> normalize_invertible, gelu_checkpoint, attn_dropout_checkpoint,
+      activation_checkpointing, stochastic_mode;
 };
 
 class Stack {
@@ -107,7 +137,9 @@ class Stack {
   // Evaluation: no dropout, nothing kept.
   virtual absl::Status ForwardEval(const ForwardArgs& args) = 0;
   // Training: draws the next rng counter. RESOURCE_EXHAUSTED (with the numbers) when the context
-  // arena is full; FAILED_PRECONDITION when training is off. On failure nothing has changed, the
+  // arena is full; FAILED_PRECONDITION when training is off, or when normalize_invertible is on and
+  // a norm's gamma is too small to divide by (names the layer, the norm, the channel). On failure
+  // nothing has changed, the
   // rng counter included. The input and mask are copied into the context: the caller may reuse them
   // once the call's work is done.
   virtual absl::StatusOr<std::unique_ptr<Context>> ForwardTraining(const ForwardArgs& args) = 0;
@@ -119,13 +151,12 @@ class Stack {
 
   virtual absl::Status ZeroGradients() = 0;
   // Synchronises: the outcome decides what the next step's bias corrections are.
-  virtual absl::StatusOr<ApplyResult> ApplyGradients(const AdamWOptions& options) = 0;
+  virtual absl::StatusOr<ApplyResult> ApplyGradients(const OptimizerOptions& options) = 0;
 
-  // What can change on a live stack. Ratios in [0, 1), checked.
-  virtual absl::Status SetDropout(double attn_ratio, double hidden_ratio) = 0;
-  // On: allocates what training needs (RESOURCE_EXHAUSTED changes nothing). Off: frees it; contexts
-  // must be gone (FAILED_PRECONDITION).
-  virtual absl::Status SetTraining(bool training) = 0;
+  // All or none. The new plan is checked before anything changes: RESOURCE_EXHAUSTED with the
+  // numbers. INVALID_ARGUMENT: a ratio outside [0, 1). FAILED_PRECONDITION: contexts are
+  // outstanding and training goes off or a memory flag changes (their arena is laid out anew).
+  virtual absl::Status Update(const StackChanges& changes) = 0;
 
   // Stored parameters in order, fused ones only: what a checkpoint holds.
   virtual const std::vector<ParameterInfo>& parameters() const = 0;
@@ -141,6 +172,11 @@ class Stack {
   virtual absl::StatusOr<size_t> ParameterBytes(const std::string& name,
                                                 ParameterPart part) const = 0;
 
+  // What to multiply the loss by: 1 unless dynamic_loss_scale.
+  virtual double loss_scale() const = 0;
+  // Whether calls of these dims run the fused attention kernel (AttentionArgs), or the plain one.
+  virtual bool FusedAttention(int64_t seq) const = 0;
+
   virtual StackCounters counters() const = 0;
   virtual void set_counters(const StackCounters& counters) = 0;
 
@@ -150,12 +186,13 @@ class Stack {
 
   // Device copies of a call's tensors, for backends whose kernels can't read host memory; each
   // holds the largest call. FAILED_PRECONDITION on the others.
-  enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths };
+  enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths, kCuSeqlens };
   virtual absl::StatusOr<TensorView> StagingView(Staging slot, DType dtype, const Shape& shape) = 0;
 
   // Floating-point operations of a call, as users count them: forward per layer
-  // 2BS(4H^2 + 2HI) + 4BS^2H; backward twice that.
-  static double ForwardFlops(const StackConfig& config, int64_t layers, int64_t batch, int64_t seq);
+  // 2T(4H^2 + 2HI) + 4H sum(S^2) over its sequences; backward twice that. Causal counts the same.
+  static double ForwardFlops(const StackConfig& config, int64_t layers, int64_t tokens,
+                             double sum_of_squared_lengths);
 };
 
 }  // namespace lamina
