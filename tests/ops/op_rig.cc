@@ -100,10 +100,12 @@ TensorView OpRun::In(const std::vector<int32_t>& values) {
 }
 
 TensorView OpRun::Out(const char* name, DType dtype, const Shape& shape) {
+  // Opaque bytes hold numbers: backend.h wants them aligned to 16.
+  const size_t element_size = dtype == DType::kU8 ? 16 : SizeOf(dtype);
   // 0xFF everywhere is a NaN in every float type.
   return TensorView{
       Place(name, std::vector<uint8_t>(static_cast<size_t>(shape.elements()) * SizeOf(dtype), 0xFF),
-            SizeOf(dtype)),
+            element_size),
       dtype, shape};
 }
 

@@ -356,8 +356,9 @@ class ErringLayer {
   const int64_t t_ = c_.batch * c_.seq, h_ = c_.hidden;
   const ref::ProductShape qkv_{t_, h_, 3 * h_}, o_{t_, h_, h_}, inter_{t_, h_, c_.intermediate},
       output_{t_, c_.intermediate, h_};
+  const int64_t head_dim_ = h_ / c_.heads;
   const ref::AttentionShape attention_{c_.batch, c_.seq, h_, c_.heads,
-                                       1.0 / std::sqrt(static_cast<double>(h_ / c_.heads))};
+                                       1.0 / std::sqrt(static_cast<double>(head_dim_))};
 };
 
 Tensors ErringOracle(Problem problem, double size, uint64_t seed) {

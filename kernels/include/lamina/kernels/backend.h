@@ -207,7 +207,8 @@ struct AttentionArgs {
   float scale = 1.0f;     // 1/sqrt(D)
   Dropout dropout;        // mask over [B*A*S, S], or [A*T, S] where packed
   TensorView out;         // act [T, H]
-  TensorView saved;       // uint8 [AttentionSavedBytes]: what Backward needs; absent in evaluation
+  TensorView saved;  // uint8 [AttentionSavedBytes], aligned to 16: what Backward needs; absent in
+                     // evaluation
 };
 
 struct AttentionBackwardArgs {
