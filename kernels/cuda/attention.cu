@@ -60,8 +60,7 @@ cudaError_t LaunchDelta(const AttentionParams& p, cudaStream_t stream) {
 }
 
 bool UseTensorCores(const AttentionParams& p) {
-  return p.dtype != DType::kF32 && p.head_dim % 8 == 0 && p.head_dim <= 128 &&
-         Aligned16(p.qkv, p.out, p.dout, p.dqkv);
+  return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/dropout_params.h"
+#include "kernel_limits.h"
 #include "lamina/kernels/dtype.h"
 
 namespace lamina::cuda {
@@ -24,6 +25,7 @@ struct SoftmaxRow {
   float max;
   float inverse_sum;
 };
+static_assert(sizeof(SoftmaxRow) == kSoftmaxRowBytes, "what the plan sets aside");
 
 struct AttentionParams {
   const void* qkv = nullptr;         // act [B*S, 3H]
@@ -40,8 +42,6 @@ struct AttentionParams {
   void* dqkv = nullptr;        // act [B*S, 3H]
   float* delta = nullptr;      // workspace [B*A*S]: row sums of dout * out
 };
-
-constexpr int64_t MaxAttentionHeadDim() { return 1536; }
 
 // cudaErrorInvalidValue where head_dim is above MaxAttentionHeadDim() or there are more than 2^31 -
 // 1 blocks.

@@ -592,17 +592,15 @@ cudaError_t BackwardOfDim(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttentionMma(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > 128 || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
-  if (p.dtype == DType::kBF16) return ForwardOfDim<__nv_bfloat16>(p, stream);
-  if (p.dtype == DType::kF16) return ForwardOfDim<__half>(p, stream);
-  return cudaErrorInvalidValue;
+  if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
+  return p.dtype == DType::kBF16 ? ForwardOfDim<__nv_bfloat16>(p, stream)
+                                 : ForwardOfDim<__half>(p, stream);
 }
 
 cudaError_t LaunchAttentionMmaBackward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > 128 || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
-  if (p.dtype == DType::kBF16) return BackwardOfDim<__nv_bfloat16>(p, stream);
-  if (p.dtype == DType::kF16) return BackwardOfDim<__half>(p, stream);
-  return cudaErrorInvalidValue;
+  if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
+  return p.dtype == DType::kBF16 ? BackwardOfDim<__nv_bfloat16>(p, stream)
+                                 : BackwardOfDim<__half>(p, stream);
 }
 
 }  // namespace lamina::cuda

@@ -4,6 +4,7 @@
 #include "column_sum.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
+#include "kernel_limits.h"
 
 namespace lamina::cuda {
 namespace {
@@ -87,7 +88,8 @@ cudaError_t Launch(const ColumnSumArgs& a, cudaStream_t stream) {
 
 int64_t RowSlices(const SliceArgs& a) {
   const int64_t column_blocks = (a.cols + a.cols_per_block - 1) / a.cols_per_block;
-  const int64_t wanted = (int64_t{a.multiprocessors} * 8 + column_blocks - 1) / column_blocks;
+  const int64_t wanted =
+      (int64_t{a.multiprocessors} * kColumnSumBlocks + column_blocks - 1) / column_blocks;
   // Two steps of rows a slice at least: a slice's partial sum must be less than what it read.
   const int64_t useful = (a.rows + 2 * a.rows_per_step - 1) / (2 * a.rows_per_step);
   const int64_t fitting = static_cast<int64_t>(

@@ -13,7 +13,9 @@
 #include "attention.cuh"
 #include "cast.cuh"
 #include "column_sum.cuh"
+#include "cuda_sizes.h"
 #include "gelu.cuh"
+#include "kernel_limits.h"
 #include "optimizer.cuh"
 #include "product.h"
 #include "row_norm.cuh"
@@ -34,10 +36,6 @@ static_assert(sizeof(cuda::Control) == sizeof(OptimizerControl) &&
                   offsetof(cuda::Control, grad_norm) == offsetof(OptimizerControl, grad_norm) &&
                   offsetof(cuda::Control, skip) == offsetof(OptimizerControl, skip),
               "the kernels' view of OptimizerControl");
-
-constexpr size_t kAlignment = 256;
-
-size_t RoundUp(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 absl::Status CudaError(cudaError_t error, const char* what) {
   return absl::InternalError(
@@ -115,13 +113,12 @@ class CudaBackend final : public Backend {
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
 
-  size_t AttentionSavedBytes(const LayerDims& dims) const override {
-    return static_cast<size_t>(dims.batch * dims.heads * dims.seq) * sizeof(SoftmaxRow);
-  }
-  size_t WorkspaceBytes(const LayerDims& dims) const override;
+  const OpSizes& sizes() const override { return *sizes_; }
 
  private:
-  explicit CudaBackend(DeviceInfo info) { info_ = std::move(info); }
+  explicit CudaBackend(DeviceInfo info) : sizes_(CudaOpSizes(info.threads)) {
+    info_ = std::move(info);
+  }
 
   absl::Status DoLinear(const Workspace& ws, const LinearArgs& args) override;
   absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) override;
@@ -147,6 +144,7 @@ class CudaBackend final : public Backend {
   absl::Status RunRowNormBackward(RowNormBackwardParams params, const Workspace& ws,
                                   const char* op);
 
+  const std::unique_ptr<const OpSizes> sizes_;
   cudaStream_t stream_ = nullptr;
   std::array<cudaEvent_t, kMarks> marks_{};
   std::array<bool, kMarks> recorded_{};
@@ -276,23 +274,6 @@ absl::StatusOr<double> CudaBackend::SecondsBetween(int begin, int end) {
   }
   if (error != cudaSuccess) return CudaError(error, "time between marks");
   return static_cast<double>(milliseconds) * 1e-3;
-}
-
-// --- sizes ---
-
-size_t CudaBackend::WorkspaceBytes(const LayerDims& dims) const {
-  // Ops run one after another on one stream, so each may have all of it.
-  const size_t delta = static_cast<size_t>(dims.batch * dims.heads * dims.seq) * sizeof(float);
-  // Column reductions cut the rows into at most this many slices; see RowSlices and row_norm.cu.
-  const auto slices = static_cast<size_t>(info_.threads) * 8;
-  const size_t wide_columns =
-      static_cast<size_t>(std::max(3 * dims.hidden, dims.intermediate)) * sizeof(float);
-  // Slices times columns is bounded: 8 blocks a multiprocessor, 256 columns each, plus rounding.
-  const size_t column_sums = slices * 256 * sizeof(float) + 2 * wide_columns;
-  const size_t norms =
-      static_cast<size_t>(info_.threads) * 2 * 3 * static_cast<size_t>(dims.hidden) * sizeof(float);
-  return RoundUp(std::max({cuda::Products::kWorkspaceBytes, delta, column_sums, norms,
-                           cuda::GradientStatsWorkspaceBytes()}));
 }
 
 // --- products ---
@@ -582,7 +563,7 @@ absl::Status CudaBackend::DoCast(const Workspace& /*ws*/, const CastArgs& args) 
 
 absl::Status CudaBackend::DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  absl::Status status = NeedWorkspace(ws, cuda::GradientStatsWorkspaceBytes(), "GradientStats");
+  absl::Status status = NeedWorkspace(ws, cuda::kGradientStatsWorkspaceBytes, "GradientStats");
   if (!status.ok()) return status;
   cuda::GradientStatsParams p;
   p.grad = args.grad.as<const float>();

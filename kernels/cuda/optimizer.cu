@@ -4,13 +4,13 @@
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 #include "common/reduce.cuh"
+#include "kernel_limits.h"
 #include "optimizer.cuh"
 
 namespace lamina::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxPartials = static_cast<int>(GradientStatsWorkspaceBytes() / sizeof(double));
 
 // The sum of `v` over the block, for thread 0.
 __device__ __forceinline__ double BlockSum(double v) {
@@ -115,7 +115,7 @@ cudaError_t Launch(const AdamWParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchGradientStats(const GradientStatsParams& p, cudaStream_t stream) {
   const int64_t useful = (p.elements + kThreads * 8 - 1) / (kThreads * 8);
-  const int count = static_cast<int>(std::clamp<int64_t>(useful, 1, kMaxPartials));
+  const int count = static_cast<int>(std::clamp<int64_t>(useful, 1, kMaxGradientStatsPartials));
   double* partials = static_cast<double*>(p.workspace);
   SumOfSquaresKernel<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
       p.grad, p.elements, Aligned16(p.grad), partials);

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "bias.cuh"
+#include "kernel_limits.h"
 #include "product_any.cuh"
 
 namespace lamina::cuda {
@@ -229,7 +230,7 @@ absl::Status Products::Run(const ProductArgs& args, cudaStream_t stream) {
                 .align_a = Alignment(args.a),
                 .align_b = Alignment(args.b),
                 .align_d = Alignment(args.d),
-                .workspace_bytes = std::min(args.workspace.bytes, kWorkspaceBytes)};
+                .workspace_bytes = std::min(args.workspace.bytes, kProductWorkspaceBytes)};
   absl::StatusOr<Plan*> found = FindOrCreate(key, args.bias);
   if (!found.ok()) return found.status();
   Plan& plan = **found;

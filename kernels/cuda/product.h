@@ -46,9 +46,6 @@ class Products {
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
-  // What an algorithm may use; more is of no use.
-  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
-
   // Enqueues the product on `stream`. INTERNAL with cuBLAS's or CUDA's error.
   absl::Status Run(const ProductArgs& args, cudaStream_t stream);
 

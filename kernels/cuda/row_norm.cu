@@ -12,6 +12,7 @@
 #include "common/dispatch.cuh"
 #include "common/dropout.cuh"
 #include "common/reduce.cuh"
+#include "kernel_limits.h"
 #include "row_norm.cuh"
 
 namespace lamina::cuda {
@@ -367,8 +368,8 @@ cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stre
   const int groups = std::max(1, BackwardThreads(kChunks) / group_threads);
   const int64_t fitting =
       static_cast<int64_t>(p.workspace_bytes / (static_cast<size_t>(p.cols) * 3 * sizeof(float)));
-  const int64_t blocks =
-      std::min({(p.rows + groups - 1) / groups, int64_t{p.multiprocessors} * 2, fitting});
+  const int64_t blocks = std::min({(p.rows + groups - 1) / groups,
+                                   int64_t{p.multiprocessors} * kRowNormBackwardBlocks, fitting});
   if (blocks == 0) return cudaErrorInvalidValue;
   float* partials = static_cast<float*>(p.workspace);
   RowNormBackwardKernel<T, kChunks>
