@@ -5,6 +5,7 @@
 // the dQ kernel fix a tile of queries and loop over keys, the dK/dV kernel fixes keys and loops
 // over queries, so no two blocks add to the same element and the result is deterministic.
 #include "attention_any.cuh"
+#include "attention_head.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 #include "common/dropout.cuh"
@@ -16,41 +17,16 @@ constexpr int kThreads = 256;
 constexpr int kDepth = 32;  // of the head dim at a time
 constexpr int kGroups = kThreads / 32;
 
-// One (b, a) with a tile of rows.
-struct Head {
-  int64_t index;   // b * A + a
-  int64_t batch;   // b
-  int64_t column;  // of the head in an [.., H] row
-  int64_t width;   // H
-  int first;       // row of the tile
-  int keys;        // keys that are not cut off by a length
-};
-
-template <int kTile>
-__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p) {
-  const int64_t tiles = (p.seq + kTile - 1) / kTile;
-  Head h;
-  h.index = blockIdx.x / tiles;
-  h.batch = h.index / p.heads;
-  h.column = h.index % p.heads * p.head_dim;
-  h.width = p.heads * p.head_dim;
-  h.first = static_cast<int>(blockIdx.x % tiles) * kTile;
-  h.keys = static_cast<int>(p.seq);
-  if (p.lengths != nullptr) h.keys = max(0, min(h.keys, p.lengths[h.batch]));
-  return h;
-}
-
-// What is added to the scores of `key`; -inf where it is cut off.
-__device__ __forceinline__ float KeyBias(const AttentionParams& p, const Head& h, int key) {
-  if (key >= h.keys) return -INFINITY;
-  return p.mask != nullptr ? p.mask[h.batch * p.seq + key] : 0.0f;
+// Whether causality lets `query` see `key`.
+__device__ __forceinline__ bool Sees(const AttentionParams& p, int query, int key) {
+  return !p.causal || key <= query;
 }
 
 // The random factor of a probability: 0, or the dropout's scale.
 __device__ __forceinline__ float KeepFactor(const AttentionParams& p, const RngState& rng,
                                             const Head& h, int query, int key) {
   float v[1] = {1.0f};
-  ApplyDropout<1>(p.dropout, rng, h.index * p.seq + query, key, v);
+  ApplyDropout<1>(p.dropout, rng, h.row + query, key, v);
   return v[0];
 }
 
@@ -131,11 +107,13 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float scores[kTile][kTile + 1];
   __shared__ float correction[kTile];
-  const Head h = HeadOfBlock<kTile>(p);
+  const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int queries = min(kTile, static_cast<int>(p.seq) - h.first);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
+  const int queries = min(kTile, h.length - h.first);
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
   const T* q = qkv + h.first * stride;
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / 16;
@@ -152,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
 
   for (int k0 = 0; k0 < h.keys; k0 += kTile) {
     const int keys = min(kTile, h.keys - k0);
-    const T* k = qkv + h.width + k0 * stride;
+    const T* k = qkv + p.width + k0 * stride;
     float s[kPer][kPer] = {};
     for (int d0 = 0; d0 < head_dim; d0 += kDepth) {
       LoadDepth<T, kTile>(q_tile, q, stride, queries, d0, head_dim);
@@ -165,7 +143,10 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
     for (int j = 0; j < kPer; ++j) {
       const float bias = KeyBias(p, h, k0 + tx + 16 * j);
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) scores[ty + 16 * i][tx + 16 * j] = s[i][j] * p.scale + bias;
+      for (int i = 0; i < kPer; ++i) {
+        const bool seen = Sees(p, h.first + ty + 16 * i, k0 + tx + 16 * j);
+        scores[ty + 16 * i][tx + 16 * j] = seen ? s[i][j] * p.scale + bias : -INFINITY;
+      }
     }
     __syncthreads();
 
@@ -197,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
     row_max = new_max;
     if (tid % kThreadsPerRow == 0) correction[row] = factor;
     __syncthreads();
-    Accumulate<T, kTile, false>(acc, correction, scores, qkv + 2 * h.width + k0 * stride, stride,
+    Accumulate<T, kTile, false>(acc, correction, scores, qkv + 2 * p.width + k0 * stride, stride,
                                 keys, head_dim);
     __syncthreads();
   }
@@ -206,15 +187,14 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
   if (tid % kThreadsPerRow == 0) {
     correction[row] = inverse;
     if (p.softmax != nullptr && row < queries) {
-      p.softmax[h.index * p.seq + h.first + row] =
-          SoftmaxRow{row_sum > 0.0f ? row_max : INFINITY, inverse};
+      p.softmax[h.row + h.first + row] = SoftmaxRow{row_sum > 0.0f ? row_max : INFINITY, inverse};
     }
   }
   __syncthreads();
-  T* out = static_cast<T*>(p.out) + (h.batch * p.seq + h.first) * h.width + h.column;
+  T* out = static_cast<T*>(p.out) + (h.token + h.first) * p.width + h.column;
   for (int e = tid; e < queries * head_dim; e += kThreads) {
     const int r = e / head_dim;
-    out[r * h.width + e % head_dim] = FromFloat<T>(acc[e] * correction[r]);
+    out[r * p.width + e % head_dim] = FromFloat<T>(acc[e] * correction[r]);
   }
 }
 
@@ -224,8 +204,8 @@ struct TileRow {
   float max, inverse_sum, delta;
 };
 __device__ __forceinline__ TileRow LoadRow(const AttentionParams& p, const Head& h, int query) {
-  if (query >= p.seq) return TileRow{INFINITY, 0.0f, 0.0f};
-  const int64_t index = h.index * p.seq + query;
+  if (query >= h.length) return TileRow{INFINITY, 0.0f, 0.0f};
+  const int64_t index = h.row + query;
   const SoftmaxRow row = p.softmax[index];
   return TileRow{row.max, row.inverse_sum, p.delta[index]};
 }
@@ -237,13 +217,15 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float ds[kTile][kTile + 1];
-  const Head h = HeadOfBlock<kTile>(p);
+  const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int queries = min(kTile, static_cast<int>(p.seq) - h.first);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
+  const int queries = min(kTile, h.length - h.first);
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
   const T* q = qkv + h.first * stride;
-  const T* dout = static_cast<const T*>(p.dout) + (h.batch * p.seq + h.first) * h.width + h.column;
+  const T* dout = static_cast<const T*>(p.dout) + (h.token + h.first) * p.width + h.column;
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / 16;
   const int tx = tid % 16;
@@ -258,8 +240,8 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
 
   for (int k0 = 0; k0 < h.keys; k0 += kTile) {
     const int keys = min(kTile, h.keys - k0);
-    const T* k = qkv + h.width + k0 * stride;
-    const T* v = qkv + 2 * h.width + k0 * stride;
+    const T* k = qkv + p.width + k0 * stride;
+    const T* v = qkv + 2 * p.width + k0 * stride;
     float s[kPer][kPer] = {};
     float dp[kPer][kPer] = {};
     for (int d0 = 0; d0 < head_dim; d0 += kDepth) {
@@ -268,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, s);
       __syncthreads();
-      LoadDepth<T, kTile>(q_tile, dout, h.width, queries, d0, head_dim);
+      LoadDepth<T, kTile>(q_tile, dout, p.width, queries, d0, head_dim);
       LoadDepth<T, kTile>(k_tile, v, stride, keys, d0, head_dim);
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, dp);
@@ -281,7 +263,9 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         const int query = h.first + ty + 16 * i;
-        const float prob = expf(s[i][j] * p.scale + bias - rows[i].max) * rows[i].inverse_sum;
+        const float prob = Sees(p, query, key)
+                               ? expf(s[i][j] * p.scale + bias - rows[i].max) * rows[i].inverse_sum
+                               : 0.0f;
         const float keep = p.dropout.rng != nullptr ? KeepFactor(p, rng, h, query, key) : 1.0f;
         ds[ty + 16 * i][tx + 16 * j] = prob * (dp[i][j] * keep - rows[i].delta);
       }
@@ -290,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
     Accumulate<T, kTile, false>(acc, nullptr, ds, k, stride, keys, head_dim);
     __syncthreads();
   }
-  T* dq = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
+  T* dq = static_cast<T*>(p.dqkv) + offset + h.first * stride;
   StoreRows<T, kTile>(dq, stride, queries, acc, p.scale, head_dim);
 }
 
@@ -302,15 +286,17 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float dropped[kTile][kTile + 1];
   __shared__ float ds[kTile][kTile + 1];
-  const Head h = HeadOfBlock<kTile>(p);
+  const Head h = HeadOfBlock<kTile, BlockRows::kKeys>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int rows = min(kTile, static_cast<int>(p.seq) - h.first);
+  const int rows = min(kTile, h.length - h.first);
   const int keys = max(0, min(kTile, h.keys - h.first));
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
-  const T* k = qkv + h.width + h.first * stride;
-  const T* v = qkv + 2 * h.width + h.first * stride;
-  const T* dout_head = static_cast<const T*>(p.dout) + h.batch * p.seq * h.width + h.column;
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
+  const T* k = qkv + p.width + h.first * stride;
+  const T* v = qkv + 2 * p.width + h.first * stride;
+  const T* dout_head = static_cast<const T*>(p.dout) + h.token * p.width + h.column;
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / 16;
   const int tx = tid % 16;
@@ -326,10 +312,11 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
   __syncthreads();
 
   // A tile whose keys are all cut off has zero gradients; `keys` is the whole block's.
-  for (int q0 = 0; q0 < p.seq && keys > 0; q0 += kTile) {
-    const int queries = min(kTile, static_cast<int>(p.seq) - q0);
+  // Queries before the block's first key see none of its keys.
+  for (int q0 = p.causal ? h.first : 0; q0 < h.length && keys > 0; q0 += kTile) {
+    const int queries = min(kTile, h.length - q0);
     const T* q = qkv + q0 * stride;
-    const T* dout = dout_head + q0 * h.width;
+    const T* dout = dout_head + q0 * p.width;
     float s[kPer][kPer] = {};
     float dp[kPer][kPer] = {};
     for (int d0 = 0; d0 < head_dim; d0 += kDepth) {
@@ -338,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, s);
       __syncthreads();
-      LoadDepth<T, kTile>(q_tile, dout, h.width, queries, d0, head_dim);
+      LoadDepth<T, kTile>(q_tile, dout, p.width, queries, d0, head_dim);
       LoadDepth<T, kTile>(k_tile, v, stride, keys, d0, head_dim);
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, dp);
@@ -351,7 +338,9 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
         const int key = h.first + tx + 16 * j;
-        const float prob = expf(s[i][j] * p.scale + bias[j] - row.max) * row.inverse_sum;
+        const float prob = Sees(p, query, key)
+                               ? expf(s[i][j] * p.scale + bias[j] - row.max) * row.inverse_sum
+                               : 0.0f;
         const float keep = p.dropout.rng != nullptr ? KeepFactor(p, rng, h, query, key) : 1.0f;
         dropped[ty + 16 * i][tx + 16 * j] = prob * keep;
         ds[ty + 16 * i][tx + 16 * j] = prob * (dp[i][j] * keep - row.delta);
@@ -359,12 +348,12 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
     }
     __syncthreads();
     Accumulate<T, kTile, true>(dk, nullptr, ds, q, stride, queries, head_dim);
-    Accumulate<T, kTile, true>(dv, nullptr, dropped, dout, h.width, queries, head_dim);
+    Accumulate<T, kTile, true>(dv, nullptr, dropped, dout, p.width, queries, head_dim);
     __syncthreads();
   }
-  T* dqkv = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
-  StoreRows<T, kTile>(dqkv + h.width, stride, rows, dk, p.scale, head_dim);
-  StoreRows<T, kTile>(dqkv + 2 * h.width, stride, rows, dv, 1.0f, head_dim);
+  T* dqkv = static_cast<T*>(p.dqkv) + offset + h.first * stride;
+  StoreRows<T, kTile>(dqkv + p.width, stride, rows, dk, p.scale, head_dim);
+  StoreRows<T, kTile>(dqkv + 2 * p.width, stride, rows, dv, 1.0f, head_dim);
 }
 
 // `arrays` accumulators of [kTile, head_dim] in dynamic shared memory.
