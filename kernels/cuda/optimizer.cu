@@ -12,19 +12,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The sum of `v` over the block, for thread 0.
-__device__ __forceinline__ double BlockSum(double v) {
-  __shared__ double shared[kThreads / 32];
-  v = WarpSum(v);
-  if ((threadIdx.x & 31u) == 0) shared[threadIdx.x >> 5] = v;
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kThreads / 32; ++w) total += shared[w];
-  }
-  return total;
-}
-
 // One sum of squares a block. In fp64 no square of an fp32 overflows, so the total is finite
 // exactly when every gradient is.
 __global__ void __launch_bounds__(kThreads)
@@ -41,8 +28,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = quads * 4 + first; i < elements; i += stride) {
     sum += static_cast<double>(grad[i]) * grad[i];
   }
-  const double total = BlockSum(sum);
-  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+  double total[1] = {sum};
+  BlockSum<kThreads / 32>(total);
+  if (threadIdx.x == 0) partials[blockIdx.x] = total[0];
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -50,8 +38,10 @@ __global__ void __launch_bounds__(kThreads)
                       Control* control) {
   double sum = 0.0;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += partials[i];
-  const double total = BlockSum(sum);
+  double sums[1] = {sum};
+  BlockSum<kThreads / 32>(sums);
   if (threadIdx.x != 0) return;
+  const double total = sums[0];
   const double norm = sqrt(total) / static_cast<double>(loss_scale);
   const bool finite = isfinite(total);
   double clip = 1.0;
