@@ -533,9 +533,11 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
         for (int i = 0; i < 4; ++i) s[n][i] = s[n][i] * p.scale + bias[i >> 1];
       }
       // Only where the tile's first query does not see this warp's last key.
-      if (p.causal && q0 < key0 + 15) CutKeyRows<kTiles>(key0 + g, q0, s);
-        // Tile n = 2 * pair + j. For each j, key half b and query parity e, one shuffle brings the
-        // bits of all pairs.
+      if (p.causal && q0 < key0 + 15) {
+        CutKeyRows<kTiles>(key0 + g, q0, s);
+      }
+      // Tile n = 2 * pair + j. For each j, key half b and query parity e, one shuffle brings the
+      // bits of all pairs.
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll

@@ -478,6 +478,7 @@ cudaError_t LaunchBackward(const RowNormBackwardParams& p, cudaStream_t stream) 
 
 cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
+  if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
   const bool wide =
       p.cols % 8 == 0 && Aligned16(p.x, p.bias, p.residual, p.sum, p.gamma, p.beta, p.y);
   return DispatchFloat(p.dtype, [&](auto tag) {
@@ -491,6 +492,7 @@ cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
+  if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return p.y != nullptr ? LaunchBackward<T, true>(p, stream)

@@ -32,7 +32,7 @@ struct RowNormParams {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kF32;
 };
-// cudaErrorInvalidValue for cols above MaxRowNormCols().
+// cudaErrorInvalidValue for cols above MaxRowNormCols() or more than 2^31 - 1 rows.
 [[nodiscard]] cudaError_t LaunchRowNorm(const RowNormParams& params, cudaStream_t stream);
 
 // The widest row that the forward takes: what fits in a block's shared memory as fp32.
@@ -64,6 +64,7 @@ struct RowNormBackwardParams {
   bool unordered = false;  // column sums in any order: column_sum.cuh
   int multiprocessors = 1;
 };
+// cudaErrorInvalidValue for more than 2^31 - 1 rows.
 [[nodiscard]] cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& params,
                                                 cudaStream_t stream);
 
