@@ -2,8 +2,8 @@
 // backward.
 //
 // Two implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples of
-// 8 up to 128) and attention_any (fp32 arithmetic; every dtype, any S, head dims up to
-// MaxAttentionHeadDim()). The launchers here choose.
+// 8 up to 128) and attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here
+// choose.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -48,8 +48,7 @@ struct AttentionParams {
   float* delta = nullptr;      // workspace [A*T]: row sums of dout * out
 };
 
-// cudaErrorInvalidValue where head_dim is above MaxAttentionHeadDim() or there are more than 2^31 -
-// 1 blocks.
+// cudaErrorInvalidValue where there are more than 2^31 - 1 blocks.
 [[nodiscard]] cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionBackward(const AttentionParams& params,
                                                   cudaStream_t stream);

@@ -16,6 +16,20 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kDepth = 32;  // of the head dim at a time
 constexpr int kGroups = kThreads / 32;
+// Two accumulators of 16 rows and so many columns fit a block's shared memory.
+constexpr int kMaxColumns = 1536;
+
+// Columns of a head that a block accumulates: all of them, but for heads too wide for a block's
+// shared memory. Those are cut over the grid's second dimension, and each block computes all
+// scores.
+struct Columns {
+  int first, count;
+};
+__device__ __forceinline__ Columns ColumnsOfBlock(const AttentionParams& p) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int first = static_cast<int>(blockIdx.y) * kMaxColumns;
+  return {first, min(kMaxColumns, head_dim - first)};
+}
 
 // Whether causality lets `query` see `key`.
 __device__ __forceinline__ bool Sees(const AttentionParams& p, int query, int key) {
@@ -58,19 +72,19 @@ __device__ __forceinline__ void MultiplyDepth(const float (*a)[kDepth + 1],
 }
 
 // acc[r][d] = acc[r][d] * factor[r] + sum over c < count of weight(r, c) * src[c * stride + d], for
-// kTile rows. `factor` null: 1. kTransposed: weight(r, c) is weights[c][r], else weights[r][c].
-// A thread owns its elements of acc from call to call.
+// kTile rows and d < columns. `factor` null: 1. kTransposed: weight(r, c) is weights[c][r], else
+// weights[r][c]. A thread owns its elements of acc from call to call.
 template <typename T, int kTile, bool kTransposed>
 __device__ __forceinline__ void Accumulate(float* acc, const float* factor,
                                            const float (*weights)[kTile + 1], const T* src,
-                                           int64_t stride, int count, int head_dim) {
+                                           int64_t stride, int count, int columns) {
   constexpr int kRows = kTile / kGroups;
   const int first = static_cast<int>(threadIdx.x) / 32 * kRows;
-  for (int d = static_cast<int>(threadIdx.x) % 32; d < head_dim; d += 32) {
+  for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32) {
     float sum[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      sum[i] = acc[(first + i) * head_dim + d];
+      sum[i] = acc[(first + i) * columns + d];
       if (factor != nullptr) sum[i] *= factor[first + i];
     }
     for (int c = 0; c < count; ++c) {
@@ -81,19 +95,19 @@ __device__ __forceinline__ void Accumulate(float* acc, const float* factor,
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) acc[(first + i) * head_dim + d] = sum[i];
+    for (int i = 0; i < kRows; ++i) acc[(first + i) * columns + d] = sum[i];
   }
 }
 
 // dst[r * stride + d] = acc[r][d] * scale, for the rows below `rows`; each thread its own elements.
 template <typename T, int kTile>
 __device__ __forceinline__ void StoreRows(T* dst, int64_t stride, int rows, const float* acc,
-                                          float scale, int head_dim) {
+                                          float scale, int columns) {
   constexpr int kRows = kTile / kGroups;
   const int first = static_cast<int>(threadIdx.x) / 32 * kRows;
-  for (int d = static_cast<int>(threadIdx.x) % 32; d < head_dim; d += 32) {
+  for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32) {
     for (int r = first; r < min(first + kRows, rows); ++r) {
-      dst[r * stride + d] = FromFloat<T>(acc[r * head_dim + d] * scale);
+      dst[r * stride + d] = FromFloat<T>(acc[r * columns + d] * scale);
     }
   }
 }
@@ -102,7 +116,7 @@ template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p) {
   constexpr int kPer = kTile / 16;
   constexpr int kThreadsPerRow = kThreads / kTile;
-  extern __shared__ float acc[];  // [kTile, head_dim]
+  extern __shared__ float acc[];  // [kTile, columns]
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float scores[kTile][kTile + 1];
@@ -110,6 +124,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
   const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
   if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
+  const Columns columns = ColumnsOfBlock(p);
   const int queries = min(kTile, h.length - h.first);
   const int64_t stride = 3 * p.width;
   const int64_t offset = h.token * stride + h.column;
@@ -121,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  for (int e = tid; e < kTile * head_dim; e += kThreads) acc[e] = 0.0f;
+  for (int e = tid; e < kTile * columns.count; e += kThreads) acc[e] = 0.0f;
   // The softmax state of row `row`; its kThreadsPerRow threads all hold it.
   const int row = tid / kThreadsPerRow;
   float row_max = -INFINITY;
@@ -178,23 +193,24 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
     row_max = new_max;
     if (tid % kThreadsPerRow == 0) correction[row] = factor;
     __syncthreads();
-    Accumulate<T, kTile, false>(acc, correction, scores, qkv + 2 * p.width + k0 * stride, stride,
-                                keys, head_dim);
+    Accumulate<T, kTile, false>(acc, correction, scores,
+                                qkv + 2 * p.width + k0 * stride + columns.first, stride, keys,
+                                columns.count);
     __syncthreads();
   }
 
   const float inverse = row_sum > 0.0f ? 1.0f / row_sum : 0.0f;
   if (tid % kThreadsPerRow == 0) {
     correction[row] = inverse;
-    if (p.softmax != nullptr && row < queries) {
+    if (p.softmax != nullptr && row < queries && columns.first == 0) {
       p.softmax[h.row + h.first + row] = SoftmaxRow{row_sum > 0.0f ? row_max : INFINITY, inverse};
     }
   }
   __syncthreads();
-  T* out = static_cast<T*>(p.out) + (h.token + h.first) * p.width + h.column;
-  for (int e = tid; e < queries * head_dim; e += kThreads) {
-    const int r = e / head_dim;
-    out[r * p.width + e % head_dim] = FromFloat<T>(acc[e] * correction[r]);
+  T* out = static_cast<T*>(p.out) + (h.token + h.first) * p.width + h.column + columns.first;
+  for (int e = tid; e < queries * columns.count; e += kThreads) {
+    const int r = e / columns.count;
+    out[r * p.width + e % columns.count] = FromFloat<T>(acc[e] * correction[r]);
   }
 }
 
@@ -213,13 +229,14 @@ __device__ __forceinline__ TileRow LoadRow(const AttentionParams& p, const Head&
 template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(AttentionParams p) {
   constexpr int kPer = kTile / 16;
-  extern __shared__ float acc[];  // [kTile, head_dim]: dq
+  extern __shared__ float acc[];  // [kTile, columns]: dq
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float ds[kTile][kTile + 1];
   const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
   if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
+  const Columns columns = ColumnsOfBlock(p);
   const int queries = min(kTile, h.length - h.first);
   const int64_t stride = 3 * p.width;
   const int64_t offset = h.token * stride + h.column;
@@ -232,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  for (int e = tid; e < kTile * head_dim; e += kThreads) acc[e] = 0.0f;
+  for (int e = tid; e < kTile * columns.count; e += kThreads) acc[e] = 0.0f;
   TileRow rows[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) rows[i] = LoadRow(p, h, h.first + ty + 16 * i);
@@ -271,17 +288,17 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
       }
     }
     __syncthreads();
-    Accumulate<T, kTile, false>(acc, nullptr, ds, k, stride, keys, head_dim);
+    Accumulate<T, kTile, false>(acc, nullptr, ds, k + columns.first, stride, keys, columns.count);
     __syncthreads();
   }
   T* dq = static_cast<T*>(p.dqkv) + offset + h.first * stride;
-  StoreRows<T, kTile>(dq, stride, queries, acc, p.scale, head_dim);
+  StoreRows<T, kTile>(dq + columns.first, stride, queries, acc, p.scale, columns.count);
 }
 
 template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionParams p) {
   constexpr int kPer = kTile / 16;
-  extern __shared__ float acc[];  // [2, kTile, head_dim]: dk, dv
+  extern __shared__ float acc[];  // [2, kTile, columns]: dk, dv
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float dropped[kTile][kTile + 1];
@@ -289,6 +306,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
   const Head h = HeadOfBlock<kTile, BlockRows::kKeys>(p);
   if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
+  const Columns columns = ColumnsOfBlock(p);
   const int rows = min(kTile, h.length - h.first);
   const int keys = max(0, min(kTile, h.keys - h.first));
   const int64_t stride = 3 * p.width;
@@ -301,11 +319,11 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
   const int ty = tid / 16;
   const int tx = tid % 16;
   float* dk = acc;
-  float* dv = acc + kTile * head_dim;
+  float* dv = acc + kTile * columns.count;
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  for (int e = tid; e < 2 * kTile * head_dim; e += kThreads) acc[e] = 0.0f;
+  for (int e = tid; e < 2 * kTile * columns.count; e += kThreads) acc[e] = 0.0f;
   float bias[kPer];
 #pragma unroll
   for (int j = 0; j < kPer; ++j) bias[j] = KeyBias(p, h, h.first + tx + 16 * j);
@@ -347,25 +365,29 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
       }
     }
     __syncthreads();
-    Accumulate<T, kTile, true>(dk, nullptr, ds, q, stride, queries, head_dim);
-    Accumulate<T, kTile, true>(dv, nullptr, dropped, dout, p.width, queries, head_dim);
+    Accumulate<T, kTile, true>(dk, nullptr, ds, q + columns.first, stride, queries, columns.count);
+    Accumulate<T, kTile, true>(dv, nullptr, dropped, dout + columns.first, p.width, queries,
+                               columns.count);
     __syncthreads();
   }
-  T* dqkv = static_cast<T*>(p.dqkv) + offset + h.first * stride;
-  StoreRows<T, kTile>(dqkv + p.width, stride, rows, dk, p.scale, head_dim);
-  StoreRows<T, kTile>(dqkv + 2 * p.width, stride, rows, dv, 1.0f, head_dim);
+  T* dqkv = static_cast<T*>(p.dqkv) + offset + h.first * stride + columns.first;
+  StoreRows<T, kTile>(dqkv + p.width, stride, rows, dk, p.scale, columns.count);
+  StoreRows<T, kTile>(dqkv + 2 * p.width, stride, rows, dv, 1.0f, columns.count);
 }
 
-// `arrays` accumulators of [kTile, head_dim] in dynamic shared memory.
+// `arrays` accumulators of [kTile, columns] in dynamic shared memory.
 template <int kTile, typename Kernel>
 cudaError_t LaunchTiles(Kernel kernel, int arrays, const AttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = p.batch * p.heads * ((p.seq + kTile - 1) / kTile);
-  if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
-  const auto shared = static_cast<size_t>(arrays * kTile * p.head_dim) * sizeof(float);
+  const int64_t cuts = (p.head_dim + kMaxColumns - 1) / kMaxColumns;
+  if (blocks > 0x7FFFFFFF || cuts > 0xFFFF) return cudaErrorInvalidValue;
+  const int64_t columns = p.head_dim < kMaxColumns ? p.head_dim : kMaxColumns;
+  const auto shared = static_cast<size_t>(arrays * kTile * columns) * sizeof(float);
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(p);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(cuts));
+  kernel<<<grid, kThreads, shared, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -375,7 +397,6 @@ constexpr int64_t kMaxWideHeadDim = 512;
 }  // namespace
 
 cudaError_t LaunchAttentionAny(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > MaxAttentionHeadDim()) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.head_dim <= kMaxWideHeadDim) {
@@ -386,7 +407,6 @@ cudaError_t LaunchAttentionAny(const AttentionParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchAttentionAnyBackward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > MaxAttentionHeadDim()) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.head_dim <= kMaxWideHeadDim) {

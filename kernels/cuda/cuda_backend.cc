@@ -503,13 +503,6 @@ absl::Status CheckSaved(const TensorView& saved, const char* op) {
       absl::StrCat(op, ": saved is not aligned to ", alignof(SoftmaxRow), " bytes"));
 }
 
-absl::Status CheckHeadDim(const LayerDims& dims, const char* op) {
-  if (dims.head_dim() <= cuda::MaxAttentionHeadDim()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(op, ": head dim ", dims.head_dim(),
-                                                 " is above this backend's limit of ",
-                                                 cuda::MaxAttentionHeadDim()));
-}
-
 // What AttentionArgs and AttentionBackwardArgs have in common.
 template <typename Args>
 AttentionParams AttentionParamsOf(const Args& args) {
@@ -535,7 +528,6 @@ AttentionParams AttentionParamsOf(const Args& args) {
 
 absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  if (absl::Status status = CheckHeadDim(args.dims, "Attention"); !status.ok()) return status;
   if (absl::Status status = CheckSaved(args.saved, "Attention"); !status.ok()) return status;
   return Check(cuda::LaunchAttention(AttentionParamsOf(args), stream_), "Attention");
 }
@@ -543,9 +535,6 @@ absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionAr
 absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
                                               const AttentionBackwardArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  if (absl::Status status = CheckHeadDim(args.dims, "AttentionBackward"); !status.ok()) {
-    return status;
-  }
   if (absl::Status status = CheckSaved(args.saved, "AttentionBackward"); !status.ok()) {
     return status;
   }

@@ -23,9 +23,6 @@ constexpr size_t kLambWorkspaceBytes = size_t{4} << 20;
 // What attention saves of each softmax row: a SoftmaxRow.
 constexpr size_t kSoftmaxRowBytes = 8;
 
-// The widest head that attention takes at all.
-constexpr int64_t MaxAttentionHeadDim() { return 1536; }
-
 // Whether attention_mma.cuh has a kernel for it; its pointers must be aligned to 16 bytes too,
 // which the arena's are.
 constexpr bool HasTensorCoreAttention(DType dtype, int64_t head_dim) {
