@@ -23,10 +23,12 @@ Vec DropoutFactors(const Mask& mask, int64_t rows, int64_t cols) {
   if (mask.ratio == 0.0f) return factors;
   const uint32_t threshold = KeepThreshold(mask.ratio);
   const double scale = 65536.0 / threshold;
+  Philox4 bits{};
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c) {
-      const Philox4 bits = DropoutBits(mask.rng, mask.stream, static_cast<uint64_t>(r),
-                                       static_cast<uint32_t>(c / 8));
+      if (c % 8 == 0)
+        bits = DropoutBits(mask.rng, mask.stream, static_cast<uint64_t>(r),
+                           static_cast<uint32_t>(c / 8));
       const bool keep = DropoutLane(bits, static_cast<uint32_t>(c % 8)) < threshold;
       At(factors, r * cols + c) = keep ? scale : 0.0;
     }

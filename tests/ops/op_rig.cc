@@ -80,10 +80,11 @@ OpRun::Buffer& OpRun::AddBuffer(const std::string& name, size_t begin, size_t by
 void* OpRun::Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size) {
   const size_t begin = kGuard + static_cast<size_t>(offset_) * element_size;
   Buffer& buffer = AddBuffer(name, begin, contents.size());
-  buffer.before.resize(begin + contents.size() + kGuard);
-  for (size_t i = 0; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
-  std::copy(contents.begin(), contents.end(),
-            buffer.before.begin() + static_cast<ptrdiff_t>(begin));
+  const size_t end = begin + contents.size();
+  buffer.before.resize(end + kGuard);
+  for (size_t i = 0; i < begin; ++i) buffer.before[i] = GuardByte(i);
+  std::memcpy(buffer.before.data() + begin, contents.data(), contents.size());
+  for (size_t i = end; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
   Check(backend_.CopyIn(buffer.memory, buffer.before.data(), buffer.before.size()));
   return buffer.memory + begin;
 }
@@ -127,9 +128,14 @@ const OptimizerControl* OpRun::ControlIn(const OptimizerControl& control) {
       Place("", BytesOf(&control, 1), alignof(OptimizerControl)));
 }
 
+const LambSegment* OpRun::Segments(const std::vector<LambSegment>& segments) {
+  return static_cast<const LambSegment*>(
+      Place("", BytesOf(segments.data(), segments.size()), alignof(LambSegment)));
+}
+
 Workspace OpRun::WorkspaceFor(const LayerDims& dims) {
   const size_t bytes = backend_.WorkspaceBytes(dims);
-  if (bytes == 0) return Workspace{};
+  if (bytes == 0) return Workspace{.unordered = unordered_};
   Buffer& buffer = AddBuffer("", kGuard, bytes);
   buffer.before.resize(2 * kGuard);
   for (size_t i = 0; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
@@ -143,7 +149,7 @@ Workspace OpRun::WorkspaceFor(const LayerDims& dims) {
   for (size_t at = 0; at < bytes; at += poison.size())
     Check(backend_.CopyIn(data + at, poison.data(), std::min(poison.size(), bytes - at)));
   Check(backend_.Synchronize());
-  return Workspace{data, bytes};
+  return Workspace{data, bytes, unordered_};
 }
 
 void OpRun::CheckGuards(const Buffer& workspace) {
@@ -168,8 +174,14 @@ std::map<std::string, std::vector<uint8_t>> OpRun::Finish() {
     const std::string what =
         buffer.name.empty() ? absl::StrCat("an input of ", buffer.bytes, " bytes") : buffer.name;
     const bool result = !buffer.name.empty();
-    for (size_t i = 0; i < after.size(); ++i) {
-      const bool guard = i < buffer.begin || i >= buffer.begin + buffer.bytes;
+    const size_t end = buffer.begin + buffer.bytes;
+    const auto same = [&](size_t from, size_t to) {
+      return std::memcmp(after.data() + from, buffer.before.data() + from, to - from) == 0;
+    };
+    const bool untouched =
+        same(0, buffer.begin) && same(end, after.size()) && (result || same(buffer.begin, end));
+    for (size_t i = 0; !untouched && i < after.size(); ++i) {
+      const bool guard = i < buffer.begin || i >= end;
       if (after[i] == buffer.before[i] || (!guard && result)) continue;
       ADD_FAILURE() << (guard ? "a byte was written outside of " : "the op changed ") << what
                     << ", at byte "
@@ -197,6 +209,15 @@ Results RunTwice(Backend& backend, const std::function<absl::Status(OpRun&)>& op
   for (const auto& [name, bytes] : rounds[0])
     EXPECT_TRUE(bytes == rounds[1].at(name)) << name << " differs between two runs of one call";
   return Results(std::move(rounds[0]));
+}
+
+Results RunInAnyOrder(Backend& backend, const std::function<absl::Status(OpRun&)>& op,
+                      int64_t offset) {
+  OpRun run(backend, 0, offset);
+  run.AllowAnyOrder();
+  Check(op(run));
+  Check(backend.Synchronize());
+  return Results(run.Finish());
 }
 
 double Growth(int64_t n) { return 8.0 * std::sqrt(static_cast<double>(n)) * kF32Roundoff; }
