@@ -1,6 +1,7 @@
 #include "op_rig.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -26,6 +27,33 @@ std::vector<uint8_t> BytesOf(const T* values, size_t count) {
   std::memcpy(bytes.data(), values, bytes.size());
   return bytes;
 }
+
+// Memory of the runs that are over, for the next ones: to get it anew takes longer than most of the
+// ops that are tested here. By backend and size, a power of two.
+class MemoryPool {
+ public:
+  static MemoryPool& Instance() {
+    static auto* const kPool = new MemoryPool;  // lives as long as the devices
+    return *kPool;
+  }
+  void* Take(Backend& backend, size_t bytes) {
+    std::vector<void*>& blocks = blocks_[{&backend, std::bit_ceil(bytes)}];
+    if (blocks.empty()) {
+      absl::StatusOr<void*> memory = backend.Allocate(std::bit_ceil(bytes));
+      Check(memory.status());
+      return *memory;
+    }
+    void* const block = blocks.back();
+    blocks.pop_back();
+    return block;
+  }
+  void Give(Backend& backend, size_t bytes, void* block) {
+    blocks_[{&backend, std::bit_ceil(bytes)}].push_back(block);
+  }
+
+ private:
+  std::map<std::pair<Backend*, size_t>, std::vector<void*>> blocks_;
+};
 
 uint8_t GuardByte(size_t i) { return static_cast<uint8_t>(0xA5u ^ (i * 29u)); }
 
@@ -59,17 +87,17 @@ OpRun::OpRun(Backend& backend, int round, int64_t offset)
     : backend_(backend), round_(round), offset_(offset) {}
 
 OpRun::~OpRun() {
-  // Nothing may still be running on what is freed; Finish has reported any failure.
+  // Nothing may still be running on what others get; Finish has reported any failure.
   static_cast<void>(backend_.Synchronize());
-  for (const Buffer& buffer : buffers_) backend_.Free(buffer.memory);
+  for (const Buffer& buffer : buffers_)
+    MemoryPool::Instance().Give(backend_, buffer.begin + buffer.bytes + kGuard, buffer.memory);
 }
 
 OpRun::Buffer& OpRun::AddBuffer(const std::string& name, size_t begin, size_t bytes) {
-  absl::StatusOr<void*> memory = backend_.Allocate(begin + bytes + kGuard);
-  Check(memory.status());
+  void* const memory = MemoryPool::Instance().Take(backend_, begin + bytes + kGuard);
   Buffer& buffer = buffers_.emplace_back();
   buffer.name = name;
-  buffer.memory = static_cast<char*>(*memory);
+  buffer.memory = static_cast<char*>(memory);
   buffer.begin = begin;
   buffer.bytes = bytes;
   if (reinterpret_cast<uintptr_t>(buffer.memory) % 256 != 0)
