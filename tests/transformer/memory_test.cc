@@ -189,7 +189,7 @@ TEST_P(MemoryTest, TrainingIsTurnedOffAndOn) {
 }
 
 TEST_P(MemoryTest, StagingHoldsTheLargestCall) {
-  if (!backend_->info().host_memory)
+  if (!counting_->info().host_memory)
     GTEST_SKIP() << "the wrapper can claim host memory only where the backend's is that";
   const StackConfig config = Value(Resolve(SmallConfig(), counting_->info().ordinal));
   // Where kernels read host memory there is none; the wrapper can claim either.
