@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "bias.cuh"
+#include "cublas_lt.h"
 #include "product_any.cuh"
 
 namespace lamina::cuda {
@@ -68,6 +69,7 @@ std::string Describe(const ProductArgs& a) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Products>> Products::Create() {
+  if (absl::Status status = LoadCublasLt(); !status.ok()) return status;
   cublasLtHandle_t handle = nullptr;
   if (absl::Status status = Check(cublasLtCreate(&handle), "cublasLtCreate"); !status.ok()) {
     return status;
