@@ -127,9 +127,10 @@ absl::Status CheckLossScaling(const StackConfig& config) {
   using C = StackConfig;
   // The kernels divide by the scale in fp32. Each comparison is false for NaN.
   constexpr double kFloatMin = std::numeric_limits<float>::min();
+  constexpr auto kMaxScale = static_cast<int64_t>(C::kMaxLossScale);  // as errors print it
   if (!(config.min_loss_scale >= kFloatMin && config.min_loss_scale <= C::kMaxLossScale))
     return Invalid("min_loss_scale", config.min_loss_scale,
-                   absl::StrCat("in [", kFloatMin, ", ", C::kMaxLossScale, "]"));
+                   absl::StrCat("in [", kFloatMin, ", ", kMaxScale, "]"));
   // A power of two divides out without rounding.
   int exponent = 0;
   if (!(config.initial_loss_scale >= config.min_loss_scale &&
@@ -137,14 +138,14 @@ absl::Status CheckLossScaling(const StackConfig& config) {
         std::frexp(config.initial_loss_scale, &exponent) == 0.5))
     return Invalid("initial_loss_scale", config.initial_loss_scale,
                    absl::StrCat("a power of two in [", config.min_loss_scale, " (min_loss_scale), ",
-                                C::kMaxLossScale, "]"));
+                                kMaxScale, "]"));
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   LAMINA_RETURN_IF_ERROR(
       InRange("loss_scale_growth_interval", config.loss_scale_growth_interval, 1, kMost));
   if (!(config.loss_scale_growth_factor > 1.0 &&
         config.loss_scale_growth_factor <= C::kMaxLossScale))
     return Invalid("loss_scale_growth_factor", config.loss_scale_growth_factor,
-                   absl::StrCat("in (1, ", C::kMaxLossScale, "]"));
+                   absl::StrCat("in (1, ", kMaxScale, "]"));
   if (!(config.loss_scale_backoff_factor > 0.0 && config.loss_scale_backoff_factor < 1.0))
     return Invalid("loss_scale_backoff_factor", config.loss_scale_backoff_factor, "in (0, 1)");
   return InRange("loss_scale_hysteresis", config.loss_scale_hysteresis, 1, kMost);

@@ -114,7 +114,7 @@ TEST(Resolve, RefusesEveryBadFieldByNameValueAndRange) {
        [](auto& c) { c.initial_loss_scale = 3; }},
       {"initial_loss_scale is 0.5; it must be a power of two in [1 (min_loss_scale)",
        [](auto& c) { c.initial_loss_scale = 0.5; }},
-      {"initial_loss_scale is 33554432;", [](auto& c) { c.initial_loss_scale = 0x1p25; }},
+      {"initial_loss_scale is 3.35544e+07;", [](auto& c) { c.initial_loss_scale = 0x1p25; }},
       {"initial_loss_scale is nan;", [](auto& c) { c.initial_loss_scale = kNaN; }},
       {"initial_loss_scale is inf;", [](auto& c) { c.initial_loss_scale = kInf; }},
       {"min_loss_scale is 0; it must be in [1.17549e-38, 16777216]",
