@@ -33,7 +33,10 @@ void BiasGelu(const BiasGeluRows& a, int64_t begin, int64_t end) {
       Lanes(a.n, [&](int64_t j, auto part) {
         F v = Load(x + j, part);
         if (bias != nullptr) v += Load(bias + j, part);
-        if (pre != nullptr) Store(pre + j, v, part);
+        if (pre != nullptr) {
+          Store(pre + j, v, part);
+          v = Load(pre + j, part);  // as Gelu will see it: a recomputed gelu has the same bits
+        }
         Store(y + j, a.gelu ? gelu.Value(v) : v, part);
       });
     }

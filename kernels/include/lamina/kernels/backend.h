@@ -86,7 +86,8 @@ struct LinearArgs {
   TensorView y;     // act [T, N]
   bool apply_gelu = false;
   GeluKind gelu = GeluKind::kErf;
-  TensorView pre;  // act [T, N], only with apply_gelu: receives x w^T + bias for GeluBackward
+  TensorView pre;  // act [T, N], only with apply_gelu: receives x w^T + bias for GeluBackward; y is
+                   // then gelu of it as stored, so that Gelu of it gives y's bits
 };
 
 // dx = dy w
