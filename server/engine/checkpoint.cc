@@ -594,7 +594,8 @@ void CheckpointReader::RestoreLossScale(const Stack& stack, StackCounters& count
     counters.clean_steps = 0;
     counters.overflows_tolerated = config.loss_scale_hysteresis;
   } else {
-    counters.loss_scale = std::max(counters.loss_scale, config.min_loss_scale);
+    counters.loss_scale =
+        std::clamp(counters.loss_scale, config.min_loss_scale, StackConfig::kMaxLossScale);
     counters.overflows_tolerated =
         std::min(counters.overflows_tolerated, config.loss_scale_hysteresis);
   }

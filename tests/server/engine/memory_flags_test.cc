@@ -228,6 +228,31 @@ TEST(MemoryFlagUpdates, AnAllocationThatFailsLeavesTheStackAsItWas) {
   }
 }
 
+// What was not kept would be computed from other weights than the Forward's.
+TEST(Recomputation, IsRefusedOnceWeightsHaveChanged) {
+  for (const bool whole : {true, false}) {
+    Rig rig;
+    Engine& engine = rig.engine();
+    StackConfig config = TinyConfig();
+    (whole ? config.activation_checkpointing : config.normalize_invertible) = true;
+    rig.Create("s", config);
+    const std::string id = rig.Forward("s", kSession, 1);
+    Value(engine.ApplyGradients("s", {.learning_rate = 1e-3}, false, {}));
+    const std::string before = rig.Snapshot("s");
+    OwnedTensor grad = Noise(2, DType::kF32, {3, 8, 16});
+    EXPECT_THAT(
+        engine
+            .Backward(
+                {.stack = "s", .session = kSession, .context_id = id, .output_grad = grad.view()},
+                {})
+            .status(),
+        IsStatus(kPrecondition, "weights have changed"));
+    EXPECT_EQ(rig.Snapshot("s"), before) << "the context is unspent";
+    EXPECT_OK(engine.ReleaseContext("s", kSession, id));
+    rig.ForwardBackward("s", kSession, 3);
+  }
+}
+
 TEST(NormalizeInvertible, RefusesAGammaThatIsTooSmall) {
   Rig rig;
   StackConfig config = TinyConfig();
