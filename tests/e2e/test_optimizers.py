@@ -13,8 +13,8 @@ CONFIG = dict(batch_size=3, max_seq_length=13, hidden_size=24, heads=3, num_hidd
 class Lamb:
     """You et al., 2020, Algorithm 2, in fp64; biases and norms decay and adapt only where asked."""
 
-    def __init__(self, weights, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, low=0.0, high=np.inf, all_adapt=False,
-                 all_decay=False, max_grad_norm=np.inf):
+    def __init__(self, weights, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, low=0.0, high=np.inf,
+                 all_adapt=False, all_decay=False, max_grad_norm=np.inf):
         self.__dict__.update(locals())
         self.weights = {n: w.astype(np.float64) for n, w in weights.items()}
         self.m = {n: 0.0 for n in weights}
@@ -29,7 +29,8 @@ class Lamb:
             g = gradients[n].astype(np.float64) * clip
             self.m[n] = self.beta1 * self.m[n] + (1 - self.beta1) * g
             self.v[n] = self.beta2 * self.v[n] + (1 - self.beta2) * g * g
-            u = (self.m[n] / (1 - self.beta1**self.step)) / (np.sqrt(self.v[n] / (1 - self.beta2**self.step)) + self.eps)
+            mean = self.m[n] / (1 - self.beta1**self.step)
+            u = mean / (np.sqrt(self.v[n] / (1 - self.beta2**self.step)) + self.eps)
             if w.ndim == 2 or self.all_decay:
                 u = u + self.weight_decay * w
             ratio = 1.0
@@ -41,7 +42,8 @@ class Lamb:
 @pytest.mark.parametrize("options, reference", [
     (dict(), dict()),
     (dict(weight_decay=0.1, max_grad_norm=0.5), dict(weight_decay=0.1, max_grad_norm=0.5)),
-    (dict(min_trust_ratio=0.02, max_trust_ratio=0.05, beta2=0.99, eps=1e-6), dict(low=0.02, high=0.05, beta2=0.99, eps=1e-6)),
+    (dict(min_trust_ratio=0.02, max_trust_ratio=0.05, beta2=0.99, eps=1e-6),
+     dict(low=0.02, high=0.05, beta2=0.99, eps=1e-6)),
     (dict(weight_decay=0.1, adapt_biases_and_norms=True, decay_biases_and_norms=True),
      dict(weight_decay=0.1, all_adapt=True, all_decay=True))])
 def test_lamb_against_the_paper(client, options, reference):
@@ -143,7 +145,8 @@ def test_the_scale_is_divided_out(client):
 
 def test_training_resumes_with_its_loss_scale_bit_for_bit(tmp_path):
     def go_on(stack):
-        outcomes = [scaled_step(stack, seed, overflow) for seed, overflow in ((20, False), (21, True), (22, False), (23, False))]
+        plan = [(20, False), (21, True), (22, False), (23, False)]
+        outcomes = [scaled_step(stack, seed, overflow) for seed, overflow in plan]
         # The norm of a step that overflowed may be NaN, which equals nothing.
         applied = [dataclasses.replace(a, grad_norm=a.grad_norm if a.applied else None) for a, _ in outcomes]
         return (applied, [y for _, y in outcomes], stack.parameters())
