@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import threading
 import uuid
 import weakref
@@ -45,7 +46,6 @@ _SEQ_STEP = 64
 
 _client: Optional[Client] = None
 _placing = threading.RLock()  # guards _client and which layer has which place
-_LOADS = threading.local()
 
 
 def use(client: Optional[Client]) -> None:
@@ -286,7 +286,6 @@ class SharedStack:
             self._layers[index] = None
             self._sent[index].clear()
             self._newer.discard(index)
-            self._generation[index] += 1
             self._free.append(index)
             self._free.sort()
 
@@ -513,7 +512,6 @@ class DeepSpeedTransformerLayer(nn.Module):
             raise ValueError(f"hidden_states: shape {list(hidden_states.shape)} must be [B, S, {self.config.hidden_size}]")
         batch, seq = hidden_states.shape[:2]
         attention = {} if attention_mask is None else {"mask": _mask(attention_mask, batch, seq)}
-        _LOADS.last = None
         self.config.training = self.training
         place = _place(self, seq, self.training)
         parameters = [getattr(self, name) for name in _NAMES]
@@ -556,20 +554,27 @@ class DeepSpeedTransformerLayer(nn.Module):
                               error_msgs: List[str]) -> None:
         """All layers of one load_state_dict, or none: PyTorch itself copies what fits before it complains of the rest."""
         self._bring_up_to_date()
-        load = getattr(_LOADS, "last", None)
-        if load is None or load.errors is not error_msgs:
-            load = _LOADS.last = _Load(error_msgs)
-        shapes = {name: tuple(p.shape) for name, p in self.named_parameters(recurse=False)}
-        missing, extra, wrong = _differences(state_dict, shapes, prefix)
+        model, whole, all_or_none = _running_load() or (None, None, False)
+        missing, extra, wrong = self._differences(state_dict, prefix)
+        refused = bool(error_msgs or wrong)
+        if all_or_none:
+            refused = refused or bool(missing_keys or unexpected_keys or missing or extra)
+        if not refused and model is not None:
+            for name, layer in model.named_modules():
+                if isinstance(layer, DeepSpeedTransformerLayer):
+                    found = layer._differences(whole, f"{name}." if name else "")
+                    refused = refused or any(found if all_or_none else found[2:])
+        if not refused:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                          error_msgs)
+            return
         if strict:
             missing_keys += missing
             unexpected_keys += extra
         error_msgs += wrong
-        if error_msgs or (strict and (missing_keys or unexpected_keys)):
-            load.undo()
-            return
-        load.remember(self)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _differences(self, state_dict: Mapping[str, Any], prefix: str) -> Tuple[List[str], List[str], List[str]]:
+        return _differences(state_dict, {name: tuple(p.shape) for name, p in self.named_parameters(recurse=False)}, prefix)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -577,21 +582,18 @@ class DeepSpeedTransformerLayer(nn.Module):
         return f"H {c.hidden_size}, A {c.heads}, I {c._intermediate()}{where}"
 
 
-class _Load:
-    """One load_state_dict that runs: the layers it has written so far, and what they were."""
-
-    def __init__(self, errors: List[str]) -> None:
-        self.errors = errors  # the list that PyTorch hands to each module of one load
-        self._before: List[Tuple[torch.Tensor, torch.Tensor]] = []
-
-    def remember(self, layer: DeepSpeedTransformerLayer) -> None:
-        self._before += [(p, p.detach().clone()) for p in layer.parameters(recurse=False)]
-
-    def undo(self) -> None:
-        with torch.no_grad():
-            for parameter, values in self._before:
-                parameter.copy_(values)
-        self._before = []
+def _running_load() -> Optional[Tuple[nn.Module, Mapping[str, Any], bool]]:
+    """(model, state dict, strict) of the nn.Module.load_state_dict that is running: PyTorch tells the modules inside only
+    their own part and nothing of `strict`. None where something else loads them."""
+    code = nn.Module.load_state_dict.__code__
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            local = frame.f_locals
+            if all(name in local for name in ("self", "state_dict", "strict")):
+                return local["self"], local["state_dict"], bool(local["strict"])
+        frame = frame.f_back
+    return None
 
 
 def _differences(state_dict: Mapping[str, Any], shapes: Mapping[str, Tuple[int, ...]],
