@@ -16,6 +16,7 @@
 #include "absl/strings/strip.h"
 #include "cpu/cpu_backend.h"
 #include "cuda/cuda_backend.h"
+#include "cuda/cuda_sizes.h"
 
 namespace lamina {
 namespace {
@@ -114,6 +115,10 @@ class ArgsCheck {
          {std::pair("dims.batch", dims.batch), std::pair("dims.seq", dims.seq),
           std::pair("dims.hidden", dims.hidden), std::pair("dims.heads", dims.heads)})
       if (value < 1) return Fail(name, " is ", value, "; it must be at least 1");
+    const int64_t most = dims.batch * dims.seq;
+    if (dims.packed_tokens != 0 && (dims.packed_tokens < dims.batch || dims.packed_tokens > most))
+      return Fail("dims.packed_tokens is ", dims.packed_tokens, "; it must be in [", dims.batch,
+                  ", ", most, "], dims.batch sequences of 1 to dims.seq tokens, or 0: not packed");
     if (dims.hidden % dims.heads != 0)
       return Fail("dims.hidden is ", dims.hidden, "; it must be a multiple of dims.heads, ",
                   dims.heads);
@@ -226,7 +231,7 @@ class ArgsCheck {
   absl::Status status_;
   DType act_ = DType::kF32;
   const char* act_source_ = nullptr;  // which tensor set act_
-  std::array<Placed, 16> placed_;     // the widest op has 12 tensors and the workspace
+  std::array<Placed, 16> placed_;     // the widest op has 11 tensors and the workspace
   size_t placed_count_ = 0;
   std::pair<const void*, const void*> may_be_{nullptr, nullptr};
 };
@@ -240,15 +245,81 @@ void CheckAttention(ArgsCheck& check, const Args& args, Extent& tokens, Extent& 
   hidden.value = args.dims.hidden;
   Extent wide{"3H", 3 * args.dims.hidden}, batch{"B", args.dims.batch}, seq{"S", args.dims.seq};
   check.Act("qkv", args.qkv, {&tokens, &wide});
-  if (args.mask && args.lengths)
-    check.Fail("mask and lengths are both present; at most one of them may be");
-  if (args.mask) check.F32("mask", args.mask, {&batch, &seq});
-  if (args.lengths) check.I32("lengths", args.lengths, {&batch});
+  if (args.dims.packed_tokens > 0) {
+    check.Absent("mask", args.mask, "where dims.packed_tokens is not 0");
+    check.Absent("lengths", args.lengths, "where dims.packed_tokens is not 0");
+    Extent ends{"B+1", args.dims.batch + 1};
+    check.I32("cu_seqlens", args.cu_seqlens, {&ends});
+  } else {
+    if (args.mask && args.lengths)
+      check.Fail("mask and lengths are both present; at most one of them may be");
+    if (args.mask) check.F32("mask", args.mask, {&batch, &seq});
+    if (args.lengths) check.I32("lengths", args.lengths, {&batch});
+    check.Absent("cu_seqlens", args.cu_seqlens, "where dims.packed_tokens is 0");
+  }
   check.Real("scale", args.scale, std::isfinite(args.scale), "finite");
   check.DropoutIs(args.dropout);
 }
 
+// What a norm's gradient reads: of the normalised values one of their two sources.
+struct NormInputs {
+  const char* x_name;
+  const char* with_x;
+  const char* without_x;
+  const TensorView &x, &y, &beta, &gamma, &mean, &rstd;
+};
+
+void CheckNormInputs(ArgsCheck& check, const NormInputs& norm, Extent& tokens, Extent& hidden) {
+  if (norm.x) {
+    check.Act(norm.x_name, norm.x, {&tokens, &hidden});
+    check.Absent("y", norm.y, norm.with_x);
+    check.Absent("beta", norm.beta, norm.with_x);
+  } else if (!norm.y && !norm.beta) {
+    check.Fail(norm.x_name, " is absent, and so are y and beta; ", norm.x_name,
+               " is required, or y and beta in its place");
+  } else {
+    check.Act("y", norm.y, {&tokens, &hidden});
+    check.Act("beta", norm.beta, {&hidden});
+    check.Absent("mean", norm.mean, norm.without_x);
+  }
+  check.Act("gamma", norm.gamma, {&hidden});
+  if (norm.x) check.F32("mean", norm.mean, {&tokens});
+  check.F32("rstd", norm.rstd, {&tokens});
+}
+
+// What an Adam-like step's scalars must be.
+template <typename Args>
+void CheckAdamSettings(ArgsCheck& check, const Args& args) {
+  check.NonNegative("lr", args.lr);
+  check.Real("beta1", args.beta1, args.beta1 >= 0.0f && args.beta1 < 1.0f, "in [0, 1)");
+  check.Real("beta2", args.beta2, args.beta2 >= 0.0f && args.beta2 < 1.0f, "in [0, 1)");
+  check.NonNegative("eps", args.eps);
+  check.NonNegative("weight_decay", args.weight_decay);
+  check.Real("correction1", args.correction1, args.correction1 > 0.0f && args.correction1 <= 1.0f,
+             "in (0, 1]");
+  check.Real("correction2", args.correction2, args.correction2 > 0.0f && args.correction2 <= 1.0f,
+             "in (0, 1]");
+  check.Struct("control", args.control, alignof(OptimizerControl));
+}
+// And its tensors, which all are [n].
+template <typename Args>
+void CheckAdamTensors(ArgsCheck& check, const Args& args, Extent& n) {
+  check.F32Out("master", args.master, {&n});
+  if (args.weights) check.ActOut("weights", args.weights, {&n});
+  check.F32("grad", args.grad, {&n});
+  check.F32Out("m", args.m, {&n});
+  check.F32Out("v", args.v, {&n});
+}
+
 }  // namespace
+
+absl::StatusOr<std::unique_ptr<const OpSizes>> OpSizes::Of(const std::string& kind, int threads) {
+  constexpr int kHopperMultiprocessors = 132;
+  if (kind == "cpu") return CreateCpuSizes(threads);
+  if (kind == "cuda") return CudaOpSizes(kHopperMultiprocessors);
+  return absl::InvalidArgumentError(
+      absl::StrCat("kind is \"", kind, "\"; it must be \"cpu\" or \"cuda\""));
+}
 
 absl::StatusOr<std::unique_ptr<Backend>> Backend::Create(const std::string& device, int threads) {
   if (threads < 0)
@@ -350,10 +421,17 @@ absl::Status Backend::LayerNormBackward(const Workspace& ws, const LayerNormBack
   ArgsCheck check("LayerNormBackward", ws);
   Extent t{"T"}, h{"H"};
   check.Act("dy", args.dy, {&t, &h});
-  check.Act("x", args.x, {&t, &h});
-  check.Act("gamma", args.gamma, {&h});
-  check.F32("mean", args.mean, {&t});
-  check.F32("rstd", args.rstd, {&t});
+  CheckNormInputs(check,
+                  {.x_name = "x",
+                   .with_x = "where x is present",
+                   .without_x = "where x is absent",
+                   .x = args.x,
+                   .y = args.y,
+                   .beta = args.beta,
+                   .gamma = args.gamma,
+                   .mean = args.mean,
+                   .rstd = args.rstd},
+                  t, h);
   if (args.residual_grad) check.Act("residual_grad", args.residual_grad, {&t, &h});
   check.ActOut("dx", args.dx, {&t, &h});
   check.MayBe(args.dx, args.residual_grad);
@@ -400,12 +478,21 @@ absl::Status Backend::DropoutAddNormBackward(const Workspace& ws,
   if (args.dy) check.Act("dy", args.dy, {&t, &h});
   if (args.dsum) check.Act("dsum", args.dsum, {&t, &h});
   if (args.dy) {
-    check.Act("sum", args.sum, {&t, &h});
-    check.Act("gamma", args.gamma, {&h});
-    check.F32("mean", args.mean, {&t});
-    check.F32("rstd", args.rstd, {&t});
+    CheckNormInputs(check,
+                    {.x_name = "sum",
+                     .with_x = "where sum is present",
+                     .without_x = "where sum is absent",
+                     .x = args.sum,
+                     .y = args.y,
+                     .beta = args.beta,
+                     .gamma = args.gamma,
+                     .mean = args.mean,
+                     .rstd = args.rstd},
+                    t, h);
   } else {
     check.Absent("sum", args.sum, "without dy");
+    check.Absent("y", args.y, "without dy");
+    check.Absent("beta", args.beta, "without dy");
     check.Absent("gamma", args.gamma, "without dy");
     check.Absent("mean", args.mean, "without dy");
     check.Absent("rstd", args.rstd, "without dy");
@@ -482,23 +569,27 @@ absl::Status Backend::GradientStats(const Workspace& ws, const GradientStatsArgs
 absl::Status Backend::AdamW(const Workspace& ws, const AdamWArgs& args) {
   ArgsCheck check("AdamW", ws);
   Extent n{"n"};
-  check.F32Out("master", args.master, {&n});
-  if (args.weights) check.ActOut("weights", args.weights, {&n});
-  check.F32("grad", args.grad, {&n});
-  check.F32Out("m", args.m, {&n});
-  check.F32Out("v", args.v, {&n});
-  check.NonNegative("lr", args.lr);
-  check.Real("beta1", args.beta1, args.beta1 >= 0.0f && args.beta1 < 1.0f, "in [0, 1)");
-  check.Real("beta2", args.beta2, args.beta2 >= 0.0f && args.beta2 < 1.0f, "in [0, 1)");
-  check.NonNegative("eps", args.eps);
-  check.NonNegative("weight_decay", args.weight_decay);
-  check.Real("correction1", args.correction1, args.correction1 > 0.0f && args.correction1 <= 1.0f,
-             "in (0, 1]");
-  check.Real("correction2", args.correction2, args.correction2 > 0.0f && args.correction2 <= 1.0f,
-             "in (0, 1]");
-  check.Struct("control", args.control, alignof(OptimizerControl));
+  CheckAdamTensors(check, args, n);
+  CheckAdamSettings(check, args);
   const absl::Status status = check.Done();
   return status.ok() ? DoAdamW(ws, args) : status;
+}
+
+absl::Status Backend::Lamb(const Workspace& ws, const LambArgs& args) {
+  ArgsCheck check("Lamb", ws);
+  Extent n{"n"};
+  CheckAdamTensors(check, args, n);
+  if (args.segment_count < 1)
+    check.Fail("segment_count is ", args.segment_count, "; it must be at least 1");
+  check.Struct("segments", args.segments, alignof(LambSegment));
+  CheckAdamSettings(check, args);
+  check.NonNegative("min_ratio", args.min_ratio);
+  check.NonNegative("max_ratio", args.max_ratio);
+  check.Real("max_ratio", args.max_ratio,
+             args.max_ratio == 0.0f || args.max_ratio >= args.min_ratio,
+             "at least min_ratio, or 0: no clamp above");
+  const absl::Status status = check.Done();
+  return status.ok() ? DoLamb(ws, args) : status;
 }
 
 }  // namespace lamina

@@ -12,6 +12,8 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 
 namespace lamina {
@@ -79,6 +81,11 @@ void SetUpLog(const std::string& level, const std::string& format) {
   }
   logger->flush_on(spdlog::level::info);
   spdlog::set_default_logger(std::move(logger));
+}
+
+std::string Quoted(absl::string_view text) {
+  // An apostrophe needs no escape between double quotes.
+  return absl::StrCat("\"", absl::StrReplaceAll(absl::CEscape(text), {{"\\'", "'"}}), "\"");
 }
 
 }  // namespace lamina

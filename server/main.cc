@@ -10,7 +10,6 @@
 #include <string>
 #include <thread>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
 #include "server/engine/engine.h"
@@ -27,7 +26,7 @@ namespace lamina {
 namespace {
 
 int Fail(const absl::Status& status) {
-  spdlog::error("event=failed reason=\"{}\"", absl::CEscape(status.message()));
+  spdlog::error("event=failed reason={}", Quoted(status.message()));
   return 1;
 }
 
@@ -35,7 +34,7 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const Flags& flags) {
   if (flags.device != "auto") return Backend::Create(flags.device, flags.threads);
   auto gpu = Backend::Create("cuda:0");
   if (gpu.ok()) return gpu;
-  spdlog::info("event=no_gpu reason=\"{}\" device=cpu", absl::CEscape(gpu.status().message()));
+  spdlog::info("event=no_gpu reason={} device=cpu", Quoted(gpu.status().message()));
   return Backend::Create("cpu", flags.threads);
 }
 
@@ -76,8 +75,8 @@ bool SaveAll(Engine& engine) {
       spdlog::info("event=checkpoint_saved stack={} path={} bytes={} step={}", stack.name,
                    saved->path, saved->bytes, saved->step);
     } else {
-      spdlog::error("event=checkpoint_failed stack={} reason=\"{}\"", stack.name,
-                    absl::CEscape(saved.status().message()));
+      spdlog::error("event=checkpoint_failed stack={} reason={}", stack.name,
+                    Quoted(saved.status().message()));
       saved_all = false;
     }
   }
@@ -151,9 +150,9 @@ int Run(const Flags& flags, const sigset_t& signals) {
   (*server)->SetServing(true);
   metrics.SetServing(true);
   spdlog::info(
-      "event=ready version={} commit={} device={}:{} device_name=\"{}\" threads={} listen={} "
+      "event=ready version={} commit={} device={}:{} device_name={} threads={} listen={} "
       "broker={} metrics={}",
-      LAMINA_VERSION, LAMINA_COMMIT, device.kind, device.ordinal, absl::CEscape(device.name),
+      LAMINA_VERSION, LAMINA_COMMIT, device.kind, device.ordinal, Quoted(device.name),
       device.threads, absl::StrJoin((*server)->addresses(), ","),
       flags.broker.empty() ? "none" : flags.broker,
       exposer == nullptr ? "none" : exposer->address());
@@ -163,7 +162,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
     const absl::Status health = (*engine)->health();
     if (health.ok() || !healthy) return;
     healthy = false;
-    spdlog::error("event=device_failed reason=\"{}\"", absl::CEscape(health.message()));
+    spdlog::error("event=device_failed reason={}", Quoted(health.message()));
     (*server)->SetServing(false);
     metrics.SetServing(false);
   });

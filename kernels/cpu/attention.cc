@@ -5,34 +5,68 @@
 namespace lamina::cpu {
 namespace {
 
+// Blocks of queries beside which packing the head's keys and values once more costs little.
+constexpr int64_t kLeastUnequalBlocks = 8;
+
 template <typename T>
 T* At(const TensorView& t, int64_t element) {
   return reinterpret_cast<T*>(t.as<char>() + static_cast<size_t>(element) * SizeOf(t.dtype));
+}
+
+// The tokens of one sequence.
+struct Sequence {
+  int64_t first, length;
+};
+
+template <typename Args>
+Sequence SequenceOf(const Args& args, int64_t b) {
+  const LayerDims& dims = args.dims;
+  if (!args.cu_seqlens) return {b * dims.seq, dims.seq};
+  // Clamped: numbers out of range must not become addresses.
+  const int32_t* ends = args.cu_seqlens.template as<int32_t>();
+  const int64_t first = std::clamp<int64_t>(ends[b], 0, dims.tokens());
+  const int64_t most = std::min(dims.seq, dims.tokens() - first);
+  return {first, std::clamp<int64_t>(ends[b + 1] - first, 0, most)};
+}
+
+// Where head `a` begins in a matrix [T, n * H], in elements.
+int64_t HeadBegin(const LayerDims& dims, const Sequence& sequence, int64_t a, int64_t n) {
+  return sequence.first * n * dims.hidden + a * dims.head_dim();
 }
 
 // What Forward and Backward read, of head `index` = b*A + a.
 template <typename Args>
 AttentionHead HeadOf(const Args& args, const DropoutKey& dropout, int64_t index) {
   const LayerDims& dims = args.dims;
-  const int64_t b = index / dims.heads, a = index % dims.heads, d = dims.head_dim();
-  const int64_t row = b * dims.seq;
-  const int64_t q = row * 3 * dims.hidden + a * d;
+  const int64_t b = index / dims.heads, a = index % dims.heads;
+  const Sequence sequence = SequenceOf(args, b);
+  const int64_t q = HeadBegin(dims, sequence, a, 3), o = HeadBegin(dims, sequence, a, 1);
+  const int64_t first_row = sequence.first * dims.heads + a * sequence.length;
   AttentionHead head{};
   head.q = At<void>(args.qkv, q);
   head.k = At<void>(args.qkv, q + dims.hidden);
   head.v = At<void>(args.qkv, q + 2 * dims.hidden);
   head.qkv_stride = 3 * dims.hidden;
-  head.s = dims.seq;
-  head.d = d;
-  head.keys = dims.seq;
-  if (args.lengths)  // clamped: a length out of range must not become an address
+  head.s = sequence.length;
+  head.d = dims.head_dim();
+  head.keys = sequence.length;
+  if (args.lengths)  // clamped, as above
     head.keys = std::clamp<int64_t>(args.lengths.template as<int32_t>()[b], 0, dims.seq);
-  if (args.mask) head.mask = args.mask.template as<float>() + row;
+  head.causal = args.causal;
+  if (args.mask) head.mask = args.mask.template as<float>() + sequence.first;
   head.scale = args.scale;
   head.dropout = dropout;
-  head.first_row = static_cast<uint64_t>(index) * static_cast<uint64_t>(dims.seq);
-  if (args.saved) head.saved = reinterpret_cast<float*>(args.saved.data) + index * 2 * dims.seq;
+  head.first_row = static_cast<uint64_t>(first_row);
+  if (args.saved) head.saved = reinterpret_cast<float*>(args.saved.data) + first_row * 2;
   head.out_stride = dims.hidden;
+  if constexpr (requires { args.dqkv; }) {
+    head.dout = At<void>(args.dout, o);
+    head.dq = At<void>(args.dqkv, q);
+    head.dk = At<void>(args.dqkv, q + dims.hidden);
+    head.dv = At<void>(args.dqkv, q + 2 * dims.hidden);
+  } else {
+    head.out = At<void>(args.out, o);
+  }
   return head;
 }
 
@@ -45,7 +79,7 @@ size_t ScratchBytes(const LayerDims& dims, int threads, bool backward) {
 }  // namespace
 
 size_t AttentionSaved(const LayerDims& dims) {
-  return static_cast<size_t>(dims.batch * dims.heads * dims.seq) * 2 * sizeof(float);
+  return static_cast<size_t>(dims.tokens() * dims.heads) * 2 * sizeof(float);
 }
 
 size_t AttentionWorkspaceBytes(const LayerDims& dims, int threads) {
@@ -60,22 +94,25 @@ absl::Status Attention(const Context& context, const Workspace& ws, const Attent
   const auto kernel = context.kernels.of(args.qkv.dtype).attention;
   const DropoutKey dropout = KeyOf(args.dropout);
   const int64_t scratch = AttentionScratchFloats(dims.seq, dims.head_dim(), false);
-  // Whole heads first; where there are fewer than threads, blocks of queries.
-  const int64_t heads = dims.batch * dims.heads;
+  // Whole heads; where there are fewer than threads, parts of their queries, and finer ones where
+  // parts cost unequally.
+  const int64_t heads = dims.batch * dims.heads, threads = context.threads;
   const int64_t all_blocks = (dims.seq + kQueryBlock - 1) / kQueryBlock;
-  const int64_t wanted = (context.threads + heads - 1) / heads;
-  const int64_t parts = std::min(all_blocks, std::max<int64_t>(1, wanted));
-  ParallelRanges(context.threads, heads * parts, 1, [&](int thread, int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
+  int64_t parts = std::min(all_blocks, (threads + heads - 1) / heads);
+  if (args.causal || args.cu_seqlens)
+    parts = std::max(parts, std::min(4 * threads / heads, all_blocks / kLeastUnequalBlocks));
+  ParallelItems(context.threads, heads * parts, [&](int thread) {
+    return [&, thread, packed = int64_t{-1}](int64_t item) mutable {
       const int64_t index = item / parts, part = item % parts;
       AttentionHead head = HeadOf(args, dropout, index);
+      const int64_t blocks = (head.s + kQueryBlock - 1) / kQueryBlock;
+      const int64_t first = blocks * part / parts * kQueryBlock;
+      const int64_t last = std::min(head.s, blocks * (part + 1) / parts * kQueryBlock);
+      if (first >= last) return;
       head.scratch = Floats(ws, thread * scratch);
-      head.out = At<void>(
-          args.out, index / dims.heads * dims.seq * dims.hidden + index % dims.heads * head.d);
-      const int64_t first = all_blocks * part / parts * kQueryBlock;
-      const int64_t last = std::min(dims.seq, all_blocks * (part + 1) / parts * kQueryBlock);
-      kernel(head, first, last, /*pack=*/item == begin || part == 0);
-    }
+      kernel(head, first, last, /*pack=*/index != packed);
+      packed = index;
+    };
   });
   return absl::OkStatus();
 }
@@ -89,21 +126,13 @@ absl::Status AttentionBackward(const Context& context, const Workspace& ws,
   const auto kernel = context.kernels.of(args.qkv.dtype).attention_backward;
   const DropoutKey dropout = KeyOf(args.dropout);
   const int64_t scratch = AttentionScratchFloats(dims.seq, dims.head_dim(), true);
-  ParallelRanges(context.threads, dims.batch * dims.heads, 1,
-                 [&](int thread, int64_t begin, int64_t end) {
-                   for (int64_t index = begin; index < end; ++index) {
-                     AttentionHead head = HeadOf(args, dropout, index);
-                     const int64_t row = index / dims.heads * dims.seq;
-                     const int64_t column = index % dims.heads * head.d;
-                     const int64_t q = row * 3 * dims.hidden + column;
-                     head.scratch = Floats(ws, thread * scratch);
-                     head.dout = At<void>(args.dout, row * dims.hidden + column);
-                     head.dq = At<void>(args.dqkv, q);
-                     head.dk = At<void>(args.dqkv, q + dims.hidden);
-                     head.dv = At<void>(args.dqkv, q + 2 * dims.hidden);
-                     kernel(head);
-                   }
-                 });
+  ParallelItems(context.threads, dims.batch * dims.heads, [&](int thread) {
+    return [&, thread](int64_t index) {
+      AttentionHead head = HeadOf(args, dropout, index);
+      head.scratch = Floats(ws, thread * scratch);
+      kernel(head);
+    };
+  });
   return absl::OkStatus();
 }
 

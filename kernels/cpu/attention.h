@@ -1,7 +1,8 @@
-// Scaled dot-product attention and its gradient. No matrix [S, S] is kept: a thread works on one
-// block of queries of one head at a time. Saved for Backward: two fp32 numbers a query, its largest
-// score and one over its sum of exponentials. Not their logarithm in one: beside a mask of -10000
-// that would lose the sum's digits, and so the recomputed probabilities have Forward's bits.
+// Scaled dot-product attention and its gradient, dense, packed, causal or not: one path for every
+// shape. No matrix [S, S] is kept: a thread works on one block of queries of one head at a time.
+// Saved for Backward: two fp32 numbers a query, its largest score and one over its sum of
+// exponentials. Not their logarithm in one: beside a mask of -10000 that would lose the sum's
+// digits, and so the recomputed probabilities have Forward's bits.
 #pragma once
 
 #include <cstddef>

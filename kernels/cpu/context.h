@@ -41,6 +41,26 @@ void ParallelRanges(int threads, int64_t n, int64_t grain, const Body& body) {
   }
 }
 
+// For items of unequal cost: threads take them in turn, a few at a time. `worker(thread)` makes
+// what a thread calls with each of its items. Which thread takes an item differs from run to run,
+// so what is computed for it must not depend on that.
+template <typename MakeWorker>
+void ParallelItems(int threads, int64_t n, const MakeWorker& worker) {
+  const int useful = static_cast<int>(std::min<int64_t>(threads, n));
+  if (useful <= 1) {
+    auto work = worker(0);
+    for (int64_t item = 0; item < n; ++item) work(item);
+    return;
+  }
+  const int64_t taken = std::max<int64_t>(1, n / (32 * int64_t{useful}));
+#pragma omp parallel num_threads(useful)
+  {
+    auto work = worker(omp_get_thread_num());
+#pragma omp for schedule(dynamic, taken)
+    for (int64_t item = 0; item < n; ++item) work(item);
+  }
+}
+
 // Rows of `width` elements that are worth a thread's start.
 constexpr int64_t RowGrain(int64_t width) { return std::max<int64_t>(1, 16384 / width); }
 

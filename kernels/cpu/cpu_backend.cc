@@ -24,12 +24,45 @@
 namespace lamina {
 namespace {
 
+class CpuSizes final : public OpSizes {
+ public:
+  explicit CpuSizes(int threads) : threads_(threads) {}
+
+  size_t AttentionSavedBytes(const LayerDims& dims) const override {
+    return cpu::AttentionSaved(dims);
+  }
+  size_t WorkspaceBytes(const LayerDims& dims) const override {
+    return std::max({cpu::LinearWorkspaceBytes(dims), cpu::GeluWorkspaceBytes(dims),
+                     cpu::NormWorkspaceBytes(dims, threads_),
+                     cpu::AttentionWorkspaceBytes(dims, threads_),
+                     cpu::GradientStatsWorkspaceBytes(), cpu::LambWorkspaceBytes()});
+  }
+  bool host_memory() const override { return true; }
+  // One path for every shape, and it keeps no matrix [S, S].
+  bool FusedAttention(const LayerDims&) const override { return true; }
+
+ private:
+  const int threads_;
+};
+
+// The worker threads that `threads`, 0 for one a core, asks for.
+absl::StatusOr<int> WorkerThreads(int threads) {
+  constexpr int kMostThreads = 1024;
+  if (threads < 0 || threads > kMostThreads)
+    return absl::InvalidArgumentError(absl::StrCat("threads is ", threads, "; it must be in [0, ",
+                                                   kMostThreads, "], 0 for one a core"));
+  return threads > 0 ? threads : std::min(cpu::AvailableCores(), kMostThreads);
+}
+
+// Workspace::unordered changes nothing here: adding the chunks' sums in order costs no more than in
+// any other.
+//
 // Ops run on the calling thread and its OpenMP team, and are done when they return: a stream's
 // order comes by itself.
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(int threads)
-      : products_(threads), context_{threads, cpu::SelectKernels(), products_} {
+      : sizes_(threads), products_(threads), context_{threads, cpu::SelectKernels(), products_} {
     info_.kind = "cpu";
     info_.name = cpu::ProcessorName();
     info_.total_bytes = cpu::TotalMemory();
@@ -74,16 +107,7 @@ class CpuBackend final : public Backend {
         .count();
   }
 
-  size_t AttentionSavedBytes(const LayerDims& dims) const override {
-    return cpu::AttentionSaved(dims);
-  }
-  size_t WorkspaceBytes(const LayerDims& dims) const override {
-    const int threads = context_.threads;
-    return std::max({cpu::LinearWorkspaceBytes(dims), cpu::GeluWorkspaceBytes(dims),
-                     cpu::NormWorkspaceBytes(dims, threads),
-                     cpu::AttentionWorkspaceBytes(dims, threads),
-                     cpu::GradientStatsWorkspaceBytes()});
-  }
+  const OpSizes& sizes() const override { return sizes_; }
 
  private:
   static absl::Status Copy(void* dst, const void* src, size_t bytes) {
@@ -139,7 +163,11 @@ class CpuBackend final : public Backend {
   absl::Status DoAdamW(const Workspace&, const AdamWArgs& a) override {
     return cpu::AdamW(context_, a);
   }
+  absl::Status DoLamb(const Workspace& ws, const LambArgs& a) override {
+    return cpu::Lamb(context_, ws, a);
+  }
 
+  const CpuSizes sizes_;
   cpu::PageAllocator pages_;
   cpu::Products products_;
   cpu::Context context_;
@@ -149,12 +177,15 @@ class CpuBackend final : public Backend {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(int threads) {
-  constexpr int kMostThreads = 1024;
-  if (threads < 0 || threads > kMostThreads)
-    return absl::InvalidArgumentError(absl::StrCat("threads is ", threads, "; it must be in [0, ",
-                                                   kMostThreads, "], 0 for one a core"));
-  return std::make_unique<CpuBackend>(threads > 0 ? threads
-                                                  : std::min(cpu::AvailableCores(), kMostThreads));
+  const absl::StatusOr<int> workers = WorkerThreads(threads);
+  if (!workers.ok()) return workers.status();
+  return std::make_unique<CpuBackend>(*workers);
+}
+
+absl::StatusOr<std::unique_ptr<const OpSizes>> CreateCpuSizes(int threads) {
+  const absl::StatusOr<int> workers = WorkerThreads(threads);
+  if (!workers.ok()) return workers.status();
+  return std::make_unique<const CpuSizes>(*workers);
 }
 
 }  // namespace lamina

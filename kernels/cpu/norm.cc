@@ -9,9 +9,9 @@ namespace {
 size_t ForwardBytes(int64_t h, int threads) {
   return static_cast<size_t>(threads * 2 * Padded(h)) * sizeof(float);
 }
-// Per thread a row of factors; per chunk three rows of column sums.
+// Per thread a row of factors and one of 1 / gamma; per chunk three rows of column sums.
 size_t BackwardBytes(int64_t h, int64_t chunks, int threads) {
-  return static_cast<size_t>((threads + 3 * chunks) * Padded(h)) * sizeof(float);
+  return static_cast<size_t>((2 * threads + 3 * chunks) * Padded(h)) * sizeof(float);
 }
 
 struct Norm {
@@ -47,7 +47,7 @@ absl::Status RunBackward(const Context& context, const Workspace& ws, const Norm
       NeedWorkspace(norm.op, ws, BackwardBytes(rows.h, count, context.threads));
   if (!enough.ok()) return enough;
   const auto kernel = context.kernels.of(norm.act).dropout_add_norm_backward;
-  float* dbias = Floats(ws, context.threads * stride);
+  float* dbias = Floats(ws, context.threads * 2 * stride);
   float* dgamma = dbias + count * stride;
   float* dbeta = dgamma + count * stride;
   ParallelRanges(context.threads, count, RowGrain(rows.h * chunks.size),
@@ -57,7 +57,7 @@ absl::Status RunBackward(const Context& context, const Workspace& ws, const Norm
                      if (columns.dbias != nullptr) chunk.dbias = dbias + c * stride;
                      if (columns.dgamma != nullptr) chunk.dgamma = dgamma + c * stride;
                      if (columns.dbeta != nullptr) chunk.dbeta = dbeta + c * stride;
-                     kernel(chunk, chunks.begin(c), chunks.end(c), Floats(ws, thread * stride));
+                     kernel(chunk, chunks.begin(c), chunks.end(c), Floats(ws, thread * 2 * stride));
                    }
                  });
   const auto finish = [&](float* partials, float* out) {
@@ -94,6 +94,8 @@ absl::Status LayerNormBackward(const Context& context, const Workspace& ws,
                      {.dy = args.dy.data,
                       .dsum = args.residual_grad.data,
                       .sum = args.x.data,
+                      .y = args.y.data,
+                      .beta = args.beta.data,
                       .gamma = args.gamma.data,
                       .mean = args.mean.as<float>(),
                       .rstd = args.rstd.as<float>(),
@@ -125,6 +127,8 @@ absl::Status DropoutAddNormBackward(const Context& context, const Workspace& ws,
                      {.dy = args.dy.data,
                       .dsum = args.dsum.data,
                       .sum = args.sum.data,
+                      .y = args.y.data,
+                      .beta = args.beta.data,
                       .gamma = args.gamma.data,
                       .mean = args.mean.as<float>(),
                       .rstd = args.rstd.as<float>(),

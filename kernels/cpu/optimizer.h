@@ -1,4 +1,4 @@
-// Gradient norm, clipping and overflow detection; and AdamW.
+// Gradient norm, clipping and overflow detection; AdamW; LAMB.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +10,11 @@
 namespace lamina::cpu {
 
 size_t GradientStatsWorkspaceBytes();
+size_t LambWorkspaceBytes();
 
 absl::Status GradientStats(const Context& context, const Workspace& ws,
                            const GradientStatsArgs& args);
 absl::Status AdamW(const Context& context, const AdamWArgs& args);
+absl::Status Lamb(const Context& context, const Workspace& ws, const LambArgs& args);
 
 }  // namespace lamina::cpu

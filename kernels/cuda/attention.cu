@@ -1,6 +1,7 @@
 // Purpose: the choice between the attention kernels, and the row sums that both backwards need.
 #include "attention.cuh"
 #include "attention_any.cuh"
+#include "attention_head.cuh"
 #include "attention_mma.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
@@ -10,12 +11,35 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// delta[(b*A + a)*S + s] = sum over d of dout * out for token (b, s) and head a. `lanes`
-// neighbouring lanes, a power of two up to 32, do a row, kWidth elements at a time.
+// The softmax row of a token and a head; -1 for a token of no sequence.
+__device__ __forceinline__ int64_t RowOf(const AttentionParams& p, int64_t token, int64_t head) {
+  int64_t batch = 0;
+  if (p.cu_seqlens == nullptr) {
+    batch = token / p.seq;
+  } else {
+    // The last sequence that begins at or before the token.
+    int64_t end = p.batch;
+    while (batch + 1 < end) {
+      const int64_t middle = (batch + end) / 2;
+      if (p.cu_seqlens[middle] <= token) {
+        batch = middle;
+      } else {
+        end = middle;
+      }
+    }
+  }
+  const Sequence sequence = SequenceOf(p, batch);
+  const int64_t s = token - sequence.token;
+  if (s < 0 || s >= sequence.length) return -1;
+  return sequence.token * p.heads + head * sequence.length + s;
+}
+
+// delta of each softmax row: the sum over d of dout * out. `lanes` neighbouring lanes, a power of
+// two up to 32, do a row, kWidth elements at a time.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     DeltaKernel(AttentionParams p, int64_t rows, int lanes) {
-  // Rows in memory order (b, s, a): neighbouring lanes read neighbouring heads.
+  // Rows in memory order (token, a): neighbouring lanes read neighbouring heads.
   const int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / lanes;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   float sum = 0.0f;
@@ -34,14 +58,13 @@ __global__ void __launch_bounds__(kThreads)
     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
   }
   if (row >= rows || lane != 0) return;
-  const int64_t token = row / p.heads;
-  const int64_t head = row % p.heads;
-  p.delta[(token / p.seq * p.heads + head) * p.seq + token % p.seq] = sum;
+  const int64_t index = RowOf(p, row / p.heads, row % p.heads);
+  if (index >= 0) p.delta[index] = sum;
 }
 
 template <typename T, int kWidth>
 cudaError_t LaunchDeltaOfWidth(const AttentionParams& p, cudaStream_t stream) {
-  const int64_t rows = p.batch * p.seq * p.heads;
+  const int64_t rows = p.tokens * p.heads;
   int lanes = 1;
   while (lanes < 32 && int64_t{lanes} * kWidth < p.head_dim) lanes *= 2;
   const int64_t rows_per_block = kThreads / lanes;
@@ -59,21 +82,22 @@ cudaError_t LaunchDelta(const AttentionParams& p, cudaStream_t stream) {
   });
 }
 
+// HasTensorCoreAttention, which the plan asks too, for pointers as the arena aligns them. Others
+// get the plain kernels.
 bool UseTensorCores(const AttentionParams& p) {
-  return p.dtype != DType::kF32 && p.head_dim % 8 == 0 && p.head_dim <= 128 &&
-         Aligned16(p.qkv, p.out, p.dout, p.dqkv);
+  return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
-  if (params.batch == 0 || params.seq == 0 || params.heads == 0) return cudaSuccess;
+  if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
   if (UseTensorCores(params)) return LaunchAttentionMma(params, stream);
   return LaunchAttentionAny(params, stream);
 }
 
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
-  if (params.batch == 0 || params.seq == 0 || params.heads == 0) return cudaSuccess;
+  if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
   if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
   if (UseTensorCores(params)) return LaunchAttentionMmaBackward(params, stream);
   return LaunchAttentionAnyBackward(params, stream);

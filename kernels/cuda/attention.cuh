@@ -2,8 +2,8 @@
 // backward.
 //
 // Two implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples of
-// 8 up to 128) and attention_any (fp32 arithmetic; every dtype, any S, head dims up to
-// MaxAttentionHeadDim()). The launchers here choose.
+// 8 up to 128) and attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here
+// choose.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/dropout_params.h"
+#include "kernel_limits.h"
 #include "lamina/kernels/dtype.h"
 
 namespace lamina::cuda {
@@ -24,27 +25,30 @@ struct SoftmaxRow {
   float max;
   float inverse_sum;
 };
+static_assert(sizeof(SoftmaxRow) == kSoftmaxRowBytes, "what the plan sets aside");
 
 struct AttentionParams {
-  const void* qkv = nullptr;         // act [B*S, 3H]
+  const void* qkv = nullptr;         // act [T, 3H]
   const float* mask = nullptr;       // [B, S], added to scores; null: none
   const int32_t* lengths = nullptr;  // [B]; null: S
+  // [B + 1]: sequence b is tokens [cu_seqlens[b], cu_seqlens[b + 1]), at most S; null: T is B*S.
+  // With it neither mask nor lengths
+  const int32_t* cu_seqlens = nullptr;
+  bool causal = false;  // query s sees keys 0..s alone
   float scale = 1.0f;
-  DropoutParams dropout;          // rows B*A*S, cols S
-  void* out = nullptr;            // act [B*S, H]; written by the forward, read by the backward
-  SoftmaxRow* softmax = nullptr;  // [B*A*S]; the same; null in evaluation
-  int64_t batch = 0, seq = 0, heads = 0, head_dim = 0;
+  DropoutParams dropout;          // rows A*T as attention_head.cuh numbers them, cols S
+  void* out = nullptr;            // act [T, H]; written by the forward, read by the backward
+  SoftmaxRow* softmax = nullptr;  // [A*T]; the same; null in evaluation
+  int64_t tokens = 0, batch = 0, seq = 0, heads = 0, head_dim = 0;
+  int64_t width = 0;  // H = heads * head_dim
   DType dtype = DType::kF32;
   // Backward only.
-  const void* dout = nullptr;  // act [B*S, H]
-  void* dqkv = nullptr;        // act [B*S, 3H]
-  float* delta = nullptr;      // workspace [B*A*S]: row sums of dout * out
+  const void* dout = nullptr;  // act [T, H]
+  void* dqkv = nullptr;        // act [T, 3H]
+  float* delta = nullptr;      // workspace [A*T]: row sums of dout * out
 };
 
-constexpr int64_t MaxAttentionHeadDim() { return 1536; }
-
-// cudaErrorInvalidValue where head_dim is above MaxAttentionHeadDim() or there are more than 2^31 -
-// 1 blocks.
+// cudaErrorInvalidValue where there are more than 2^31 - 1 blocks.
 [[nodiscard]] cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionBackward(const AttentionParams& params,
                                                   cudaStream_t stream);

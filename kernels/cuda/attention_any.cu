@@ -5,6 +5,7 @@
 // the dQ kernel fix a tile of queries and loop over keys, the dK/dV kernel fixes keys and loops
 // over queries, so no two blocks add to the same element and the result is deterministic.
 #include "attention_any.cuh"
+#include "attention_head.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 #include "common/dropout.cuh"
@@ -15,42 +16,31 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kDepth = 32;  // of the head dim at a time
 constexpr int kGroups = kThreads / 32;
+// Two accumulators of 16 rows and so many columns fit a block's shared memory.
+constexpr int kMaxColumns = 1536;
 
-// One (b, a) with a tile of rows.
-struct Head {
-  int64_t index;   // b * A + a
-  int64_t batch;   // b
-  int64_t column;  // of the head in an [.., H] row
-  int64_t width;   // H
-  int first;       // row of the tile
-  int keys;        // keys that are not cut off by a length
+// Columns of a head that a block accumulates: all of them, but for heads too wide for a block's
+// shared memory. Those are cut over the grid's second dimension, and each block computes all
+// scores.
+struct Columns {
+  int first, count;
 };
-
-template <int kTile>
-__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p) {
-  const int64_t tiles = (p.seq + kTile - 1) / kTile;
-  Head h;
-  h.index = blockIdx.x / tiles;
-  h.batch = h.index / p.heads;
-  h.column = h.index % p.heads * p.head_dim;
-  h.width = p.heads * p.head_dim;
-  h.first = static_cast<int>(blockIdx.x % tiles) * kTile;
-  h.keys = static_cast<int>(p.seq);
-  if (p.lengths != nullptr) h.keys = max(0, min(h.keys, p.lengths[h.batch]));
-  return h;
+__device__ __forceinline__ Columns ColumnsOfBlock(const AttentionParams& p) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int first = static_cast<int>(blockIdx.y) * kMaxColumns;
+  return {first, min(kMaxColumns, head_dim - first)};
 }
 
-// What is added to the scores of `key`; -inf where it is cut off.
-__device__ __forceinline__ float KeyBias(const AttentionParams& p, const Head& h, int key) {
-  if (key >= h.keys) return -INFINITY;
-  return p.mask != nullptr ? p.mask[h.batch * p.seq + key] : 0.0f;
+// Whether causality lets `query` see `key`.
+__device__ __forceinline__ bool Sees(const AttentionParams& p, int query, int key) {
+  return !p.causal || key <= query;
 }
 
 // The random factor of a probability: 0, or the dropout's scale.
 __device__ __forceinline__ float KeepFactor(const AttentionParams& p, const RngState& rng,
                                             const Head& h, int query, int key) {
   float v[1] = {1.0f};
-  ApplyDropout<1>(p.dropout, rng, h.index * p.seq + query, key, v);
+  ApplyDropout<1>(p.dropout, rng, h.row + query, key, v);
   return v[0];
 }
 
@@ -82,19 +72,19 @@ __device__ __forceinline__ void MultiplyDepth(const float (*a)[kDepth + 1],
 }
 
 // acc[r][d] = acc[r][d] * factor[r] + sum over c < count of weight(r, c) * src[c * stride + d], for
-// kTile rows. `factor` null: 1. kTransposed: weight(r, c) is weights[c][r], else weights[r][c].
-// A thread owns its elements of acc from call to call.
+// kTile rows and d < columns. `factor` null: 1. kTransposed: weight(r, c) is weights[c][r], else
+// weights[r][c]. A thread owns its elements of acc from call to call.
 template <typename T, int kTile, bool kTransposed>
 __device__ __forceinline__ void Accumulate(float* acc, const float* factor,
                                            const float (*weights)[kTile + 1], const T* src,
-                                           int64_t stride, int count, int head_dim) {
+                                           int64_t stride, int count, int columns) {
   constexpr int kRows = kTile / kGroups;
   const int first = static_cast<int>(threadIdx.x) / 32 * kRows;
-  for (int d = static_cast<int>(threadIdx.x) % 32; d < head_dim; d += 32) {
+  for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32) {
     float sum[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      sum[i] = acc[(first + i) * head_dim + d];
+      sum[i] = acc[(first + i) * columns + d];
       if (factor != nullptr) sum[i] *= factor[first + i];
     }
     for (int c = 0; c < count; ++c) {
@@ -105,19 +95,19 @@ __device__ __forceinline__ void Accumulate(float* acc, const float* factor,
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) acc[(first + i) * head_dim + d] = sum[i];
+    for (int i = 0; i < kRows; ++i) acc[(first + i) * columns + d] = sum[i];
   }
 }
 
 // dst[r * stride + d] = acc[r][d] * scale, for the rows below `rows`; each thread its own elements.
 template <typename T, int kTile>
 __device__ __forceinline__ void StoreRows(T* dst, int64_t stride, int rows, const float* acc,
-                                          float scale, int head_dim) {
+                                          float scale, int columns) {
   constexpr int kRows = kTile / kGroups;
   const int first = static_cast<int>(threadIdx.x) / 32 * kRows;
-  for (int d = static_cast<int>(threadIdx.x) % 32; d < head_dim; d += 32) {
+  for (int d = static_cast<int>(threadIdx.x) % 32; d < columns; d += 32) {
     for (int r = first; r < min(first + kRows, rows); ++r) {
-      dst[r * stride + d] = FromFloat<T>(acc[r * head_dim + d] * scale);
+      dst[r * stride + d] = FromFloat<T>(acc[r * columns + d] * scale);
     }
   }
 }
@@ -126,16 +116,19 @@ template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p) {
   constexpr int kPer = kTile / 16;
   constexpr int kThreadsPerRow = kThreads / kTile;
-  extern __shared__ float acc[];  // [kTile, head_dim]
+  extern __shared__ float acc[];  // [kTile, columns]
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float scores[kTile][kTile + 1];
   __shared__ float correction[kTile];
-  const Head h = HeadOfBlock<kTile>(p);
+  const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int queries = min(kTile, static_cast<int>(p.seq) - h.first);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
+  const Columns columns = ColumnsOfBlock(p);
+  const int queries = min(kTile, h.length - h.first);
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
   const T* q = qkv + h.first * stride;
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / 16;
@@ -143,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  for (int e = tid; e < kTile * head_dim; e += kThreads) acc[e] = 0.0f;
+  for (int e = tid; e < kTile * columns.count; e += kThreads) acc[e] = 0.0f;
   // The softmax state of row `row`; its kThreadsPerRow threads all hold it.
   const int row = tid / kThreadsPerRow;
   float row_max = -INFINITY;
@@ -152,7 +145,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
 
   for (int k0 = 0; k0 < h.keys; k0 += kTile) {
     const int keys = min(kTile, h.keys - k0);
-    const T* k = qkv + h.width + k0 * stride;
+    const T* k = qkv + p.width + k0 * stride;
     float s[kPer][kPer] = {};
     for (int d0 = 0; d0 < head_dim; d0 += kDepth) {
       LoadDepth<T, kTile>(q_tile, q, stride, queries, d0, head_dim);
@@ -165,7 +158,10 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
     for (int j = 0; j < kPer; ++j) {
       const float bias = KeyBias(p, h, k0 + tx + 16 * j);
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) scores[ty + 16 * i][tx + 16 * j] = s[i][j] * p.scale + bias;
+      for (int i = 0; i < kPer; ++i) {
+        const bool seen = Sees(p, h.first + ty + 16 * i, k0 + tx + 16 * j);
+        scores[ty + 16 * i][tx + 16 * j] = seen ? s[i][j] * p.scale + bias : -INFINITY;
+      }
     }
     __syncthreads();
 
@@ -197,24 +193,24 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKernel(AttentionParams p
     row_max = new_max;
     if (tid % kThreadsPerRow == 0) correction[row] = factor;
     __syncthreads();
-    Accumulate<T, kTile, false>(acc, correction, scores, qkv + 2 * h.width + k0 * stride, stride,
-                                keys, head_dim);
+    Accumulate<T, kTile, false>(acc, correction, scores,
+                                qkv + 2 * p.width + k0 * stride + columns.first, stride, keys,
+                                columns.count);
     __syncthreads();
   }
 
   const float inverse = row_sum > 0.0f ? 1.0f / row_sum : 0.0f;
   if (tid % kThreadsPerRow == 0) {
     correction[row] = inverse;
-    if (p.softmax != nullptr && row < queries) {
-      p.softmax[h.index * p.seq + h.first + row] =
-          SoftmaxRow{row_sum > 0.0f ? row_max : INFINITY, inverse};
+    if (p.softmax != nullptr && row < queries && columns.first == 0) {
+      p.softmax[h.row + h.first + row] = SoftmaxRow{row_sum > 0.0f ? row_max : INFINITY, inverse};
     }
   }
   __syncthreads();
-  T* out = static_cast<T*>(p.out) + (h.batch * p.seq + h.first) * h.width + h.column;
-  for (int e = tid; e < queries * head_dim; e += kThreads) {
-    const int r = e / head_dim;
-    out[r * h.width + e % head_dim] = FromFloat<T>(acc[e] * correction[r]);
+  T* out = static_cast<T*>(p.out) + (h.token + h.first) * p.width + h.column + columns.first;
+  for (int e = tid; e < queries * columns.count; e += kThreads) {
+    const int r = e / columns.count;
+    out[r * p.width + e % columns.count] = FromFloat<T>(acc[e] * correction[r]);
   }
 }
 
@@ -224,8 +220,8 @@ struct TileRow {
   float max, inverse_sum, delta;
 };
 __device__ __forceinline__ TileRow LoadRow(const AttentionParams& p, const Head& h, int query) {
-  if (query >= p.seq) return TileRow{INFINITY, 0.0f, 0.0f};
-  const int64_t index = h.index * p.seq + query;
+  if (query >= h.length) return TileRow{INFINITY, 0.0f, 0.0f};
+  const int64_t index = h.row + query;
   const SoftmaxRow row = p.softmax[index];
   return TileRow{row.max, row.inverse_sum, p.delta[index]};
 }
@@ -233,24 +229,27 @@ __device__ __forceinline__ TileRow LoadRow(const AttentionParams& p, const Head&
 template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(AttentionParams p) {
   constexpr int kPer = kTile / 16;
-  extern __shared__ float acc[];  // [kTile, head_dim]: dq
+  extern __shared__ float acc[];  // [kTile, columns]: dq
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float ds[kTile][kTile + 1];
-  const Head h = HeadOfBlock<kTile>(p);
+  const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int queries = min(kTile, static_cast<int>(p.seq) - h.first);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
+  const Columns columns = ColumnsOfBlock(p);
+  const int queries = min(kTile, h.length - h.first);
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
   const T* q = qkv + h.first * stride;
-  const T* dout = static_cast<const T*>(p.dout) + (h.batch * p.seq + h.first) * h.width + h.column;
+  const T* dout = static_cast<const T*>(p.dout) + (h.token + h.first) * p.width + h.column;
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / 16;
   const int tx = tid % 16;
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  for (int e = tid; e < kTile * head_dim; e += kThreads) acc[e] = 0.0f;
+  for (int e = tid; e < kTile * columns.count; e += kThreads) acc[e] = 0.0f;
   TileRow rows[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) rows[i] = LoadRow(p, h, h.first + ty + 16 * i);
@@ -258,8 +257,8 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
 
   for (int k0 = 0; k0 < h.keys; k0 += kTile) {
     const int keys = min(kTile, h.keys - k0);
-    const T* k = qkv + h.width + k0 * stride;
-    const T* v = qkv + 2 * h.width + k0 * stride;
+    const T* k = qkv + p.width + k0 * stride;
+    const T* v = qkv + 2 * p.width + k0 * stride;
     float s[kPer][kPer] = {};
     float dp[kPer][kPer] = {};
     for (int d0 = 0; d0 < head_dim; d0 += kDepth) {
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, s);
       __syncthreads();
-      LoadDepth<T, kTile>(q_tile, dout, h.width, queries, d0, head_dim);
+      LoadDepth<T, kTile>(q_tile, dout, p.width, queries, d0, head_dim);
       LoadDepth<T, kTile>(k_tile, v, stride, keys, d0, head_dim);
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, dp);
@@ -281,55 +280,61 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyQueryGradKernel(Attentio
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         const int query = h.first + ty + 16 * i;
-        const float prob = expf(s[i][j] * p.scale + bias - rows[i].max) * rows[i].inverse_sum;
+        const float prob = Sees(p, query, key)
+                               ? expf(s[i][j] * p.scale + bias - rows[i].max) * rows[i].inverse_sum
+                               : 0.0f;
         const float keep = p.dropout.rng != nullptr ? KeepFactor(p, rng, h, query, key) : 1.0f;
         ds[ty + 16 * i][tx + 16 * j] = prob * (dp[i][j] * keep - rows[i].delta);
       }
     }
     __syncthreads();
-    Accumulate<T, kTile, false>(acc, nullptr, ds, k, stride, keys, head_dim);
+    Accumulate<T, kTile, false>(acc, nullptr, ds, k + columns.first, stride, keys, columns.count);
     __syncthreads();
   }
-  T* dq = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
-  StoreRows<T, kTile>(dq, stride, queries, acc, p.scale, head_dim);
+  T* dq = static_cast<T*>(p.dqkv) + offset + h.first * stride;
+  StoreRows<T, kTile>(dq + columns.first, stride, queries, acc, p.scale, columns.count);
 }
 
 template <typename T, int kTile>
 __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionParams p) {
   constexpr int kPer = kTile / 16;
-  extern __shared__ float acc[];  // [2, kTile, head_dim]: dk, dv
+  extern __shared__ float acc[];  // [2, kTile, columns]: dk, dv
   __shared__ float q_tile[kTile][kDepth + 1];
   __shared__ float k_tile[kTile][kDepth + 1];
   __shared__ float dropped[kTile][kTile + 1];
   __shared__ float ds[kTile][kTile + 1];
-  const Head h = HeadOfBlock<kTile>(p);
+  const Head h = HeadOfBlock<kTile, BlockRows::kKeys>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int rows = min(kTile, static_cast<int>(p.seq) - h.first);
+  const Columns columns = ColumnsOfBlock(p);
+  const int rows = min(kTile, h.length - h.first);
   const int keys = max(0, min(kTile, h.keys - h.first));
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
-  const T* k = qkv + h.width + h.first * stride;
-  const T* v = qkv + 2 * h.width + h.first * stride;
-  const T* dout_head = static_cast<const T*>(p.dout) + h.batch * p.seq * h.width + h.column;
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
+  const T* k = qkv + p.width + h.first * stride;
+  const T* v = qkv + 2 * p.width + h.first * stride;
+  const T* dout_head = static_cast<const T*>(p.dout) + h.token * p.width + h.column;
   const int tid = static_cast<int>(threadIdx.x);
   const int ty = tid / 16;
   const int tx = tid % 16;
   float* dk = acc;
-  float* dv = acc + kTile * head_dim;
+  float* dv = acc + kTile * columns.count;
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
-  for (int e = tid; e < 2 * kTile * head_dim; e += kThreads) acc[e] = 0.0f;
+  for (int e = tid; e < 2 * kTile * columns.count; e += kThreads) acc[e] = 0.0f;
   float bias[kPer];
 #pragma unroll
   for (int j = 0; j < kPer; ++j) bias[j] = KeyBias(p, h, h.first + tx + 16 * j);
   __syncthreads();
 
   // A tile whose keys are all cut off has zero gradients; `keys` is the whole block's.
-  for (int q0 = 0; q0 < p.seq && keys > 0; q0 += kTile) {
-    const int queries = min(kTile, static_cast<int>(p.seq) - q0);
+  // Queries before the block's first key see none of its keys.
+  for (int q0 = p.causal ? h.first : 0; q0 < h.length && keys > 0; q0 += kTile) {
+    const int queries = min(kTile, h.length - q0);
     const T* q = qkv + q0 * stride;
-    const T* dout = dout_head + q0 * h.width;
+    const T* dout = dout_head + q0 * p.width;
     float s[kPer][kPer] = {};
     float dp[kPer][kPer] = {};
     for (int d0 = 0; d0 < head_dim; d0 += kDepth) {
@@ -338,7 +343,7 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, s);
       __syncthreads();
-      LoadDepth<T, kTile>(q_tile, dout, h.width, queries, d0, head_dim);
+      LoadDepth<T, kTile>(q_tile, dout, p.width, queries, d0, head_dim);
       LoadDepth<T, kTile>(k_tile, v, stride, keys, d0, head_dim);
       __syncthreads();
       MultiplyDepth<kTile>(q_tile, k_tile, dp);
@@ -351,32 +356,38 @@ __global__ void __launch_bounds__(kThreads) AttentionAnyKeyGradKernel(AttentionP
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
         const int key = h.first + tx + 16 * j;
-        const float prob = expf(s[i][j] * p.scale + bias[j] - row.max) * row.inverse_sum;
+        const float prob = Sees(p, query, key)
+                               ? expf(s[i][j] * p.scale + bias[j] - row.max) * row.inverse_sum
+                               : 0.0f;
         const float keep = p.dropout.rng != nullptr ? KeepFactor(p, rng, h, query, key) : 1.0f;
         dropped[ty + 16 * i][tx + 16 * j] = prob * keep;
         ds[ty + 16 * i][tx + 16 * j] = prob * (dp[i][j] * keep - row.delta);
       }
     }
     __syncthreads();
-    Accumulate<T, kTile, true>(dk, nullptr, ds, q, stride, queries, head_dim);
-    Accumulate<T, kTile, true>(dv, nullptr, dropped, dout, h.width, queries, head_dim);
+    Accumulate<T, kTile, true>(dk, nullptr, ds, q + columns.first, stride, queries, columns.count);
+    Accumulate<T, kTile, true>(dv, nullptr, dropped, dout + columns.first, p.width, queries,
+                               columns.count);
     __syncthreads();
   }
-  T* dqkv = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
-  StoreRows<T, kTile>(dqkv + h.width, stride, rows, dk, p.scale, head_dim);
-  StoreRows<T, kTile>(dqkv + 2 * h.width, stride, rows, dv, 1.0f, head_dim);
+  T* dqkv = static_cast<T*>(p.dqkv) + offset + h.first * stride + columns.first;
+  StoreRows<T, kTile>(dqkv + p.width, stride, rows, dk, p.scale, columns.count);
+  StoreRows<T, kTile>(dqkv + 2 * p.width, stride, rows, dv, 1.0f, columns.count);
 }
 
-// `arrays` accumulators of [kTile, head_dim] in dynamic shared memory.
+// `arrays` accumulators of [kTile, columns] in dynamic shared memory.
 template <int kTile, typename Kernel>
 cudaError_t LaunchTiles(Kernel kernel, int arrays, const AttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = p.batch * p.heads * ((p.seq + kTile - 1) / kTile);
-  if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
-  const auto shared = static_cast<size_t>(arrays * kTile * p.head_dim) * sizeof(float);
+  const int64_t cuts = (p.head_dim + kMaxColumns - 1) / kMaxColumns;
+  if (blocks > 0x7FFFFFFF || cuts > 0xFFFF) return cudaErrorInvalidValue;
+  const int64_t columns = p.head_dim < kMaxColumns ? p.head_dim : kMaxColumns;
+  const auto shared = static_cast<size_t>(arrays * kTile * columns) * sizeof(float);
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(p);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(cuts));
+  kernel<<<grid, kThreads, shared, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -386,7 +397,6 @@ constexpr int64_t kMaxWideHeadDim = 512;
 }  // namespace
 
 cudaError_t LaunchAttentionAny(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > MaxAttentionHeadDim()) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.head_dim <= kMaxWideHeadDim) {
@@ -397,7 +407,6 @@ cudaError_t LaunchAttentionAny(const AttentionParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchAttentionAnyBackward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > MaxAttentionHeadDim()) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.head_dim <= kMaxWideHeadDim) {

@@ -1,4 +1,4 @@
-// Attention in fp32 arithmetic for every dtype, S and head dim up to MaxAttentionHeadDim().
+// Attention in fp32 arithmetic for every dtype, S and head dim.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -6,6 +6,7 @@
 // write the same element: no atomics, deterministic. Head dims are padded with zeros to kDim = 32,
 // 64 or 128. The dK/dV kernel computes the transposed scores k q^T, so that its fragments are at
 // once the left operands of dV = p^T dout and dK = ds^T q.
+#include "attention_head.cuh"
 #include "attention_mma.cuh"
 #include "common/convert.cuh"
 #include "common/copy_async.cuh"
@@ -25,35 +26,6 @@ __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// One (b, a) with a block of rows.
-struct Head {
-  int64_t index;   // b * A + a
-  int64_t batch;   // b
-  int64_t column;  // of the head in an [.., H] row
-  int64_t width;   // H
-  int first;       // row of the block
-  int keys;        // keys that are not cut off by a length
-};
-
-__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p) {
-  const int64_t blocks = (p.seq + kRows - 1) / kRows;
-  Head h;
-  h.index = blockIdx.x / blocks;
-  h.batch = h.index / p.heads;
-  h.column = h.index % p.heads * p.head_dim;
-  h.width = p.heads * p.head_dim;
-  h.first = static_cast<int>(blockIdx.x % blocks) * kRows;
-  h.keys = static_cast<int>(p.seq);
-  if (p.lengths != nullptr) h.keys = max(0, min(h.keys, p.lengths[h.batch]));
-  return h;
-}
-
-// What is added to the scores of `key`; -inf where it is cut off.
-__device__ __forceinline__ float KeyBias(const AttentionParams& p, const Head& h, int key) {
-  if (key >= h.keys) return -INFINITY;
-  return p.mask != nullptr ? p.mask[h.batch * p.seq + key] : 0.0f;
 }
 
 // Starts to copy rows [0, kTileRows) of `src` into `tile`, with zeros from row `rows` and from
@@ -122,6 +94,35 @@ __device__ __forceinline__ void DropQueryRows(const DropoutParams& dropout, cons
         low = (w[i] & 0xFFFFu) < dropout.threshold ? low * kept : 0.0f;
         high = (w[i] >> 16) < dropout.threshold ? high * kept : 0.0f;
       }
+    }
+  }
+}
+
+// Causality in a tile of scores whose rows are queries: -inf where the key lies beyond. `query` is
+// that of row g, `key0` the key of column 0.
+template <int kTiles>
+__device__ __forceinline__ void CutQueryRows(int query, int key0, float (&c)[kTiles][4]) {
+  // Column 8 n + 2 t + e is beyond row g + 8 b where 8 n + e > query + 8 b - key0 - 2 t.
+  const int last = query - key0 - 2 * (static_cast<int>(threadIdx.x) & 3);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (8 * n + (i & 1) > last + 8 * (i >> 1)) c[n][i] = -INFINITY;
+    }
+  }
+}
+
+// The same in a tile whose rows are keys: `key` is that of row g, `query0` the query of column 0.
+template <int kTiles>
+__device__ __forceinline__ void CutKeyRows(int key, int query0, float (&c)[kTiles][4]) {
+  // Row g + 8 b is beyond column 8 n + 2 t + e where 8 n + e < key + 8 b - query0 - 2 t.
+  const int first = key - query0 - 2 * (static_cast<int>(threadIdx.x) & 3);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (8 * n + (i & 1) < first + 8 * (i >> 1)) c[n][i] = -INFINITY;
     }
   }
 }
@@ -196,11 +197,11 @@ struct KeyTiles {
   // Keys from `key0`, below h.keys, into pair `slot`.
   __device__ __forceinline__ void Start(const AttentionParams& p, const Head& h, const T* qkv,
                                         int key0, int slot) {
-    const int64_t stride = 3 * h.width;
+    const int64_t stride = 3 * p.width;
     const int head_dim = static_cast<int>(p.head_dim);
-    const T* keys = qkv + h.width + key0 * stride;
+    const T* keys = qkv + p.width + key0 * stride;
     StartTile<kDim, kKeys>(k[slot], keys, stride, h.keys - key0, head_dim);
-    StartTile<kDim, kKeys>(v[slot], keys + h.width, stride, h.keys - key0, head_dim);
+    StartTile<kDim, kKeys>(v[slot], keys + p.width, stride, h.keys - key0, head_dim);
     if (threadIdx.x < kKeys) {
       bias[slot][threadIdx.x] = KeyBias(p, h, key0 + static_cast<int>(threadIdx.x));
     }
@@ -215,22 +216,24 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
   constexpr int kTiles = kKeys / 8;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& tiles = *reinterpret_cast<KeyTiles<T, kDim, kKeys>*>(shared_bytes);
-  const Head h = HeadOfBlock(p);
+  const Head h = HeadOfBlock<kRows, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int seq = static_cast<int>(p.seq);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int t = lane & 3;
-  const int64_t row0 = h.index * p.seq + h.first + warp_row + (lane >> 2);
+  const int query0 = h.first + warp_row;
+  const int64_t row0 = h.row + query0 + (lane >> 2);
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
   // The queries pass through the second tile of keys into registers.
   static_assert(kRows <= kKeys, "queries must fit a tile of keys");
   uint32_t q[kDim / 16][4];
-  StartTile<kDim, kRows>(tiles.k[1], qkv + h.first * stride, stride, seq - h.first, head_dim);
+  StartTile<kDim, kRows>(tiles.k[1], qkv + h.first * stride, stride, h.length - h.first, head_dim);
   CommitCopies();
   if (h.keys > 0) tiles.Start(p, h, qkv, 0, 0);
   CommitCopies();
@@ -258,8 +261,14 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         s[n][i] = s[n][i] * p.scale + key_bias[n * 8 + 2 * t + (i & 1)];
-        tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
       }
+    }
+    // Only where this warp's first query does not see the tile's last key.
+    if (p.causal && k0 + kKeys - 1 > query0) CutQueryRows<kTiles>(query0 + (lane >> 2), k0, s);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
     }
     float reference[2];
 #pragma unroll
@@ -301,13 +310,12 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     factor[half] = inverse * p.dropout.scale;
     const int row = warp_row + (lane >> 2) + 8 * half;
-    if (p.softmax != nullptr && t == 0 && h.first + row < seq) {
-      p.softmax[h.index * p.seq + h.first + row] =
-          SoftmaxRow{sum > 0.0f ? row_max[half] : INFINITY, inverse};
+    if (p.softmax != nullptr && t == 0 && h.first + row < h.length) {
+      p.softmax[h.row + h.first + row] = SoftmaxRow{sum > 0.0f ? row_max[half] : INFINITY, inverse};
     }
   }
-  T* out = static_cast<T*>(p.out) + (h.batch * p.seq + h.first) * h.width + h.column;
-  StoreFragments<T, kDim>(out, h.width, warp_row, seq - h.first, head_dim, o, factor);
+  T* out = static_cast<T*>(p.out) + (h.token + h.first) * p.width + h.column;
+  StoreFragments<T, kDim>(out, p.width, warp_row, h.length - h.first, head_dim, o, factor);
 }
 
 // Keys of a tile of the dQ kernel; queries of a tile of the dK/dV kernel: what registers allow.
@@ -322,16 +330,18 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   constexpr int kTiles = kKeys / 8;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& tiles = *reinterpret_cast<KeyTiles<T, kDim, kKeys>*>(shared_bytes);
-  const Head h = HeadOfBlock(p);
+  const Head h = HeadOfBlock<kRows, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int seq = static_cast<int>(p.seq);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
-  const T* dout = static_cast<const T*>(p.dout) + (h.batch * p.seq + h.first) * h.width + h.column;
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
+  const T* dout = static_cast<const T*>(p.dout) + (h.token + h.first) * p.width + h.column;
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int t = lane & 3;
-  const int64_t row0 = h.index * p.seq + h.first + warp_row + (lane >> 2);
+  const int query0 = h.first + warp_row;
+  const int64_t row0 = h.row + query0 + (lane >> 2);
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
@@ -339,8 +349,9 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   static_assert(kRows <= 2 * kKeys, "queries must fit two tiles of keys");
   uint32_t q[kDim / 16][4];
   uint32_t d_out[kDim / 16][4];
-  StartTile<kDim, kRows>(&tiles.k[0][0], qkv + h.first * stride, stride, seq - h.first, head_dim);
-  StartTile<kDim, kRows>(&tiles.v[0][0], dout, h.width, seq - h.first, head_dim);
+  const int queries = h.length - h.first;
+  StartTile<kDim, kRows>(&tiles.k[0][0], qkv + h.first * stride, stride, queries, head_dim);
+  StartTile<kDim, kRows>(&tiles.v[0][0], dout, p.width, queries, head_dim);
   CommitCopies();
   WaitForCopies<0>();
   __syncthreads();
@@ -356,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   float row_max[2], inverse_sum[2], delta[2];  // rows g and g + 8
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool inside = h.first + warp_row + (lane >> 2) + 8 * half < seq;
+    const bool inside = query0 + (lane >> 2) + 8 * half < h.length;
     row_max[half] = inside ? p.softmax[row0 + 8 * half].max : INFINITY;
     inverse_sum[half] = inside ? p.softmax[row0 + 8 * half].inverse_sum : 0.0f;
     delta[half] = inside ? p.delta[row0 + 8 * half] : 0.0f;
@@ -370,6 +381,8 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
     __syncthreads();
     if (k0 + kKeys < h.keys) tiles.Start(p, h, qkv, k0 + kKeys, slot ^ 1);
     CommitCopies();
+    // No query of this warp sees a key of this tile.
+    if (p.causal && k0 > query0 + 15) continue;
     const float* key_bias = tiles.bias[slot];
     float s[kTiles][4];
     float dp[kTiles][4];
@@ -382,16 +395,23 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float score = s[n][i] * p.scale + key_bias[n * 8 + 2 * t + (i & 1)];
-        const float prob = Exp2((score - row_max[i >> 1]) * kLog2E) * inverse_sum[i >> 1];
+        s[n][i] = s[n][i] * p.scale + key_bias[n * 8 + 2 * t + (i & 1)];
+      }
+    }
+    if (p.causal && k0 + kKeys - 1 > query0) CutQueryRows<kTiles>(query0 + (lane >> 2), k0, s);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float prob = Exp2((s[n][i] - row_max[i >> 1]) * kLog2E) * inverse_sum[i >> 1];
         s[n][i] = prob * (dp[n][i] - delta[i >> 1]);
       }
     }
     MultiplyRounded<T, kDim, kTiles>(dq, s, tiles.k[slot]);
   }
-  T* dst = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
+  T* dst = static_cast<T*>(p.dqkv) + offset + h.first * stride;
   const float factor[2] = {p.scale, p.scale};
-  StoreFragments<T, kDim>(dst, stride, warp_row, seq - h.first, head_dim, dq, factor);
+  StoreFragments<T, kDim>(dst, stride, warp_row, h.length - h.first, head_dim, dq, factor);
 }
 
 // Bit 8 p + g of lane 16 j + 8 b + r of the result: whether the probability of query
@@ -428,17 +448,18 @@ struct KeyGradTiles {
   float inverse_sum[2][kQueries];
   float delta[2][kQueries];
 
-  // Queries from `query0`, below S, into pair `slot`. `all_dout`: that of the head's first token.
+  // Queries from `query0`, below h.length, into pair `slot`. `all_dout`: that of the sequence's
+  // first token.
   __device__ __forceinline__ void Start(const AttentionParams& p, const Head& h, const T* qkv,
                                         const T* all_dout, int query0, int slot) {
-    const int64_t stride = 3 * h.width;
+    const int64_t stride = 3 * p.width;
     const int head_dim = static_cast<int>(p.head_dim);
-    const int rows = static_cast<int>(p.seq) - query0;
+    const int rows = h.length - query0;
     StartTile<kDim, kQueries>(q[slot], qkv + query0 * stride, stride, rows, head_dim);
-    StartTile<kDim, kQueries>(dout[slot], all_dout + query0 * h.width, h.width, rows, head_dim);
+    StartTile<kDim, kQueries>(dout[slot], all_dout + query0 * p.width, p.width, rows, head_dim);
     const int i = static_cast<int>(threadIdx.x);
     if (i >= kQueries) return;
-    const int64_t row = h.index * p.seq + query0 + i;
+    const int64_t row = h.row + query0 + i;
     max[slot][i] = i < rows ? p.softmax[row].max : INFINITY;
     inverse_sum[slot][i] = i < rows ? p.softmax[row].inverse_sum : 0.0f;
     delta[slot][i] = i < rows ? p.delta[row] : 0.0f;
@@ -452,12 +473,13 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   constexpr int kTiles = kQueries / 8;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& tiles = *reinterpret_cast<KeyGradTiles<T, kDim>*>(shared_bytes);
-  const Head h = HeadOfBlock(p);
+  const Head h = HeadOfBlock<kRows, BlockRows::kKeys>(p);
+  if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
-  const int seq = static_cast<int>(p.seq);
-  const int64_t stride = 3 * h.width;
-  const T* qkv = static_cast<const T*>(p.qkv) + h.batch * p.seq * stride + h.column;
-  const T* dout = static_cast<const T*>(p.dout) + h.batch * p.seq * h.width + h.column;
+  const int64_t stride = 3 * p.width;
+  const int64_t offset = h.token * stride + h.column;
+  const T* qkv = static_cast<const T*>(p.qkv) + offset;
+  const T* dout = static_cast<const T*>(p.dout) + h.token * p.width + h.column;
   const int tid = static_cast<int>(threadIdx.x);
   const int lane = tid & 31;
   const int warp_row = tid / 32 * 16;
@@ -472,18 +494,23 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   // A block whose keys are all cut off has zero gradients.
   if (h.first < h.keys) {
     const int keys = h.keys - h.first;
-    StartTile<kDim, kRows>(tiles.k, qkv + h.width + h.first * stride, stride, keys, head_dim);
-    StartTile<kDim, kRows>(tiles.v, qkv + 2 * h.width + h.first * stride, stride, keys, head_dim);
-    tiles.Start(p, h, qkv, dout, 0, 0);
+    StartTile<kDim, kRows>(tiles.k, qkv + p.width + h.first * stride, stride, keys, head_dim);
+    StartTile<kDim, kRows>(tiles.v, qkv + 2 * p.width + h.first * stride, stride, keys, head_dim);
+    // Queries before the block's first key see none of its keys. That is where a tile begins.
+    static_assert(kRows % kQueries == 0, "a block of keys begins where a tile of queries does");
+    const int q_first = p.causal ? h.first : 0;
+    tiles.Start(p, h, qkv, dout, q_first, 0);
     CommitCopies();
     const float bias[2] = {KeyBias(p, h, key0 + g), KeyBias(p, h, key0 + g + 8)};
 
     int slot = 0;
-    for (int q0 = 0; q0 < seq; q0 += kQueries, slot ^= 1) {
+    for (int q0 = q_first; q0 < h.length; q0 += kQueries, slot ^= 1) {
       WaitForCopies<0>();
       __syncthreads();
-      if (q0 + kQueries < seq) tiles.Start(p, h, qkv, dout, q0 + kQueries, slot ^ 1);
+      if (q0 + kQueries < h.length) tiles.Start(p, h, qkv, dout, q0 + kQueries, slot ^ 1);
       CommitCopies();
+      // No query of this tile sees a key of this warp.
+      if (p.causal && q0 + kQueries - 1 < key0) continue;
       // Rows are keys g and g + 8, columns queries.
       float s[kTiles][4];
       float dp[kTiles][4];
@@ -498,7 +525,16 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
       }
       uint32_t drawn = 0;
       if (p.dropout.rng != nullptr) {
-        drawn = DrawKeyRows<kTiles>(p.dropout, rng, h.index * p.seq + q0, key0);
+        drawn = DrawKeyRows<kTiles>(p.dropout, rng, h.row + q0, key0);
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = s[n][i] * p.scale + bias[i >> 1];
+      }
+      // Only where the tile's first query does not see this warp's last key.
+      if (p.causal && q0 < key0 + 15) {
+        CutKeyRows<kTiles>(key0 + g, q0, s);
       }
       // Tile n = 2 * pair + j. For each j, key half b and query parity e, one shuffle brings the
       // bits of all pairs.
@@ -521,8 +557,7 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
               const int i = 2 * b + e;
               const int column = n * 8 + 2 * t + e;
               const bool keep = ((kept >> (8 * pair)) & 1u) != 0;
-              const float score = s[n][i] * p.scale + bias[b];
-              const float prob = Exp2((score - tiles.max[slot][column]) * kLog2E) *
+              const float prob = Exp2((s[n][i] - tiles.max[slot][column]) * kLog2E) *
                                  tiles.inverse_sum[slot][column];
               const float dprob = keep ? dp[n][i] * scale : 0.0f;
               s[n][i] = keep ? prob : 0.0f;
@@ -535,12 +570,12 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
       MultiplyRounded<T, kDim, kTiles>(dk, dp, tiles.q[slot]);
     }
   }
-  T* dst = static_cast<T*>(p.dqkv) + (h.batch * p.seq + h.first) * stride + h.column;
+  T* dst = static_cast<T*>(p.dqkv) + offset + h.first * stride;
   const float k_factor[2] = {p.scale, p.scale};
   const float v_factor[2] = {p.dropout.scale, p.dropout.scale};
-  StoreFragments<T, kDim>(dst + h.width, stride, warp_row, seq - h.first, head_dim, dk, k_factor);
-  StoreFragments<T, kDim>(dst + 2 * h.width, stride, warp_row, seq - h.first, head_dim, dv,
-                          v_factor);
+  const int rows = h.length - h.first;
+  StoreFragments<T, kDim>(dst + p.width, stride, warp_row, rows, head_dim, dk, k_factor);
+  StoreFragments<T, kDim>(dst + 2 * p.width, stride, warp_row, rows, head_dim, dv, v_factor);
 }
 
 bool Blocks(const AttentionParams& p, unsigned* blocks) {
@@ -592,17 +627,15 @@ cudaError_t BackwardOfDim(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttentionMma(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > 128 || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
-  if (p.dtype == DType::kBF16) return ForwardOfDim<__nv_bfloat16>(p, stream);
-  if (p.dtype == DType::kF16) return ForwardOfDim<__half>(p, stream);
-  return cudaErrorInvalidValue;
+  if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
+  return p.dtype == DType::kBF16 ? ForwardOfDim<__nv_bfloat16>(p, stream)
+                                 : ForwardOfDim<__half>(p, stream);
 }
 
 cudaError_t LaunchAttentionMmaBackward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim > 128 || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
-  if (p.dtype == DType::kBF16) return BackwardOfDim<__nv_bfloat16>(p, stream);
-  if (p.dtype == DType::kF16) return BackwardOfDim<__half>(p, stream);
-  return cudaErrorInvalidValue;
+  if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
+  return p.dtype == DType::kBF16 ? BackwardOfDim<__nv_bfloat16>(p, stream)
+                                 : BackwardOfDim<__half>(p, stream);
 }
 
 }  // namespace lamina::cuda

@@ -4,17 +4,19 @@
 #include "column_sum.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
+#include "kernel_limits.h"
 
 namespace lamina::cuda {
 namespace {
 
 constexpr int kThreadRows = 8;  // a block is 32 x 8 threads
 
-// Block (bx, by): columns [bx * 32 * kWidth, ...), rows of slice by. One partial sum a column.
+// Block (bx, by): columns [bx * 32 * kWidth, ...), rows of slice by. One sum a column, to
+// partials[by * cols + column]; where `unordered`, added to partials[column].
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(32 * kThreadRows)
-    ColumnSumKernel(const T* x, float* partials, int64_t rows, int64_t cols,
-                    int64_t rows_per_slice) {
+    ColumnSumKernel(const T* x, float* partials, int64_t rows, int64_t cols, int64_t rows_per_slice,
+                    bool unordered) {
   __shared__ float shared[kThreadRows][32 * kWidth + 1];
   const int64_t col = (int64_t{blockIdx.x} * 32 + threadIdx.x) * kWidth;
   const int64_t begin = blockIdx.y * rows_per_slice;
@@ -38,7 +40,11 @@ __global__ void __launch_bounds__(32 * kThreadRows)
     float total = 0.0f;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) total += shared[r][c];
-    partials[blockIdx.y * cols + out] = total;
+    if (unordered) {
+      atomicAdd(partials + out, total);
+    } else {
+      partials[blockIdx.y * cols + out] = total;
+    }
   }
 }
 
@@ -69,12 +75,14 @@ cudaError_t Launch(const ColumnSumArgs& a, cudaStream_t stream) {
   const int64_t slices =
       RowSlices({a.rows, a.cols, width, kThreadRows, 1, a.workspace_bytes, a.multiprocessors});
   if (slices == 0) return cudaErrorInvalidValue;
-  float* partials = static_cast<float*>(a.workspace);
+  float* partials = a.unordered ? a.dst : static_cast<float*>(a.workspace);
   const dim3 grid(static_cast<unsigned>((a.cols + width - 1) / width),
                   static_cast<unsigned>(slices));
   ColumnSumKernel<T, kWidth><<<grid, dim3(32, kThreadRows), 0, stream>>>(
-      static_cast<const T*>(a.x), partials, a.rows, a.cols, (a.rows + slices - 1) / slices);
+      static_cast<const T*>(a.x), partials, a.rows, a.cols, (a.rows + slices - 1) / slices,
+      a.unordered);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  if (a.unordered) return cudaSuccess;
   FinishColumnSumArgs finish;
   finish.partials = partials;
   finish.slices = slices;
@@ -87,7 +95,8 @@ cudaError_t Launch(const ColumnSumArgs& a, cudaStream_t stream) {
 
 int64_t RowSlices(const SliceArgs& a) {
   const int64_t column_blocks = (a.cols + a.cols_per_block - 1) / a.cols_per_block;
-  const int64_t wanted = (int64_t{a.multiprocessors} * 8 + column_blocks - 1) / column_blocks;
+  const int64_t wanted =
+      (int64_t{a.multiprocessors} * kColumnSumBlocks + column_blocks - 1) / column_blocks;
   // Two steps of rows a slice at least: a slice's partial sum must be less than what it read.
   const int64_t useful = (a.rows + 2 * a.rows_per_step - 1) / (2 * a.rows_per_step);
   const int64_t fitting = static_cast<int64_t>(

@@ -1,6 +1,7 @@
 // Column sums of a [rows, cols] matrix, added to fp32 vectors: the gradients of biases, gammas and
 // betas. Deterministic: fixed slices of the rows give partial sums in the workspace, and a second
-// kernel adds them up in order.
+// kernel adds them up in order. `unordered` ones have neither: each slice adds its sums to the
+// vector when it is done, so that their order, and with it the last bits, is chance.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -42,6 +43,7 @@ struct ColumnSumArgs {
   DType dtype = DType::kF32;
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
+  bool unordered = false;
   int multiprocessors = 1;
 };
 [[nodiscard]] cudaError_t LaunchColumnSum(const ColumnSumArgs& args, cudaStream_t stream);

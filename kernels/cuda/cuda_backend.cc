@@ -13,7 +13,10 @@
 #include "attention.cuh"
 #include "cast.cuh"
 #include "column_sum.cuh"
+#include "cuda_sizes.h"
 #include "gelu.cuh"
+#include "kernel_limits.h"
+#include "lamb.cuh"
 #include "optimizer.cuh"
 #include "product.h"
 #include "row_norm.cuh"
@@ -34,10 +37,12 @@ static_assert(sizeof(cuda::Control) == sizeof(OptimizerControl) &&
                   offsetof(cuda::Control, grad_norm) == offsetof(OptimizerControl, grad_norm) &&
                   offsetof(cuda::Control, skip) == offsetof(OptimizerControl, skip),
               "the kernels' view of OptimizerControl");
-
-constexpr size_t kAlignment = 256;
-
-size_t RoundUp(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+static_assert(sizeof(cuda::LambRange) == sizeof(LambSegment) &&
+                  offsetof(cuda::LambRange, begin) == offsetof(LambSegment, begin) &&
+                  offsetof(cuda::LambRange, end) == offsetof(LambSegment, end) &&
+                  offsetof(cuda::LambRange, decay) == offsetof(LambSegment, decay) &&
+                  offsetof(cuda::LambRange, adapt) == offsetof(LambSegment, adapt),
+              "the kernels' view of LambSegment");
 
 absl::Status CudaError(cudaError_t error, const char* what) {
   return absl::InternalError(
@@ -115,13 +120,12 @@ class CudaBackend final : public Backend {
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
 
-  size_t AttentionSavedBytes(const LayerDims& dims) const override {
-    return static_cast<size_t>(dims.batch * dims.heads * dims.seq) * sizeof(SoftmaxRow);
-  }
-  size_t WorkspaceBytes(const LayerDims& dims) const override;
+  const OpSizes& sizes() const override { return *sizes_; }
 
  private:
-  explicit CudaBackend(DeviceInfo info) { info_ = std::move(info); }
+  explicit CudaBackend(DeviceInfo info) : sizes_(CudaOpSizes(info.threads)) {
+    info_ = std::move(info);
+  }
 
   absl::Status DoLinear(const Workspace& ws, const LinearArgs& args) override;
   absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) override;
@@ -138,6 +142,7 @@ class CudaBackend final : public Backend {
   absl::Status DoCast(const Workspace& ws, const CastArgs& args) override;
   absl::Status DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) override;
   absl::Status DoAdamW(const Workspace& ws, const AdamWArgs& args) override;
+  absl::Status DoLamb(const Workspace& ws, const LambArgs& args) override;
 
   // The current device is a thread's own: set it in every call, whichever thread makes it.
   absl::Status UseDevice() const { return Check(cudaSetDevice(info_.ordinal), "cudaSetDevice"); }
@@ -147,6 +152,7 @@ class CudaBackend final : public Backend {
   absl::Status RunRowNormBackward(RowNormBackwardParams params, const Workspace& ws,
                                   const char* op);
 
+  const std::unique_ptr<const OpSizes> sizes_;
   cudaStream_t stream_ = nullptr;
   std::array<cudaEvent_t, kMarks> marks_{};
   std::array<bool, kMarks> recorded_{};
@@ -278,23 +284,6 @@ absl::StatusOr<double> CudaBackend::SecondsBetween(int begin, int end) {
   return static_cast<double>(milliseconds) * 1e-3;
 }
 
-// --- sizes ---
-
-size_t CudaBackend::WorkspaceBytes(const LayerDims& dims) const {
-  // Ops run one after another on one stream, so each may have all of it.
-  const size_t delta = static_cast<size_t>(dims.batch * dims.heads * dims.seq) * sizeof(float);
-  // Column reductions cut the rows into at most this many slices; see RowSlices and row_norm.cu.
-  const auto slices = static_cast<size_t>(info_.threads) * 8;
-  const size_t wide_columns =
-      static_cast<size_t>(std::max(3 * dims.hidden, dims.intermediate)) * sizeof(float);
-  // Slices times columns is bounded: 8 blocks a multiprocessor, 256 columns each, plus rounding.
-  const size_t column_sums = slices * 256 * sizeof(float) + 2 * wide_columns;
-  const size_t norms =
-      static_cast<size_t>(info_.threads) * 2 * 3 * static_cast<size_t>(dims.hidden) * sizeof(float);
-  return RoundUp(std::max({cuda::Products::kWorkspaceBytes, delta, column_sums, norms,
-                           cuda::GradientStatsWorkspaceBytes()}));
-}
-
 // --- products ---
 
 absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) {
@@ -361,6 +350,7 @@ absl::Status CudaBackend::DoLinearWeightGrad(const Workspace& ws,
   sums.dtype = args.dy.dtype;
   sums.workspace = ws.data;
   sums.workspace_bytes = ws.bytes;
+  sums.unordered = ws.unordered;
   sums.multiprocessors = info_.threads;
   return Check(cuda::LaunchColumnSum(sums, stream_), "LinearWeightGrad: dbias");
 }
@@ -397,6 +387,7 @@ absl::Status CudaBackend::DoGeluBackward(const Workspace& ws, const GeluBackward
   p.dtype = args.x.dtype;
   p.workspace = ws.data;
   p.workspace_bytes = ws.bytes;
+  p.unordered = ws.unordered;
   p.multiprocessors = info_.threads;
   return Check(cuda::LaunchGeluBackward(p, stream_), "GeluBackward");
 }
@@ -420,6 +411,7 @@ absl::Status CudaBackend::RunRowNormBackward(RowNormBackwardParams params, const
   if (!status.ok()) return status;
   params.workspace = ws.data;
   params.workspace_bytes = ws.bytes;
+  params.unordered = ws.unordered;
   params.multiprocessors = info_.threads;
   return Check(cuda::LaunchRowNormBackward(params, stream_), op);
 }
@@ -445,15 +437,17 @@ absl::Status CudaBackend::DoLayerNormBackward(const Workspace& ws,
   p.dy = args.dy.data;
   p.dsum = args.residual_grad.data;
   p.sum = args.x.data;
+  p.y = args.y.data;
+  p.beta = args.beta.data;
   p.gamma = args.gamma.data;
   p.mean = args.mean.as<float>();
   p.rstd = args.rstd.as<float>();
   p.dsum_out = args.dx.data;
   p.dgamma = args.dgamma.as<float>();
   p.dbeta = args.dbeta.as<float>();
-  p.rows = RowsOf(args.x);
-  p.cols = ColsOf(args.x);
-  p.dtype = args.x.dtype;
+  p.rows = RowsOf(args.dx);
+  p.cols = ColsOf(args.dx);
+  p.dtype = args.dx.dtype;
   return RunRowNormBackward(p, ws, "LayerNormBackward");
 }
 
@@ -483,6 +477,8 @@ absl::Status CudaBackend::DoDropoutAddNormBackward(const Workspace& ws,
   p.dy = args.dy.data;
   p.dsum = args.dsum.data;
   p.sum = args.sum.data;
+  p.y = args.y.data;
+  p.beta = args.beta.data;
   p.gamma = args.gamma.data;
   p.mean = args.mean.as<float>();
   p.rstd = args.rstd.as<float>();
@@ -507,60 +503,47 @@ absl::Status CheckSaved(const TensorView& saved, const char* op) {
       absl::StrCat(op, ": saved is not aligned to ", alignof(SoftmaxRow), " bytes"));
 }
 
-absl::Status CheckHeadDim(const LayerDims& dims, const char* op) {
-  if (dims.head_dim() <= cuda::MaxAttentionHeadDim()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(op, ": head dim ", dims.head_dim(),
-                                                 " is above this backend's limit of ",
-                                                 cuda::MaxAttentionHeadDim()));
-}
-
-absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
-  if (absl::Status status = UseDevice(); !status.ok()) return status;
-  if (absl::Status status = CheckHeadDim(args.dims, "Attention"); !status.ok()) return status;
-  if (absl::Status status = CheckSaved(args.saved, "Attention"); !status.ok()) return status;
+// What AttentionArgs and AttentionBackwardArgs have in common.
+template <typename Args>
+AttentionParams AttentionParamsOf(const Args& args) {
   AttentionParams p;
   p.qkv = args.qkv.data;
-  p.mask = args.mask.as<const float>();
-  p.lengths = args.lengths.as<const int32_t>();
+  p.mask = args.mask.template as<const float>();
+  p.lengths = args.lengths.template as<const int32_t>();
+  p.cu_seqlens = args.cu_seqlens.template as<const int32_t>();
+  p.causal = args.causal;
   p.scale = args.scale;
   p.dropout = DropoutOf(args.dropout);
   p.out = args.out.data;
-  p.softmax = args.saved.as<SoftmaxRow>();
+  p.softmax = args.saved.template as<SoftmaxRow>();
+  p.tokens = args.dims.tokens();
   p.batch = args.dims.batch;
   p.seq = args.dims.seq;
   p.heads = args.dims.heads;
   p.head_dim = args.dims.head_dim();
+  p.width = args.dims.hidden;
   p.dtype = args.qkv.dtype;
-  return Check(cuda::LaunchAttention(p, stream_), "Attention");
+  return p;
+}
+
+absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  if (absl::Status status = CheckSaved(args.saved, "Attention"); !status.ok()) return status;
+  return Check(cuda::LaunchAttention(AttentionParamsOf(args), stream_), "Attention");
 }
 
 absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
                                               const AttentionBackwardArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  if (absl::Status status = CheckHeadDim(args.dims, "AttentionBackward"); !status.ok()) {
-    return status;
-  }
   if (absl::Status status = CheckSaved(args.saved, "AttentionBackward"); !status.ok()) {
     return status;
   }
   const size_t delta_bytes =
-      static_cast<size_t>(args.dims.batch * args.dims.heads * args.dims.seq) * sizeof(float);
+      static_cast<size_t>(args.dims.tokens() * args.dims.heads) * sizeof(float);
   if (absl::Status status = NeedWorkspace(ws, delta_bytes, "AttentionBackward"); !status.ok()) {
     return status;
   }
-  AttentionParams p;
-  p.qkv = args.qkv.data;
-  p.mask = args.mask.as<const float>();
-  p.lengths = args.lengths.as<const int32_t>();
-  p.scale = args.scale;
-  p.dropout = DropoutOf(args.dropout);
-  p.out = args.out.data;
-  p.softmax = args.saved.as<SoftmaxRow>();
-  p.batch = args.dims.batch;
-  p.seq = args.dims.seq;
-  p.heads = args.dims.heads;
-  p.head_dim = args.dims.head_dim();
-  p.dtype = args.qkv.dtype;
+  AttentionParams p = AttentionParamsOf(args);
   p.dout = args.dout.data;
   p.dqkv = args.dqkv.data;
   p.delta = static_cast<float*>(ws.data);
@@ -582,7 +565,7 @@ absl::Status CudaBackend::DoCast(const Workspace& /*ws*/, const CastArgs& args) 
 
 absl::Status CudaBackend::DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  absl::Status status = NeedWorkspace(ws, cuda::GradientStatsWorkspaceBytes(), "GradientStats");
+  absl::Status status = NeedWorkspace(ws, cuda::kGradientStatsWorkspaceBytes, "GradientStats");
   if (!status.ok()) return status;
   cuda::GradientStatsParams p;
   p.grad = args.grad.as<const float>();
@@ -613,6 +596,36 @@ absl::Status CudaBackend::DoAdamW(const Workspace& /*ws*/, const AdamWArgs& args
   p.control = reinterpret_cast<const cuda::Control*>(args.control);
   p.dtype = args.weights.dtype;
   return Check(cuda::LaunchAdamW(p, stream_), "AdamW");
+}
+
+absl::Status CudaBackend::DoLamb(const Workspace& ws, const LambArgs& args) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const int64_t elements = args.master.elements();
+  absl::Status status =
+      NeedWorkspace(ws, cuda::LambWorkspaceBytes(elements, args.segment_count), "Lamb");
+  if (!status.ok()) return status;
+  cuda::LambParams p;
+  p.master = args.master.as<float>();
+  p.weights = args.weights.data;
+  p.grad = args.grad.as<const float>();
+  p.m = args.m.as<float>();
+  p.v = args.v.as<float>();
+  p.elements = elements;
+  p.segments = reinterpret_cast<const cuda::LambRange*>(args.segments);
+  p.segment_count = args.segment_count;
+  p.lr = args.lr;
+  p.beta1 = args.beta1;
+  p.beta2 = args.beta2;
+  p.eps = args.eps;
+  p.weight_decay = args.weight_decay;
+  p.correction1 = args.correction1;
+  p.correction2 = args.correction2;
+  p.min_ratio = args.min_ratio;
+  p.max_ratio = args.max_ratio;
+  p.control = reinterpret_cast<const cuda::Control*>(args.control);
+  p.dtype = args.weights.dtype;
+  p.workspace = ws.data;
+  return Check(cuda::LaunchLamb(p, stream_), "Lamb");
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) GeluKernel(const T* x, T* y, int64_t
   }
 }
 
-// Block (bx, by): columns [bx * 32 * kWidth, ...), rows of slice by. `partials` null: no sums.
+// Block (bx, by): columns [bx * 32 * kWidth, ...), rows of slice by. Without dbias no sums.
 template <typename T, bool kTanh, int kWidth>
 __global__ void __launch_bounds__(32 * kThreadRows)
     GeluBackwardKernel(GeluBackwardParams p, float* partials, int64_t rows_per_slice) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(32 * kThreadRows)
       StoreWide<T, kWidth>(dx + offset, grad);
     }
   }
-  if (partials == nullptr) return;
+  if (p.dbias == nullptr) return;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) shared[threadIdx.y][threadIdx.x * kWidth + i] = sum[i];
   __syncthreads();
@@ -97,7 +97,11 @@ __global__ void __launch_bounds__(32 * kThreadRows)
     float total = 0.0f;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) total += shared[r][c];
-    partials[blockIdx.y * p.cols + out] = total;
+    if (p.unordered) {
+      atomicAdd(p.dbias + out, total);
+    } else {
+      partials[blockIdx.y * p.cols + out] = total;
+    }
   }
 }
 
@@ -124,13 +128,13 @@ cudaError_t LaunchBackward(const GeluBackwardParams& p, cudaStream_t stream) {
       RowSlices({p.rows, p.cols, width, kThreadRows, 1,
                  p.dbias != nullptr ? p.workspace_bytes : unlimited, p.multiprocessors});
   if (slices == 0) return cudaErrorInvalidValue;
-  float* partials = p.dbias != nullptr ? static_cast<float*>(p.workspace) : nullptr;
+  float* partials = static_cast<float*>(p.workspace);
   const dim3 grid(static_cast<unsigned>((p.cols + width - 1) / width),
                   static_cast<unsigned>(slices));
   GeluBackwardKernel<T, kTanh, kWidth>
       <<<grid, dim3(32, kThreadRows), 0, stream>>>(p, partials, (p.rows + slices - 1) / slices);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (p.dbias == nullptr) return cudaSuccess;
+  if (p.dbias == nullptr || p.unordered) return cudaSuccess;
   FinishColumnSumArgs finish;
   finish.partials = partials;
   finish.slices = slices;

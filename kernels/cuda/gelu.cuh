@@ -31,6 +31,7 @@ struct GeluBackwardParams {
   DType dtype = DType::kF32;
   void* workspace = nullptr;  // used with dbias: at least one row of fp32
   size_t workspace_bytes = 0;
+  bool unordered = false;  // dbias in any order: column_sum.cuh
   int multiprocessors = 1;
 };
 [[nodiscard]] cudaError_t LaunchGeluBackward(const GeluBackwardParams& params, cudaStream_t stream);

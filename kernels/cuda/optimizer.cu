@@ -4,26 +4,13 @@
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 #include "common/reduce.cuh"
+#include "kernel_limits.h"
 #include "optimizer.cuh"
 
 namespace lamina::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxPartials = static_cast<int>(GradientStatsWorkspaceBytes() / sizeof(double));
-
-// The sum of `v` over the block, for thread 0.
-__device__ __forceinline__ double BlockSum(double v) {
-  __shared__ double shared[kThreads / 32];
-  v = WarpSum(v);
-  if ((threadIdx.x & 31u) == 0) shared[threadIdx.x >> 5] = v;
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kThreads / 32; ++w) total += shared[w];
-  }
-  return total;
-}
 
 // One sum of squares a block. In fp64 no square of an fp32 overflows, so the total is finite
 // exactly when every gradient is.
@@ -41,8 +28,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = quads * 4 + first; i < elements; i += stride) {
     sum += static_cast<double>(grad[i]) * grad[i];
   }
-  const double total = BlockSum(sum);
-  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+  double total[1] = {sum};
+  BlockSum<kThreads / 32>(total);
+  if (threadIdx.x == 0) partials[blockIdx.x] = total[0];
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -50,8 +38,10 @@ __global__ void __launch_bounds__(kThreads)
                       Control* control) {
   double sum = 0.0;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += partials[i];
-  const double total = BlockSum(sum);
+  double sums[1] = {sum};
+  BlockSum<kThreads / 32>(sums);
   if (threadIdx.x != 0) return;
+  const double total = sums[0];
   const double norm = sqrt(total) / static_cast<double>(loss_scale);
   const bool finite = isfinite(total);
   double clip = 1.0;
@@ -115,7 +105,7 @@ cudaError_t Launch(const AdamWParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchGradientStats(const GradientStatsParams& p, cudaStream_t stream) {
   const int64_t useful = (p.elements + kThreads * 8 - 1) / (kThreads * 8);
-  const int count = static_cast<int>(std::clamp<int64_t>(useful, 1, kMaxPartials));
+  const int count = static_cast<int>(std::clamp<int64_t>(useful, 1, kMaxGradientStatsPartials));
   double* partials = static_cast<double*>(p.workspace);
   SumOfSquaresKernel<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
       p.grad, p.elements, Aligned16(p.grad), partials);

@@ -24,9 +24,8 @@ struct GradientStatsParams {
   float loss_scale = 1.0f;
   float max_norm = 0.0f;  // 0: no clipping
   Control* control = nullptr;
-  void* workspace = nullptr;  // GradientStatsWorkspaceBytes()
+  void* workspace = nullptr;  // kGradientStatsWorkspaceBytes
 };
-constexpr size_t GradientStatsWorkspaceBytes() { return 1024 * sizeof(double); }
 [[nodiscard]] cudaError_t LaunchGradientStats(const GradientStatsParams& params,
                                               cudaStream_t stream);
 

@@ -5,6 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "bias.cuh"
+#include "cublas_lt.h"
+#include "kernel_limits.h"
 #include "product_any.cuh"
 
 namespace lamina::cuda {
@@ -68,6 +70,7 @@ std::string Describe(const ProductArgs& a) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Products>> Products::Create() {
+  if (absl::Status status = LoadCublasLt(); !status.ok()) return status;
   cublasLtHandle_t handle = nullptr;
   if (absl::Status status = Check(cublasLtCreate(&handle), "cublasLtCreate"); !status.ok()) {
     return status;
@@ -137,9 +140,11 @@ absl::Status Products::SelectAlgorithm(const Key& key, Plan& plan) {
                         "product preference attribute"));
   };
   set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, key.workspace_bytes);
-  // Split reductions through the workspace in fp32 are deterministic; in-place ones are not.
-  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  // Split reductions through the workspace in fp32 are deterministic. In-place ones spare the
+  // workspace and the kernel that adds it up, but their order is not promised.
+  uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+  if (key.unordered) reductions |= CUBLASLT_REDUCTION_SCHEME_INPLACE;
+  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.align_b);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.align_a);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.align_d);
@@ -223,13 +228,15 @@ absl::Status Products::Run(const ProductArgs& args, cudaStream_t stream) {
                 .dtype = args.dtype,
                 .bias = epilogue,
                 .accumulate = accumulate,
+                // Sums over tokens are the weight gradients' alone.
+                .unordered = args.kind == ProductKind::kWeightGrad && args.workspace.unordered,
                 .m = args.m,
                 .n = args.n,
                 .k = args.k,
                 .align_a = Alignment(args.a),
                 .align_b = Alignment(args.b),
                 .align_d = Alignment(args.d),
-                .workspace_bytes = std::min(args.workspace.bytes, kWorkspaceBytes)};
+                .workspace_bytes = std::min(args.workspace.bytes, kProductWorkspaceBytes)};
   absl::StatusOr<Plan*> found = FindOrCreate(key, args.bias);
   if (!found.ok()) return found.status();
   Plan& plan = **found;

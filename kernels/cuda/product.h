@@ -36,18 +36,15 @@ struct ProductArgs {
   Workspace workspace;
 };
 
-// Results are deterministic: algorithms whose split reductions run in place are excluded. fp32
-// operands are multiplied in fp32, never TF32.
-// One thread at a time.
+// Results are deterministic: algorithms whose split reductions run in place are excluded, except
+// from weight gradients in an unordered workspace. fp32 operands are multiplied in fp32, never
+// TF32. One thread at a time.
 class Products {
  public:
   static absl::StatusOr<std::unique_ptr<Products>> Create();
   ~Products();
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
-
-  // What an algorithm may use; more is of no use.
-  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 
   // Enqueues the product on `stream`. INTERNAL with cuBLAS's or CUDA's error.
   absl::Status Run(const ProductArgs& args, cudaStream_t stream);
@@ -59,18 +56,20 @@ class Products {
     DType dtype;
     bool bias;        // fused as an epilogue
     bool accumulate;  // d holds what to add to
+    bool unordered;   // split reductions may run in place
     int64_t m, n, k;
     uint32_t align_a, align_b, align_d;  // bytes, powers of two up to 256
     size_t workspace_bytes;
     bool operator==(const Key& o) const {
       return kind == o.kind && dtype == o.dtype && bias == o.bias && accumulate == o.accumulate &&
-             m == o.m && n == o.n && k == o.k && align_a == o.align_a && align_b == o.align_b &&
-             align_d == o.align_d && workspace_bytes == o.workspace_bytes;
+             unordered == o.unordered && m == o.m && n == o.n && k == o.k && align_a == o.align_a &&
+             align_b == o.align_b && align_d == o.align_d && workspace_bytes == o.workspace_bytes;
     }
     template <typename H>
     friend H AbslHashValue(H h, const Key& key) {
-      return H::combine(std::move(h), key.kind, key.dtype, key.bias, key.accumulate, key.m, key.n,
-                        key.k, key.align_a, key.align_b, key.align_d, key.workspace_bytes);
+      return H::combine(std::move(h), key.kind, key.dtype, key.bias, key.accumulate, key.unordered,
+                        key.m, key.n, key.k, key.align_a, key.align_b, key.align_d,
+                        key.workspace_bytes);
     }
   };
   struct Destroy {

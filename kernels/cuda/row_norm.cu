@@ -12,6 +12,7 @@
 #include "common/dispatch.cuh"
 #include "common/dropout.cuh"
 #include "common/reduce.cuh"
+#include "kernel_limits.h"
 #include "row_norm.cuh"
 
 namespace lamina::cuda {
@@ -147,10 +148,35 @@ __global__ void __launch_bounds__(256) RowNormAnyKernel(RowNormParams p) {
   }
 }
 
+// The normalised values of kWidth columns from `col`, whose gammas the caller has.
+template <typename T, int kWidth, bool kFromOutput>
+__device__ __forceinline__ void LoadNormalised(const RowNormBackwardParams& p, int64_t row,
+                                               int64_t col, float mean, float rstd,
+                                               const float (&gamma)[kWidth],
+                                               float (&normalised)[kWidth]) {
+  const int64_t offset = row * p.cols + col;
+  if constexpr (kFromOutput) {
+    float beta[kWidth];
+    LoadWide<T, kWidth>(static_cast<const T*>(p.y) + offset, normalised);
+    LoadWide<T, kWidth>(static_cast<const T*>(p.beta) + col, beta);
+#pragma unroll
+    // Two ulp beside what y lost when it was rounded; an exact division costs a third of the
+    // registers, and with them half of the blocks.
+    for (int i = 0; i < kWidth; ++i) {
+      normalised[i] = __fdividef(normalised[i] - beta[i], gamma[i]);
+    }
+  } else {
+    LoadWide<T, kWidth>(static_cast<const T*>(p.sum) + offset, normalised);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) normalised[i] = (normalised[i] - mean) * rstd;
+  }
+}
+
 constexpr int BackwardThreads(int chunks_per_thread) { return chunks_per_thread <= 2 ? 512 : 256; }
 
 // Partial sums go to partials[(array * gridDim.x + block) * cols + col]: dgamma, dbeta, dbias.
-template <typename T, int kChunks>
+// Unordered, they go to the gradients themselves. kFromOutput: y and beta are there, not sum.
+template <typename T, int kChunks, bool kFromOutput>
 __global__ void __launch_bounds__(BackwardThreads(kChunks))
     RowNormBackwardKernel(RowNormBackwardParams p, float* partials, int group_threads) {
   extern __shared__ float columns[];  // [cols]: sums over the groups
@@ -173,7 +199,7 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks))
     const bool active = row < p.rows;
     float ds[kChunks][8];
     if (p.dy != nullptr) {
-      const float mean = active ? p.mean[row] : 0.0f;
+      const float mean = active && !kFromOutput ? p.mean[row] : 0.0f;
       const float rstd = active ? p.rstd[row] : 0.0f;
       float normalised[kChunks][8];
       float total[2] = {0.0f, 0.0f};  // sums of g and of g * normalised, g = dy * gamma
@@ -183,12 +209,11 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks))
         if (active && chunk < chunks) {
           const int64_t offset = row * p.cols + chunk * 8;
           float gamma[8];
-          Load8(static_cast<const T*>(p.sum) + offset, normalised[c]);
           Load8(static_cast<const T*>(p.dy) + offset, ds[c]);
           Load8(static_cast<const T*>(p.gamma) + chunk * 8, gamma);
+          LoadNormalised<T, 8, kFromOutput>(p, row, chunk * 8, mean, rstd, gamma, normalised[c]);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            normalised[c][i] = (normalised[c][i] - mean) * rstd;
             sums[0][c][i] += ds[c][i] * normalised[c][i];
             sums[1][c][i] += ds[c][i];
             ds[c][i] *= gamma[i];
@@ -238,25 +263,29 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks))
     }
   }
 
-  // The groups add their sums up one after another; the last one writes the block's partial sums.
+  // The groups add their sums up one after another; the last one writes the block's sums out.
 #pragma unroll
   for (int array = 0; array < 3; ++array) {
-    const bool wanted = array == 0   ? p.dgamma != nullptr
-                        : array == 1 ? p.dbeta != nullptr
-                                     : p.dbias != nullptr;
-    if (!wanted) continue;
+    float* gradient = array == 0 ? p.dgamma : array == 1 ? p.dbeta : p.dbias;
+    if (gradient == nullptr) continue;
     float* out = partials + (array * int64_t{gridDim.x} + blockIdx.x) * p.cols;
     for (int turn = 0; turn < groups; ++turn) {
       if (group == turn) {
-        float* dst = turn + 1 == groups ? out : columns;
+        const bool last = turn + 1 == groups;
+        float* dst = last ? out : columns;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
           const int chunk = thread + c * group_threads;
           if (chunk >= chunks) continue;
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            const float before = turn == 0 ? 0.0f : columns[chunk * 8 + i];
-            dst[chunk * 8 + i] = before + sums[array][c][i];
+            const int col = chunk * 8 + i;
+            const float total = (turn == 0 ? 0.0f : columns[col]) + sums[array][c][i];
+            if (last && p.unordered) {
+              atomicAdd(gradient + col, total);
+            } else {
+              dst[col] = total;
+            }
           }
         }
       }
@@ -266,29 +295,29 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks))
 }
 
 // One row a block, the row read twice; any width, any alignment. Leaves the column sums to others.
-template <typename T>
+template <typename T, bool kFromOutput>
 __global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardParams p) {
   __shared__ float scratch[2 * 32];
   const int64_t row = blockIdx.x;
   const int cols = static_cast<int>(p.cols);
   const int step = static_cast<int>(blockDim.x);
   const T* dy = static_cast<const T*>(p.dy);
-  const T* sum = static_cast<const T*>(p.sum);
-  const T* gamma = static_cast<const T*>(p.gamma);
   const T* dsum = static_cast<const T*>(p.dsum);
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
 
   float mean = 0.0f, rstd = 0.0f, mean_g = 0.0f, mean_gn = 0.0f;
   if (dy != nullptr) {
-    mean = p.mean[row];
+    if (!kFromOutput) mean = p.mean[row];
     rstd = p.rstd[row];
     float total[2] = {0.0f, 0.0f};
     for (int col = static_cast<int>(threadIdx.x); col < cols; col += step) {
-      const int64_t offset = row * p.cols + col;
-      const float g = ToFloat(dy[offset]) * ToFloat(gamma[col]);
+      const float gamma[1] = {ToFloat(static_cast<const T*>(p.gamma)[col])};
+      float normalised[1];
+      LoadNormalised<T, 1, kFromOutput>(p, row, col, mean, rstd, gamma, normalised);
+      const float g = ToFloat(dy[row * p.cols + col]) * gamma[0];
       total[0] += g;
-      total[1] += g * (ToFloat(sum[offset]) - mean) * rstd;
+      total[1] += g * normalised[0];
     }
     GroupSum<2>(total, step / 32, scratch);
     mean_g = total[0] / static_cast<float>(cols);
@@ -298,9 +327,10 @@ __global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardP
     const int64_t offset = row * p.cols + col;
     float ds[1] = {0.0f};
     if (dy != nullptr) {
-      const float g = ToFloat(dy[offset]) * ToFloat(gamma[col]);
-      const float normalised = (ToFloat(sum[offset]) - mean) * rstd;
-      ds[0] = rstd * (g - mean_g - normalised * mean_gn);
+      const float gamma[1] = {ToFloat(static_cast<const T*>(p.gamma)[col])};
+      float normalised[1];
+      LoadNormalised<T, 1, kFromOutput>(p, row, col, mean, rstd, gamma, normalised);
+      ds[0] = rstd * (ToFloat(dy[offset]) * gamma[0] - mean_g - normalised[0] * mean_gn);
     }
     if (dsum != nullptr) ds[0] += ToFloat(dsum[offset]);
     if (p.dsum_out != nullptr) static_cast<T*>(p.dsum_out)[offset] = FromFloat<T>(ds[0]);
@@ -310,8 +340,9 @@ __global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardP
   }
 }
 
-// Partial sums of dgamma and dbeta. Block (bx, by): 32 columns, the rows of slice by.
-template <typename T>
+// Partial sums of dgamma and dbeta, or unordered these themselves. Block (bx, by): 32 columns, the
+// rows of slice by.
+template <typename T, bool kFromOutput>
 __global__ void __launch_bounds__(256)
     NormColumnsKernel(RowNormBackwardParams p, float* partials, int64_t rows_per_slice) {
   __shared__ float shared[2][8][33];
@@ -320,11 +351,13 @@ __global__ void __launch_bounds__(256)
   const int64_t end = min(begin + rows_per_slice, p.rows);
   float dgamma = 0.0f, dbeta = 0.0f;
   if (col < p.cols) {
+    const float gamma[1] = {ToFloat(static_cast<const T*>(p.gamma)[col])};
     for (int64_t row = begin + threadIdx.y; row < end; row += 8) {
-      const int64_t offset = row * p.cols + col;
-      const float dy = ToFloat(static_cast<const T*>(p.dy)[offset]);
-      const float sum = ToFloat(static_cast<const T*>(p.sum)[offset]);
-      dgamma += dy * (sum - p.mean[row]) * p.rstd[row];
+      const float dy = ToFloat(static_cast<const T*>(p.dy)[row * p.cols + col]);
+      float normalised[1];
+      LoadNormalised<T, 1, kFromOutput>(p, row, col, kFromOutput ? 0.0f : p.mean[row], p.rstd[row],
+                                        gamma, normalised);
+      dgamma += dy * normalised[0];
       dbeta += dy;
     }
   }
@@ -334,7 +367,12 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.y >= 2 || col >= p.cols) return;
   float total = 0.0f;
   for (int r = 0; r < 8; ++r) total += shared[threadIdx.y][r][threadIdx.x];
-  partials[(threadIdx.y * int64_t{gridDim.y} + blockIdx.y) * p.cols + col] = total;
+  if (p.unordered) {
+    float* gradient = threadIdx.y == 0 ? p.dgamma : p.dbeta;
+    if (gradient != nullptr) atomicAdd(gradient + col, total);
+  } else {
+    partials[(threadIdx.y * int64_t{gridDim.y} + blockIdx.y) * p.cols + col] = total;
+  }
 }
 
 template <typename T, int kChunks>
@@ -361,20 +399,21 @@ cudaError_t LaunchAny(const RowNormParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int kChunks>
+template <typename T, int kChunks, bool kFromOutput>
 cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stream) {
   const int group_threads = GroupThreads(p.cols / 8, kChunks);
   const int groups = std::max(1, BackwardThreads(kChunks) / group_threads);
   const int64_t fitting =
       static_cast<int64_t>(p.workspace_bytes / (static_cast<size_t>(p.cols) * 3 * sizeof(float)));
-  const int64_t blocks =
-      std::min({(p.rows + groups - 1) / groups, int64_t{p.multiprocessors} * 2, fitting});
+  const int64_t blocks = std::min({(p.rows + groups - 1) / groups,
+                                   int64_t{p.multiprocessors} * kRowNormBackwardBlocks, fitting});
   if (blocks == 0) return cudaErrorInvalidValue;
   float* partials = static_cast<float*>(p.workspace);
-  RowNormBackwardKernel<T, kChunks>
+  RowNormBackwardKernel<T, kChunks, kFromOutput>
       <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
          static_cast<size_t>(p.cols) * sizeof(float), stream>>>(p, partials, group_threads);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  if (p.unordered) return cudaSuccess;
   FinishColumnSumArgs finish;
   finish.partials = partials;
   finish.slices = blocks;
@@ -385,7 +424,7 @@ cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stre
   return LaunchFinishColumnSum(finish, stream);
 }
 
-template <typename T>
+template <typename T, bool kFromOutput>
 cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t stream) {
   float* partials = static_cast<float*>(p.workspace);
   if (p.dy != nullptr && (p.dgamma != nullptr || p.dbeta != nullptr)) {
@@ -394,20 +433,22 @@ cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t strea
         RowSlices({p.rows, p.cols, 32, 8, 2, p.workspace_bytes, p.multiprocessors});
     if (slices == 0) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>((p.cols + 31) / 32), static_cast<unsigned>(slices));
-    NormColumnsKernel<T>
+    NormColumnsKernel<T, kFromOutput>
         <<<grid, dim3(32, 8), 0, stream>>>(p, partials, (p.rows + slices - 1) / slices);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-    FinishColumnSumArgs finish;
-    finish.partials = partials;
-    finish.slices = slices;
-    finish.cols = p.cols;
-    finish.dst[0] = p.dgamma;
-    finish.dst[1] = p.dbeta;
-    if (const cudaError_t error = LaunchFinishColumnSum(finish, stream); error != cudaSuccess) {
-      return error;
+    if (!p.unordered) {
+      FinishColumnSumArgs finish;
+      finish.partials = partials;
+      finish.slices = slices;
+      finish.cols = p.cols;
+      finish.dst[0] = p.dgamma;
+      finish.dst[1] = p.dbeta;
+      if (const cudaError_t error = LaunchFinishColumnSum(finish, stream); error != cudaSuccess) {
+        return error;
+      }
     }
   }
-  RowNormBackwardAnyKernel<T><<<static_cast<unsigned>(p.rows), 256, 0, stream>>>(p);
+  RowNormBackwardAnyKernel<T, kFromOutput><<<static_cast<unsigned>(p.rows), 256, 0, stream>>>(p);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   if (p.dx == nullptr || p.dbias == nullptr) return cudaSuccess;
   ColumnSumArgs sums;
@@ -418,14 +459,26 @@ cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t strea
   sums.dtype = p.dtype;
   sums.workspace = p.workspace;
   sums.workspace_bytes = p.workspace_bytes;
+  sums.unordered = p.unordered;
   sums.multiprocessors = p.multiprocessors;
   return LaunchColumnSum(sums, stream);
+}
+
+template <typename T, bool kFromOutput>
+cudaError_t LaunchBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
+  const bool wide =
+      p.cols % 8 == 0 && Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.gamma, p.dsum_out, p.dx);
+  if (wide && p.cols <= 256 * 8) return LaunchBackwardFast<T, 1, kFromOutput>(p, stream);
+  if (wide && p.cols <= 512 * 8) return LaunchBackwardFast<T, 2, kFromOutput>(p, stream);
+  if (wide && p.cols <= 1024 * 8) return LaunchBackwardFast<T, 4, kFromOutput>(p, stream);
+  return LaunchBackwardAny<T, kFromOutput>(p, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
+  if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
   const bool wide =
       p.cols % 8 == 0 && Aligned16(p.x, p.bias, p.residual, p.sum, p.gamma, p.beta, p.y);
   return DispatchFloat(p.dtype, [&](auto tag) {
@@ -439,13 +492,11 @@ cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
-  const bool wide = p.cols % 8 == 0 && Aligned16(p.dy, p.dsum, p.sum, p.gamma, p.dsum_out, p.dx);
+  if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (wide && p.cols <= 256 * 8) return LaunchBackwardFast<T, 1>(p, stream);
-    if (wide && p.cols <= 512 * 8) return LaunchBackwardFast<T, 2>(p, stream);
-    if (wide && p.cols <= 1024 * 8) return LaunchBackwardFast<T, 4>(p, stream);
-    return LaunchBackwardAny<T>(p, stream);
+    return p.y != nullptr ? LaunchBackward<T, true>(p, stream)
+                          : LaunchBackward<T, false>(p, stream);
   });
 }
 

@@ -32,20 +32,24 @@ struct RowNormParams {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kF32;
 };
-// cudaErrorInvalidValue for cols above MaxRowNormCols().
+// cudaErrorInvalidValue for cols above MaxRowNormCols() or more than 2^31 - 1 rows.
 [[nodiscard]] cudaError_t LaunchRowNorm(const RowNormParams& params, cudaStream_t stream);
 
 // The widest row that the forward takes: what fits in a block's shared memory as fp32.
 constexpr int64_t MaxRowNormCols() { return 56 * 1024; }
 
 // With ds = d(norm)/d(sum) . dy + dsum:  dsum_out = ds;  dx = mask * scale * ds;
-// dbias += column sums of dx;  dgamma += column sums of dy * normalised;  dbeta += those of dy
+// dbias += column sums of dx;  dgamma += column sums of dy * normalised;  dbeta += those of dy.
+// normalised is (sum - mean) * rstd, or (y - beta) / gamma.
 struct RowNormBackwardParams {
-  const void* dy = nullptr;     // act [rows, cols]; null: there was no norm
-  const void* dsum = nullptr;   // act [rows, cols]; null: zero
-  const void* sum = nullptr;    // act [rows, cols]: the norm's input; with dy
+  const void* dy = nullptr;    // act [rows, cols]; null: there was no norm
+  const void* dsum = nullptr;  // act [rows, cols]; null: zero
+  const void* sum =
+      nullptr;              // act [rows, cols]: the norm's input; with dy, or y and beta are there
+  const void* y = nullptr;  // act [rows, cols]: the norm's output; null: sum and mean are there
+  const void* beta = nullptr;   // act [cols]; with y
   const void* gamma = nullptr;  // act [cols]; with dy
-  const float* mean = nullptr;  // [rows]; with dy
+  const float* mean = nullptr;  // [rows]; with sum
   const float* rstd = nullptr;  // [rows]; with dy
   DropoutParams dropout;
   void* dsum_out = nullptr;  // act [rows, cols]; null: not wanted. May be dsum
@@ -57,8 +61,10 @@ struct RowNormBackwardParams {
   DType dtype = DType::kF32;
   void* workspace = nullptr;  // 3 * cols * 4 bytes at least
   size_t workspace_bytes = 0;
+  bool unordered = false;  // column sums in any order: column_sum.cuh
   int multiprocessors = 1;
 };
+// cudaErrorInvalidValue for more than 2^31 - 1 rows.
 [[nodiscard]] cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& params,
                                                 cudaStream_t stream);
 

@@ -7,17 +7,18 @@ namespace lamina::ref {
 namespace {
 
 struct Shapes {
-  explicit Shapes(const LayerConfig& c)
-      : t(c.batch * c.seq),
+  Shapes(const LayerConfig& c, const Keys& keys)
+      : attention{c.batch, c.seq, c.hidden, c.heads,
+                  1.0 / std::sqrt(static_cast<double>(c.hidden / c.heads))},
+        t(Tokens(attention, keys)),
         h(c.hidden),
         qkv{t, h, 3 * h},
         o{t, h, h},
         inter{t, h, c.intermediate},
-        output{t, c.intermediate, h},
-        attention{c.batch, c.seq, h, c.heads, 1.0 / std::sqrt(static_cast<double>(h / c.heads))} {}
+        output{t, c.intermediate, h} {}
+  AttentionShape attention;
   int64_t t, h;
   ProductShape qkv, o, inter, output;
-  AttentionShape attention;
 };
 
 Mask MaskOf(const LayerConfig& c, DropoutSite site) {
@@ -34,7 +35,7 @@ void Add(Vec& to, const Vec& what) {
 
 LayerValues LayerForward(const LayerConfig& config, const LayerParameters& p, const Vec& x,
                          const Keys& keys) {
-  const Shapes s(config);
+  const Shapes s(config, keys);
   LayerValues v;
   v.x = x;
   if (config.pre_layer_norm) v.norm = LayerNorm(x, p.norm_w, p.norm_b, config.eps, s.t, s.h);
@@ -60,7 +61,7 @@ LayerValues LayerForward(const LayerConfig& config, const LayerParameters& p, co
 
 LayerGradients LayerBackward(const LayerConfig& config, const LayerParameters& p,
                              const LayerValues& v, const Keys& keys, const Vec& dy) {
-  const Shapes s(config);
+  const Shapes s(config, keys);
   LayerGradients g;
   LayerParameters& d = g.parameters;
 

@@ -15,6 +15,7 @@
 
 namespace lamina::ref {
 
+// Of a packed batch, `batch` is the number of sequences and `seq` the longest one's length.
 struct LayerConfig {
   int64_t batch = 0, seq = 0, hidden = 0, heads = 0, intermediate = 0;
   bool pre_layer_norm = true;

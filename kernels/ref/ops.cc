@@ -23,10 +23,12 @@ Vec DropoutFactors(const Mask& mask, int64_t rows, int64_t cols) {
   if (mask.ratio == 0.0f) return factors;
   const uint32_t threshold = KeepThreshold(mask.ratio);
   const double scale = 65536.0 / threshold;
+  Philox4 bits{};
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c) {
-      const Philox4 bits = DropoutBits(mask.rng, mask.stream, static_cast<uint64_t>(r),
-                                       static_cast<uint32_t>(c / 8));
+      if (c % 8 == 0)
+        bits = DropoutBits(mask.rng, mask.stream, static_cast<uint64_t>(r),
+                           static_cast<uint32_t>(c / 8));
       const bool keep = DropoutLane(bits, static_cast<uint32_t>(c % 8)) < threshold;
       At(factors, r * cols + c) = keep ? scale : 0.0;
     }
@@ -130,6 +132,30 @@ NormGradients LayerNormBackward(const Vec& dy, const Vec& x, const Vec& gamma, c
   return result;
 }
 
+NormGradients LayerNormBackwardFromOutput(const Vec& dy, const Vec& y, const Vec& beta,
+                                          const Vec& gamma, const Vec& rstd, int64_t t, int64_t h) {
+  NormGradients result{Zeros(t * h), Zeros(h), Zeros(h)};
+  for (int64_t r = 0; r < t; ++r) {
+    // With xhat = (y - beta) / gamma and g = dy * gamma:
+    //   dx = rstd * (g - average(g) - xhat * average(g * xhat))
+    double average_g = 0.0, average_gx = 0.0;
+    for (int64_t c = 0; c < h; ++c) {
+      const double xhat = (At(y, r * h + c) - At(beta, c)) / At(gamma, c);
+      const double g = At(dy, r * h + c) * At(gamma, c);
+      average_g += g / static_cast<double>(h);
+      average_gx += g * xhat / static_cast<double>(h);
+    }
+    for (int64_t c = 0; c < h; ++c) {
+      const double xhat = (At(y, r * h + c) - At(beta, c)) / At(gamma, c);
+      const double g = At(dy, r * h + c) * At(gamma, c);
+      At(result.dx, r * h + c) = At(rstd, r) * (g - average_g - xhat * average_gx);
+      At(result.dgamma, c) += At(dy, r * h + c) * xhat;
+      At(result.dbeta, c) += At(dy, r * h + c);
+    }
+  }
+  return result;
+}
+
 Vec DropoutAdd(const Vec& x, const Vec& bias, const Vec& residual, const Mask& mask, int64_t t,
                int64_t h) {
   const Vec factors = DropoutFactors(mask, t, h);
@@ -149,17 +175,26 @@ Vec DropoutAddBackward(const Vec& ds, const Mask& mask, int64_t t, int64_t h) {
   return dx;
 }
 
-namespace {
-
-// Where row `position` of q (part 0), k (1) or v (2) of one head begins in qkv.
-int64_t HeadRow(const AttentionShape& s, int64_t sample, int64_t position, int part, int64_t head) {
-  return (sample * s.seq + position) * 3 * s.hidden + part * s.hidden + head * (s.hidden / s.heads);
+Sequence SequenceOf(const AttentionShape& s, const Keys& keys, int64_t sample) {
+  if (keys.cu_seqlens.empty()) return {sample * s.seq, s.seq};
+  const int64_t first = At(keys.cu_seqlens, sample);
+  return {first, At(keys.cu_seqlens, sample + 1) - first};
 }
 
-// The head's rows [S, S] of the dropout factors over [B*A*S, S].
-Vec HeadFactors(const AttentionShape& s, const Vec& factors, int64_t sample, int64_t head) {
-  const auto begin = factors.begin() + (sample * s.heads + head) * s.seq * s.seq;
-  return Vec(begin, begin + s.seq * s.seq);
+int64_t Tokens(const AttentionShape& s, const Keys& keys) {
+  return keys.cu_seqlens.empty() ? s.batch * s.seq : keys.cu_seqlens.back();
+}
+
+int64_t FirstDropoutRow(const AttentionShape& s, const Keys& keys, int64_t sample, int64_t head) {
+  const Sequence sequence = SequenceOf(s, keys, sample);
+  return sequence.first * s.heads + head * sequence.length;
+}
+
+namespace {
+
+// Where row `token` of q (part 0), k (1) or v (2) of one head begins in qkv.
+int64_t HeadRow(const AttentionShape& s, int64_t token, int part, int64_t head) {
+  return token * 3 * s.hidden + part * s.hidden + head * (s.hidden / s.heads);
 }
 
 }  // namespace
@@ -167,80 +202,87 @@ Vec HeadFactors(const AttentionShape& s, const Vec& factors, int64_t sample, int
 Vec AttentionProbs(const AttentionShape& s, const Vec& qkv, const Keys& keys, int64_t sample,
                    int64_t head) {
   const int64_t d = s.hidden / s.heads;
-  Vec probs = Zeros(s.seq * s.seq);
-  for (int64_t i = 0; i < s.seq; ++i) {
-    Vec scores = Zeros(s.seq);
+  const auto [first, length] = SequenceOf(s, keys, sample);
+  Vec probs = Zeros(length * length);
+  for (int64_t i = 0; i < length; ++i) {
+    Vec scores = Zeros(length);
     double largest = -std::numeric_limits<double>::infinity();
-    for (int64_t j = 0; j < s.seq; ++j) {
+    for (int64_t j = 0; j < length; ++j) {
       double dot = 0.0;
       for (int64_t c = 0; c < d; ++c)
-        dot += At(qkv, HeadRow(s, sample, i, 0, head) + c) *
-               At(qkv, HeadRow(s, sample, j, 1, head) + c);
+        dot += At(qkv, HeadRow(s, first + i, 0, head) + c) *
+               At(qkv, HeadRow(s, first + j, 1, head) + c);
       At(scores, j) = dot * s.scale;
       if (!keys.mask.empty()) At(scores, j) += At(keys.mask, sample * s.seq + j);
       if (!keys.lengths.empty() && j >= At(keys.lengths, sample))
         At(scores, j) = -std::numeric_limits<double>::infinity();
+      if (keys.causal && j > i) At(scores, j) = -std::numeric_limits<double>::infinity();
       largest = std::max(largest, At(scores, j));
     }
     if (std::isinf(largest)) continue;  // every key is masked out
     double sum = 0.0;
-    for (int64_t j = 0; j < s.seq; ++j) sum += std::exp(At(scores, j) - largest);
-    for (int64_t j = 0; j < s.seq; ++j)
-      At(probs, i * s.seq + j) = std::exp(At(scores, j) - largest) / sum;
+    for (int64_t j = 0; j < length; ++j) sum += std::exp(At(scores, j) - largest);
+    for (int64_t j = 0; j < length; ++j)
+      At(probs, i * length + j) = std::exp(At(scores, j) - largest) / sum;
   }
   return probs;
 }
 
 Vec Attention(const AttentionShape& s, const Vec& qkv, const Keys& keys, const Mask& mask) {
-  const int64_t d = s.hidden / s.heads;
-  const Vec all_factors = DropoutFactors(mask, s.batch * s.heads * s.seq, s.seq);
-  Vec out = Zeros(s.batch * s.seq * s.hidden);
+  const int64_t d = s.hidden / s.heads, t = Tokens(s, keys);
+  const Vec factors = DropoutFactors(mask, t * s.heads, s.seq);
+  Vec out = Zeros(t * s.hidden);
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t a = 0; a < s.heads; ++a) {
+      const auto [first, length] = SequenceOf(s, keys, b);
       const Vec probs = AttentionProbs(s, qkv, keys, b, a);
-      const Vec factors = HeadFactors(s, all_factors, b, a);
-      for (int64_t i = 0; i < s.seq; ++i)
-        for (int64_t j = 0; j < s.seq; ++j)
+      for (int64_t i = 0; i < length; ++i) {
+        const int64_t out_row = (first + i) * s.hidden + a * d;
+        const int64_t factor_row = (FirstDropoutRow(s, keys, b, a) + i) * s.seq;
+        for (int64_t j = 0; j < length; ++j) {
+          const double dropped = At(factors, factor_row + j) * At(probs, i * length + j);
           for (int64_t c = 0; c < d; ++c)
-            At(out, (b * s.seq + i) * s.hidden + a * d + c) += At(factors, i * s.seq + j) *
-                                                               At(probs, i * s.seq + j) *
-                                                               At(qkv, HeadRow(s, b, j, 2, a) + c);
+            At(out, out_row + c) += dropped * At(qkv, HeadRow(s, first + j, 2, a) + c);
+        }
+      }
     }
   return out;
 }
 
 Vec AttentionBackward(const AttentionShape& s, const Vec& qkv, const Keys& keys, const Mask& mask,
                       const Vec& dout) {
-  const int64_t d = s.hidden / s.heads;
-  const Vec all_factors = DropoutFactors(mask, s.batch * s.heads * s.seq, s.seq);
-  Vec dqkv = Zeros(s.batch * s.seq * 3 * s.hidden);
+  const int64_t d = s.hidden / s.heads, t = Tokens(s, keys);
+  const Vec factors = DropoutFactors(mask, t * s.heads, s.seq);
+  Vec dqkv = Zeros(t * 3 * s.hidden);
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t a = 0; a < s.heads; ++a) {
+      const auto [first, length] = SequenceOf(s, keys, b);
       const Vec probs = AttentionProbs(s, qkv, keys, b, a);
-      const Vec factors = HeadFactors(s, all_factors, b, a);
-      for (int64_t i = 0; i < s.seq; ++i) {
-        const int64_t out_row = (b * s.seq + i) * s.hidden + a * d;
+      for (int64_t i = 0; i < length; ++i) {
+        const int64_t out_row = (first + i) * s.hidden + a * d;
+        const int64_t factor_row = (FirstDropoutRow(s, keys, b, a) + i) * s.seq;
+        const int64_t q_row = HeadRow(s, first + i, 0, a);
         // out = (factor * prob) v
-        Vec dprobs = Zeros(s.seq);
-        for (int64_t j = 0; j < s.seq; ++j) {
-          const double factor = At(factors, i * s.seq + j);
-          const double prob = At(probs, i * s.seq + j);
+        Vec dprobs = Zeros(length);
+        for (int64_t j = 0; j < length; ++j) {
+          const double factor = At(factors, factor_row + j);
+          const double prob = At(probs, i * length + j);
+          const int64_t v_row = HeadRow(s, first + j, 2, a);
           for (int64_t c = 0; c < d; ++c) {
-            At(dprobs, j) += factor * At(dout, out_row + c) * At(qkv, HeadRow(s, b, j, 2, a) + c);
-            At(dqkv, HeadRow(s, b, j, 2, a) + c) += factor * prob * At(dout, out_row + c);
+            At(dprobs, j) += factor * At(dout, out_row + c) * At(qkv, v_row + c);
+            At(dqkv, v_row + c) += factor * prob * At(dout, out_row + c);
           }
         }
         // prob = softmax(score): dscore = prob * (dprob - sum of prob * dprob)
         double sum = 0.0;
-        for (int64_t j = 0; j < s.seq; ++j) sum += At(probs, i * s.seq + j) * At(dprobs, j);
+        for (int64_t j = 0; j < length; ++j) sum += At(probs, i * length + j) * At(dprobs, j);
         // score = scale * q k^T
-        for (int64_t j = 0; j < s.seq; ++j) {
-          const double dscore = At(probs, i * s.seq + j) * (At(dprobs, j) - sum);
+        for (int64_t j = 0; j < length; ++j) {
+          const double dscore = At(probs, i * length + j) * (At(dprobs, j) - sum);
+          const int64_t k_row = HeadRow(s, first + j, 1, a);
           for (int64_t c = 0; c < d; ++c) {
-            At(dqkv, HeadRow(s, b, i, 0, a) + c) +=
-                dscore * s.scale * At(qkv, HeadRow(s, b, j, 1, a) + c);
-            At(dqkv, HeadRow(s, b, j, 1, a) + c) +=
-                dscore * s.scale * At(qkv, HeadRow(s, b, i, 0, a) + c);
+            At(dqkv, q_row + c) += dscore * s.scale * At(qkv, k_row + c);
+            At(dqkv, k_row + c) += dscore * s.scale * At(qkv, q_row + c);
           }
         }
       }
@@ -270,6 +312,33 @@ void AdamW(const AdamWSettings& s, double grad_scale, const Vec& grad, Vec& mast
     v[i] = s.beta2 * v[i] + (1.0 - s.beta2) * g * g;
     const double step = (m[i] / s.correction1) / (std::sqrt(v[i] / s.correction2) + s.eps);
     master[i] -= s.lr * (s.weight_decay * master[i] + step);
+  }
+}
+
+void Lamb(const LambSettings& s, const std::vector<LambSegment>& segments, double grad_scale,
+          const Vec& grad, Vec& master, Vec& m, Vec& v) {
+  const AdamWSettings& a = s.adam;
+  for (const LambSegment& segment : segments) {
+    Vec update = Zeros(segment.end - segment.begin);
+    double weight_squares = 0.0, update_squares = 0.0;
+    for (int64_t i = segment.begin; i < segment.end; ++i) {
+      const double g = At(grad, i) * grad_scale;
+      At(m, i) = a.beta1 * At(m, i) + (1.0 - a.beta1) * g;
+      At(v, i) = a.beta2 * At(v, i) + (1.0 - a.beta2) * g * g;
+      double& u = At(update, i - segment.begin);
+      u = (At(m, i) / a.correction1) / (std::sqrt(At(v, i) / a.correction2) + a.eps);
+      if (segment.decay != 0) u += a.weight_decay * At(master, i);
+      weight_squares += std::pow(At(master, i), 2);
+      update_squares += std::pow(u, 2);
+    }
+    double ratio = 1.0;
+    if (segment.adapt != 0 && weight_squares > 0.0 && update_squares > 0.0) {
+      ratio = std::sqrt(weight_squares) / std::sqrt(update_squares);
+      ratio = std::max(ratio, s.min_ratio);
+      if (s.max_ratio > 0.0) ratio = std::min(ratio, s.max_ratio);
+    }
+    for (int64_t i = segment.begin; i < segment.end; ++i)
+      At(master, i) -= a.lr * ratio * At(update, i - segment.begin);
   }
 }
 

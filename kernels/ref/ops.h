@@ -60,6 +60,9 @@ struct NormGradients {
 // formula.
 NormGradients LayerNormBackward(const Vec& dy, const Vec& x, const Vec& gamma, const Vec& mean,
                                 const Vec& rstd, int64_t t, int64_t h);
+// The same from the norm's output, whose normalised values are (y - beta) / gamma.
+NormGradients LayerNormBackwardFromOutput(const Vec& dy, const Vec& y, const Vec& beta,
+                                          const Vec& gamma, const Vec& rstd, int64_t t, int64_t h);
 
 // --- sum = residual + dropout(x + bias) ---
 
@@ -74,13 +77,24 @@ struct AttentionShape {
   int64_t batch = 0, seq = 0, hidden = 0, heads = 0;
   double scale = 1.0;
 };
-// Which keys a query may see. At most one of the two; empty: absent.
+// Which keys a query may see. At most one of the three vectors; empty: absent.
 struct Keys {
-  Vec mask;                      // [B, S], added to the scores; -inf masks out
-  std::vector<int32_t> lengths;  // [B]
+  Vec mask;                         // [B, S], added to the scores; -inf masks out
+  std::vector<int32_t> lengths;     // [B]
+  std::vector<int32_t> cu_seqlens;  // [B + 1]: the batch is packed
+  bool causal = false;              // a query sees none after itself
 };
-// softmax(q k^T * scale + mask) of one head of one sample, before dropout: [S, S]. A row whose keys
-// are all masked out is zero.
+// The tokens of sample b: S each, or as cu_seqlens has them.
+struct Sequence {
+  int64_t first = 0, length = 0;
+};
+Sequence SequenceOf(const AttentionShape& s, const Keys& keys, int64_t sample);
+// T
+int64_t Tokens(const AttentionShape& s, const Keys& keys);
+// The first of a head's `length` rows of the dropout factors [A * T, S].
+int64_t FirstDropoutRow(const AttentionShape& s, const Keys& keys, int64_t sample, int64_t head);
+// softmax(q k^T * scale + mask) of one head of one sample, before dropout: [length, length]. A row
+// whose keys are all masked out is zero.
 Vec AttentionProbs(const AttentionShape& s, const Vec& qkv, const Keys& keys, int64_t sample,
                    int64_t head);
 // out [T, H] of qkv [T, 3H]
@@ -105,5 +119,13 @@ struct AdamWSettings {
 };
 // One step on master, m and v in place.
 void AdamW(const AdamWSettings& s, double grad_scale, const Vec& grad, Vec& master, Vec& m, Vec& v);
+
+struct LambSettings {
+  AdamWSettings adam;                   // its lr, betas, eps, weight_decay and corrections
+  double min_ratio = 0, max_ratio = 0;  // max 0: no clamp above
+};
+// One step on the segments of master, m and v, in place.
+void Lamb(const LambSettings& s, const std::vector<LambSegment>& segments, double grad_scale,
+          const Vec& grad, Vec& master, Vec& m, Vec& v);
 
 }  // namespace lamina::ref

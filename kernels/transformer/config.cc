@@ -44,10 +44,19 @@ const Field kFields[] = {
     {"normalize_invertible", &StackConfig::normalize_invertible},
     {"gelu_checkpoint", &StackConfig::gelu_checkpoint},
     {"attn_dropout_checkpoint", &StackConfig::attn_dropout_checkpoint},
+    {"activation_checkpointing", &StackConfig::activation_checkpointing},
     {"stochastic_mode", &StackConfig::stochastic_mode},
     {"adjust_init_range", &StackConfig::adjust_init_range},
     {"training", &StackConfig::training},
+    {"causal", &StackConfig::causal},
     {"gelu", &StackConfig::gelu},
+    {"dynamic_loss_scale", &StackConfig::dynamic_loss_scale},
+    {"initial_loss_scale", &StackConfig::initial_loss_scale},
+    {"loss_scale_growth_interval", &StackConfig::loss_scale_growth_interval},
+    {"loss_scale_growth_factor", &StackConfig::loss_scale_growth_factor},
+    {"loss_scale_backoff_factor", &StackConfig::loss_scale_backoff_factor},
+    {"loss_scale_hysteresis", &StackConfig::loss_scale_hysteresis},
+    {"min_loss_scale", &StackConfig::min_loss_scale},
     {"max_contexts", &StackConfig::max_contexts},
 };
 
@@ -114,12 +123,32 @@ absl::Status InRange(const char* name, int64_t value, int64_t low, int64_t high)
   return Invalid(name, value, absl::StrCat("in [", low, ", ", high, "]"));
 }
 
-absl::Status Unimplemented(const char* name, absl::string_view instead) {
-  return absl::UnimplementedError(
-      absl::StrCat("config: ", name,
-                   " is true, which this version does not offer; set it "
-                   "to false",
-                   instead));
+absl::Status CheckLossScaling(const StackConfig& config) {
+  using C = StackConfig;
+  // The kernels divide by the scale in fp32. Each comparison is false for NaN.
+  constexpr double kFloatMin = std::numeric_limits<float>::min();
+  constexpr auto kMaxScale = static_cast<int64_t>(C::kMaxLossScale);  // as errors print it
+  if (!(config.min_loss_scale >= kFloatMin && config.min_loss_scale <= C::kMaxLossScale))
+    return Invalid("min_loss_scale", config.min_loss_scale,
+                   absl::StrCat("in [", kFloatMin, ", ", kMaxScale, "]"));
+  // A power of two divides out without rounding.
+  int exponent = 0;
+  if (!(config.initial_loss_scale >= config.min_loss_scale &&
+        config.initial_loss_scale <= C::kMaxLossScale &&
+        std::frexp(config.initial_loss_scale, &exponent) == 0.5))
+    return Invalid("initial_loss_scale", config.initial_loss_scale,
+                   absl::StrCat("a power of two in [", config.min_loss_scale, " (min_loss_scale), ",
+                                kMaxScale, "]"));
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  LAMINA_RETURN_IF_ERROR(
+      InRange("loss_scale_growth_interval", config.loss_scale_growth_interval, 1, kMost));
+  if (!(config.loss_scale_growth_factor > 1.0 &&
+        config.loss_scale_growth_factor <= C::kMaxLossScale))
+    return Invalid("loss_scale_growth_factor", config.loss_scale_growth_factor,
+                   absl::StrCat("in (1, ", kMaxScale, "]"));
+  if (!(config.loss_scale_backoff_factor > 0.0 && config.loss_scale_backoff_factor < 1.0))
+    return Invalid("loss_scale_backoff_factor", config.loss_scale_backoff_factor, "in (0, 1)");
+  return InRange("loss_scale_hysteresis", config.loss_scale_hysteresis, 1, kMost);
 }
 
 }  // namespace
@@ -130,13 +159,14 @@ absl::Status CheckDropoutRatio(const char* name, double ratio) {
   return Invalid(name, ratio, "in [0, 1)");
 }
 
-LayerDims StackConfig::Dims(int64_t batch, int64_t seq) const {
+LayerDims StackConfig::Dims(int64_t batch, int64_t seq, int64_t packed_tokens) const {
   return LayerDims{.batch = batch,
                    .seq = seq,
                    .hidden = hidden_size,
                    .heads = heads,
                    .intermediate = intermediate_size,
-                   .dtype = dtype};
+                   .dtype = dtype,
+                   .packed_tokens = packed_tokens};
 }
 
 absl::StatusOr<StackConfig> Resolve(StackConfig config, int device_ordinal) {
@@ -177,14 +207,7 @@ absl::StatusOr<StackConfig> Resolve(StackConfig config, int device_ordinal) {
   if (config.gelu != GeluKind::kErf && config.gelu != GeluKind::kTanh)
     return Invalid("gelu", static_cast<int>(config.gelu), "erf (1) or tanh (2)");
   LAMINA_RETURN_IF_ERROR(InRange("max_contexts", config.max_contexts, 1, 1024));
-
-  constexpr absl::string_view kSaveMemory =
-      ", and lower batch_size, max_seq_length or max_contexts if memory is short";
-  if (config.normalize_invertible) return Unimplemented("normalize_invertible", kSaveMemory);
-  if (config.gelu_checkpoint) return Unimplemented("gelu_checkpoint", kSaveMemory);
-  if (config.attn_dropout_checkpoint) return Unimplemented("attn_dropout_checkpoint", kSaveMemory);
-  if (config.stochastic_mode)
-    return Unimplemented("stochastic_mode", "; results are then deterministic");
+  LAMINA_RETURN_IF_ERROR(CheckLossScaling(config));
 
   if (config.seed == -1) {
     std::random_device entropy;

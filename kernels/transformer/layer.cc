@@ -14,6 +14,7 @@ class Ops {
   void Linear(const LinearArgs& a) { Run(&Backend::Linear, a); }
   void LinearInputGrad(const LinearInputGradArgs& a) { Run(&Backend::LinearInputGrad, a); }
   void LinearWeightGrad(const LinearWeightGradArgs& a) { Run(&Backend::LinearWeightGrad, a); }
+  void Gelu(const GeluArgs& a) { Run(&Backend::Gelu, a); }
   void GeluBackward(const GeluBackwardArgs& a) { Run(&Backend::GeluBackward, a); }
   void LayerNorm(const LayerNormArgs& a) { Run(&Backend::LayerNorm, a); }
   void LayerNormBackward(const LayerNormBackwardArgs& a) { Run(&Backend::LayerNormBackward, a); }
@@ -62,6 +63,21 @@ LayerActivations ScratchActivations(const LayerDims& dims, const LayerScratch& s
   return a;
 }
 
+LayerActivations WithScratch(const LayerActivations& kept, const LayerDims& dims,
+                             const LayerScratch& scratch) {
+  LayerActivations a = kept;
+  if (!a.attn_sum) a.attn_sum = scratch.sum;
+  if (!a.inter)
+    a.inter = TensorView{scratch.wide.data, dims.dtype, {dims.tokens(), dims.intermediate}};
+  if (!a.ffn_sum) a.ffn_sum = scratch.product;
+  // Means that nothing reads. Whenever a norm runs, no inter is in the wide buffer that is needed
+  // any more; three columns of two bytes have room for four a row.
+  const TensorView mean{scratch.wide.data, DType::kF32, {dims.tokens()}};
+  if (!a.attn_mean) a.attn_mean = mean;
+  if (!a.norm_mean) a.norm_mean = mean;
+  return a;
+}
+
 Dropout Layer::DropoutAt(const LayerCall& call, DropoutSite site) const {
   const float ratio =
       site == DropoutSite::kAttentionProbs ? call.attn_dropout : call.hidden_dropout;
@@ -73,7 +89,7 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
                             const TensorView& y) const {
   Ops ops(backend_, call.workspace);
   const bool pre_norm = call.pre_layer_norm;
-  const bool evaluation = !s.norm_mean;
+  const bool evaluation = !s.norm_rstd;
 
   // n = LN(x; norm), or x itself
   if (pre_norm)
@@ -92,6 +108,8 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
                  .qkv = s.qkv,
                  .mask = call.mask,
                  .lengths = call.lengths,
+                 .cu_seqlens = call.cu_seqlens,
+                 .causal = call.causal,
                  .scale = AttentionScale(call.dims),
                  .dropout = DropoutAt(call, DropoutSite::kAttentionProbs),
                  .out = s.attn_out,
@@ -122,7 +140,9 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
               .pre = s.inter_pre});
 
   const Dropout drop = DropoutAt(call, DropoutSite::kFeedForward);
-  if (pre_norm) {
+  if (pre_norm && !y) {
+    // Nothing else reads y's product.
+  } else if (pre_norm) {
     // y = attn_sum + drop(inter Wout + bout), summed where the product lies
     ops.Linear({.x = s.inter, .w = w_.output_w, .y = y});
     ops.DropoutAddNorm(
@@ -154,8 +174,12 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   const TensorView dproduct = scratch.product;
   const TensorView dbranch = scratch.branch;
   const TensorView dsum = scratch.sum;
-  const TensorView dinter = TensorView{scratch.wide.data, s.inter.dtype, s.inter.shape};
-  const TensorView dqkv = TensorView{scratch.wide.data, s.qkv.dtype, s.qkv.shape};
+  const TensorView dinter{scratch.wide.data, s.inter_pre.dtype, s.inter_pre.shape};
+  const TensorView dqkv{scratch.wide.data, s.qkv.dtype, s.qkv.shape};
+  // What was dropped is computed again from what was kept: the norms' normalised values from their
+  // outputs, gelu where its gradient will lie.
+  const bool invert = !s.norm_mean;
+  const TensorView inter = s.inter ? s.inter : dinter;
 
   // Through y to the output product. Pre-LN: y is the sum, and dy is also attn_sum's gradient by
   // the residual. Post-LN: y is the norm of ffn_sum, and ffn_sum's gradient is also ffn_in's.
@@ -166,6 +190,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   } else {
     ops.DropoutAddNormBackward({.dy = dy,
                                 .sum = s.ffn_sum,
+                                .y = invert ? s.y : TensorView{},
+                                .beta = invert ? w_.norm_b : TensorView{},
                                 .gamma = w_.norm_w,
                                 .mean = s.norm_mean,
                                 .rstd = s.norm_rstd,
@@ -178,7 +204,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   }
 
   // Through the feed-forward branch to ffn_in.
-  ops.LinearWeightGrad({.dy = dproduct, .x = s.inter, .dw = g_.output_w});
+  if (!s.inter) ops.Gelu({.x = s.inter_pre, .y = inter, .gelu = call.gelu});
+  ops.LinearWeightGrad({.dy = dproduct, .x = inter, .dw = g_.output_w});
   ops.LinearInputGrad({.dy = dproduct, .w = w_.output_w, .dx = dinter});
   ops.GeluBackward(
       {.x = s.inter_pre, .dy = dinter, .dx = dinter, .dbias = g_.inter_b, .gelu = call.gelu});
@@ -190,6 +217,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   ops.DropoutAddNormBackward({.dy = dbranch,
                               .dsum = pre_norm ? dy : TensorView{},
                               .sum = s.attn_sum,
+                              .y = invert ? s.ffn_in : TensorView{},
+                              .beta = invert ? w_.attn_nb : TensorView{},
                               .gamma = w_.attn_nw,
                               .mean = s.attn_mean,
                               .rstd = s.attn_rstd,
@@ -207,6 +236,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                          .qkv = s.qkv,
                          .mask = call.mask,
                          .lengths = call.lengths,
+                         .cu_seqlens = call.cu_seqlens,
+                         .causal = call.causal,
                          .scale = AttentionScale(call.dims),
                          .dropout = DropoutAt(call, DropoutSite::kAttentionProbs),
                          .out = s.attn_out,
@@ -219,7 +250,9 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   // And to x, with what came by the residual.
   if (pre_norm) {
     ops.LayerNormBackward({.dy = dbranch,
-                           .x = x,
+                           .x = invert ? TensorView{} : x,
+                           .y = invert ? s.attn_in : TensorView{},
+                           .beta = invert ? w_.norm_b : TensorView{},
                            .gamma = w_.norm_w,
                            .mean = s.norm_mean,
                            .rstd = s.norm_rstd,

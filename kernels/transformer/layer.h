@@ -19,26 +19,32 @@ struct LayerCall {
   float attn_dropout = 0.0f;      // p in [0, 1); 0 in evaluation
   float hidden_dropout = 0.0f;    // p in [0, 1); 0 in evaluation
   const RngState* rng = nullptr;  // in the backend's memory; null in evaluation
-  TensorView mask;                // fp32 [B, S]; absent: none
-  TensorView lengths;             // int32 [B]; absent: none
+  bool causal = false;
+  TensorView mask;        // fp32 [B, S]; absent: none
+  TensorView lengths;     // int32 [B]; absent: none
+  TensorView cu_seqlens;  // int32 [B + 1]; present exactly where packed
   Workspace workspace;
 };
 
 // What a layer's Forward leaves for its Backward, besides its input. In evaluation the views marked
 // (t) are absent and the rest point into scratch, some of them at the same bytes
 // (ScratchActivations).
+//
+// Memory flags drop views: (g) under gelu_checkpoint, (n) under normalize_invertible. Forward needs
+// them all the same, in scratch (WithScratch); Backward takes an absent one as dropped.
 struct LayerActivations {
   TensorView attn_in;  // act [T, H]: LN(x), the QKV product's input. Pre-LN only; Post-LN takes x
   TensorView qkv;      // act [T, 3H]
-  TensorView attn_saved;            // (t) uint8, opaque
-  TensorView attn_out;              // act [T, H]: attention, before its output product
-  TensorView attn_sum;              // act [T, H]: x + drop(...): Pre-LN's a, Post-LN's norm input
-  TensorView attn_mean, attn_rstd;  // (t) fp32 [T]: of attn_sum
+  TensorView attn_saved;  // (t) uint8, opaque
+  TensorView attn_out;    // act [T, H]: attention, before its output product
+  TensorView attn_sum;    // (n) act [T, H]: x + drop(...): Pre-LN's a, Post-LN's norm input
+  TensorView attn_mean, attn_rstd;  // (t), the mean (n): fp32 [T], of attn_sum
   TensorView ffn_in;     // act [T, H]: LN(attn_sum), the first feed-forward product's input
   TensorView inter_pre;  // (t) act [T, I]: before gelu
-  TensorView inter;      // act [T, I]: after gelu
-  TensorView ffn_sum;    // act [T, H]: a + drop(...), the last norm's input. Post-LN only
-  TensorView norm_mean, norm_rstd;  // (t) fp32 [T]: of x (Pre-LN) or ffn_sum (Post-LN)
+  TensorView inter;      // (g) act [T, I]: after gelu
+  TensorView ffn_sum;    // (n) act [T, H]: a + drop(...), the last norm's input. Post-LN only
+  TensorView norm_mean, norm_rstd;  // (t), the mean (n): fp32 [T], of x (Pre-LN) or ffn_sum
+  TensorView y;  // act [T, H]: the layer's output. For Backward without ffn_sum in Post-LN only
 };
 
 // Overwritten by every layer.
@@ -53,6 +59,10 @@ struct LayerScratch {
 // Where evaluation keeps a layer's activations: in the scratch that Backward would use.
 LayerActivations ScratchActivations(const LayerDims& dims, const LayerScratch& scratch);
 
+// `kept` with every view that a training Forward needs and a memory flag dropped, in scratch.
+LayerActivations WithScratch(const LayerActivations& kept, const LayerDims& dims,
+                             const LayerScratch& scratch);
+
 class Layer {
  public:
   // `index` names the layer in the dropout streams. `weights` are act; `gradients` fp32, absent
@@ -60,12 +70,13 @@ class Layer {
   Layer(Backend& backend, int64_t index, const LayerTensors& weights, const LayerTensors& gradients)
       : backend_(backend), index_(index), w_(weights), g_(gradients) {}
 
-  // x, y: act [T, H], not overlapping. Fills `saved`.
+  // x, y: act [T, H], not overlapping. Fills `saved`. y absent, in Pre-LN alone: what only y needs
+  // is left out, as Backward does not.
   absl::Status Forward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
                        const TensorView& y) const;
 
-  // x and saved are Forward's; dy, dx: act [T, H], not overlapping; dx is overwritten. Adds to the
-  // gradients of the parameters.
+  // x and saved are Forward's; x may be absent in Pre-LN without norm_mean. dy, dx: act [T, H], not
+  // overlapping; dx is overwritten. Adds to the gradients of the parameters.
   absl::Status Backward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
                         const TensorView& dy, const LayerScratch& scratch,
                         const TensorView& dx) const;

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
 
 namespace lamina {
 namespace {
@@ -23,17 +26,19 @@ size_t SaturatingMultiply(size_t a, size_t b) {
   return product;
 }
 
-void* Placer::PlaceBytes(MemoryKind kind, absl::string_view name, size_t bytes) {
+void* Placer::PlaceBytes(MemoryKind kind, const BufferName& name, size_t bytes) {
   const size_t padded =
       SaturatingAdd(bytes, kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
   void* data = base_ == nullptr ? nullptr : base_ + bytes_;
   bytes_ = SaturatingAdd(bytes_, bytes > kLargest ? kOverflow : padded);
   if (entries_ != nullptr) {
+    std::string full_name =
+        name.owner.empty() ? std::string(name.part) : absl::StrCat(name.owner, ".", name.part);
     const auto same = std::find_if(entries_->begin(), entries_->end(), [&](const PlanEntry& e) {
-      return e.kind == kind && e.name == name;
+      return e.kind == kind && e.name == full_name;
     });
     if (same == entries_->end()) {
-      entries_->push_back({kind, std::string(name), padded, 1});
+      entries_->push_back({kind, std::move(full_name), padded, 1});
     } else {
       same->bytes = SaturatingAdd(same->bytes, padded);
       ++same->instances;
@@ -42,7 +47,7 @@ void* Placer::PlaceBytes(MemoryKind kind, absl::string_view name, size_t bytes) 
   return data;
 }
 
-TensorView Placer::Place(MemoryKind kind, absl::string_view name, DType dtype, const Shape& shape) {
+TensorView Placer::Place(MemoryKind kind, const BufferName& name, DType dtype, const Shape& shape) {
   size_t bytes = SizeOf(dtype);
   for (int i = 0; i < shape.rank(); ++i)
     bytes = SaturatingMultiply(bytes, static_cast<size_t>(shape[i]));
@@ -60,13 +65,23 @@ WeightBuffers PlaceWeights(Placer& placer, const StackConfig& config,
   return b;
 }
 
-WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const Backend& backend) {
+LayerDims LargestDenseCall(const StackConfig& config) {
+  return config.Dims(config.batch_size, config.max_seq_length);
+}
+
+LayerDims LargestPackedCall(const StackConfig& config) {
+  const int64_t tokens = config.batch_size * config.max_seq_length;
+  return config.Dims(tokens, config.max_seq_length, tokens);
+}
+
+WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const OpSizes& sizes) {
   constexpr MemoryKind kKind = MemoryKind::kWorkspace;
-  const LayerDims dims = config.Dims(config.batch_size, config.max_seq_length);
+  const LayerDims dims = LargestDenseCall(config);
   const int64_t tokens = dims.tokens();
   const Shape token_vectors{tokens, dims.hidden};
   WorkspaceBuffers b;
-  b.ops.bytes = backend.WorkspaceBytes(dims);
+  b.ops.bytes =
+      std::max(sizes.WorkspaceBytes(dims), sizes.WorkspaceBytes(LargestPackedCall(config)));
   b.ops.data = placer.PlaceBytes(kKind, "workspace.ops", b.ops.bytes);
   LayerScratch& s = b.scratch;
   s.wide = placer.Place(kKind, "workspace.wide", config.dtype,
@@ -76,13 +91,14 @@ WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const
   s.sum = placer.Place(kKind, "workspace.sum", config.dtype, token_vectors);
   s.zeros = placer.Place(kKind, "workspace.zeros", config.dtype, {dims.hidden});
   b.chain = placer.Place(kKind, "workspace.chain", config.dtype, token_vectors);
-  if (!backend.info().host_memory) {
+  if (!sizes.host_memory()) {
     const int64_t act_bytes = tokens * dims.hidden * static_cast<int64_t>(SizeOf(config.dtype));
     constexpr MemoryKind kStaging = MemoryKind::kStaging;
     b.staging[0] = placer.Place(kStaging, "staging.input", DType::kU8, {act_bytes});
     b.staging[1] = placer.Place(kStaging, "staging.output", DType::kU8, {act_bytes});
     b.staging[2] = placer.Place(kStaging, "staging.mask", DType::kU8, {tokens * 4});
     b.staging[3] = placer.Place(kStaging, "staging.lengths", DType::kU8, {dims.batch * 4});
+    b.staging[4] = placer.Place(kStaging, "staging.cu_seqlens", DType::kU8, {(tokens + 1) * 4});
   }
   return b;
 }
@@ -98,58 +114,104 @@ LayerScratch CutScratch(const LayerScratch& scratch, const LayerDims& dims) {
 
 TrainingBuffers PlaceTraining(Placer& placer, const StackConfig& config,
                               const ParameterLayout& parameters) {
+  constexpr MemoryKind kKind = MemoryKind::kOptimizer;
   TrainingBuffers b;
   const Shape flat{parameters.elements()};
   b.gradients = placer.Place(MemoryKind::kGradients, "gradients", DType::kF32, flat);
-  b.m = placer.Place(MemoryKind::kOptimizer, "adamw.m", DType::kF32, flat);
-  b.v = placer.Place(MemoryKind::kOptimizer, "adamw.v", DType::kF32, flat);
-  b.control = placer.Place<OptimizerControl>(MemoryKind::kOptimizer, "adamw.control", 1);
+  b.m = placer.Place(kKind, "optimizer.m", DType::kF32, flat);
+  b.v = placer.Place(kKind, "optimizer.v", DType::kF32, flat);
+  b.control = placer.Place<OptimizerControl>(kKind, "optimizer.control", 1);
+  b.segments = placer.Place<LambSegment>(kKind, "lamb.segments",
+                                         static_cast<int64_t>(parameters.parameters().size()));
   b.chain = placer.Place(MemoryKind::kWorkspace, "workspace.chain", config.dtype,
                          {config.batch_size * config.max_seq_length, config.hidden_size});
   return b;
 }
 
-ContextBuffers PlaceContext(Placer& placer, const StackConfig& config, const Backend& backend,
-                            int64_t layers, int64_t batch, int64_t seq) {
-  constexpr MemoryKind kKind = MemoryKind::kActivations;
-  const LayerDims dims = config.Dims(batch, seq);
+LayerActivations PlaceActivations(Placer& placer, MemoryKind kind, absl::string_view owner,
+                                  const StackConfig& config, const LayerDims& dims,
+                                  size_t attn_saved_bytes) {
   const int64_t tokens = dims.tokens();
   const Shape token_vectors{tokens, dims.hidden};
   const Shape inter{tokens, dims.intermediate};
-  const Shape per_token{tokens};
-  const Shape attn_saved{static_cast<int64_t>(backend.AttentionSavedBytes(dims))};
-  const auto act = [&](absl::string_view name, const Shape& shape) {
-    return placer.Place(kKind, name, config.dtype, shape);
+  const auto act = [&](const char* name, const Shape& shape) {
+    return placer.Place(kind, {owner, name}, config.dtype, shape);
   };
-  const auto fp32 = [&](absl::string_view name, const Shape& shape) {
-    return placer.Place(kKind, name, DType::kF32, shape);
+  const auto per_token = [&](const char* name) {
+    return placer.Place(kind, {owner, name}, DType::kF32, {tokens});
   };
+  // Which of a norm's two sources of normalised values Backward has: its input and mean, or its
+  // output, which is there in any case.
+  const bool norm_inputs = !config.normalize_invertible;
+
+  LayerActivations a;
+  if (config.pre_layer_norm) a.attn_in = act("attn_in", token_vectors);
+  a.qkv = act("qkv", {tokens, 3 * dims.hidden});
+  a.attn_saved = placer.Place(kind, {owner, "attn_saved"}, DType::kU8,
+                              {static_cast<int64_t>(attn_saved_bytes)});
+  // Neither the probabilities nor what dropout leaves of them is kept, with or without
+  // attn_dropout_checkpoint: attn_saved is enough to compute both again. The entry says so.
+  placer.PlaceBytes(kind, {owner, "attn_dropout"}, 0);
+  a.attn_out = act("attn_out", token_vectors);
+  if (norm_inputs) {
+    a.attn_sum = act("attn_sum", token_vectors);
+    a.attn_mean = per_token("attn_mean");
+  }
+  a.attn_rstd = per_token("attn_rstd");
+  a.ffn_in = act("ffn_in", token_vectors);
+  a.inter_pre = act("inter_pre", inter);
+  if (!config.gelu_checkpoint) a.inter = act("inter", inter);
+  if (norm_inputs) {
+    if (!config.pre_layer_norm) a.ffn_sum = act("ffn_sum", token_vectors);
+    a.norm_mean = per_token("norm_mean");
+  }
+  a.norm_rstd = per_token("norm_rstd");
+  return a;
+}
+
+ContextBuffers PlaceContext(Placer& placer, const StackConfig& config, int64_t layers,
+                            const LayerDims& dims, size_t attn_saved_bytes) {
+  constexpr MemoryKind kKind = MemoryKind::kActivations;
+  const Shape token_vectors{dims.tokens(), dims.hidden};
+  const bool inputs =
+      config.activation_checkpointing || !config.pre_layer_norm || !config.normalize_invertible;
+  const bool last_output =
+      !config.activation_checkpointing && !config.pre_layer_norm && config.normalize_invertible;
 
   ContextBuffers b;
   b.rng = placer.Place<RngState>(kKind, "context.rng", 1);
-  b.mask = fp32("context.mask", {batch, seq});
-  b.lengths = placer.Place(kKind, "context.lengths", DType::kI32, {batch});
-  b.input = act("context.input", token_vectors);
+  b.keys = placer.Place<int32_t>(kKind, "context.keys", dims.tokens() + 1);
+  if (inputs) b.input = placer.Place(kKind, "context.input", config.dtype, token_vectors);
   b.layers.resize(static_cast<size_t>(layers));
   for (size_t i = 0; i < b.layers.size(); ++i) {
-    LayerActivations& a = b.layers[i].activations;
-    if (config.pre_layer_norm) a.attn_in = act("layer.attn_in", token_vectors);
-    a.qkv = act("layer.qkv", {tokens, 3 * dims.hidden});
-    a.attn_saved = placer.Place(kKind, "layer.attn_saved", DType::kU8, attn_saved);
-    a.attn_out = act("layer.attn_out", token_vectors);
-    a.attn_sum = act("layer.attn_sum", token_vectors);
-    a.attn_mean = fp32("layer.attn_mean", per_token);
-    a.attn_rstd = fp32("layer.attn_rstd", per_token);
-    a.ffn_in = act("layer.ffn_in", token_vectors);
-    a.inter_pre = act("layer.inter_pre", inter);
-    a.inter = act("layer.inter", inter);
-    if (!config.pre_layer_norm) a.ffn_sum = act("layer.ffn_sum", token_vectors);
-    a.norm_mean = fp32("layer.norm_mean", per_token);
-    a.norm_rstd = fp32("layer.norm_rstd", per_token);
-    // The last output is the caller's; no Backward reads it.
-    if (i + 1 < b.layers.size()) b.layers[i].output = act("layer.output", token_vectors);
+    ContextBuffers::SavedLayer& layer = b.layers[i];
+    if (!config.activation_checkpointing)
+      layer.activations = PlaceActivations(placer, kKind, "layer", config, dims, attn_saved_bytes);
+    if (i + 1 < b.layers.size() ? inputs : last_output)
+      layer.output = placer.Place(kKind, "layer.output", config.dtype, token_vectors);
   }
   return b;
+}
+
+namespace {
+
+size_t LargestAttentionSaved(const StackConfig& config, const OpSizes& sizes) {
+  return std::max(sizes.AttentionSavedBytes(LargestDenseCall(config)),
+                  sizes.AttentionSavedBytes(LargestPackedCall(config)));
+}
+
+}  // namespace
+
+void PlaceLargestRecompute(Placer& placer, const StackConfig& config, const OpSizes& sizes) {
+  if (config.activation_checkpointing)
+    PlaceActivations(placer, MemoryKind::kWorkspace, "recompute", config, LargestDenseCall(config),
+                     LargestAttentionSaved(config, sizes));
+}
+
+ContextBuffers PlaceLargestContext(Placer& placer, const StackConfig& config,
+                                   const OpSizes& sizes) {
+  return PlaceContext(placer, config, config.num_hidden_layers, LargestDenseCall(config),
+                      LargestAttentionSaved(config, sizes));
 }
 
 }  // namespace lamina

@@ -20,6 +20,16 @@ namespace lamina {
 
 inline constexpr size_t kArenaAlignment = 256;
 
+// A buffer's name in the plan: "gradients", or a part of an owner, as "layer.qkv". Joined only
+// where names are recorded.
+struct BufferName {
+  BufferName(const char* whole) : part(whole) {}  // NOLINT(google-explicit-constructor)
+  BufferName(absl::string_view owner_name, absl::string_view part_name)
+      : owner(owner_name), part(part_name) {}
+  absl::string_view owner;  // empty: none
+  absl::string_view part;
+};
+
 // Lays buffers one after the other, each at a multiple of kArenaAlignment from `base`.
 class Placer {
  public:
@@ -27,13 +37,13 @@ class Placer {
   explicit Placer(void* base, std::vector<PlanEntry>* entries = nullptr)
       : base_(static_cast<char*>(base)), entries_(entries) {}
 
-  TensorView Place(MemoryKind kind, absl::string_view name, DType dtype, const Shape& shape);
+  TensorView Place(MemoryKind kind, const BufferName& name, DType dtype, const Shape& shape);
   // `count` values of trivial type T.
   template <typename T>
-  T* Place(MemoryKind kind, absl::string_view name, int64_t count) {
+  T* Place(MemoryKind kind, const BufferName& name, int64_t count) {
     return static_cast<T*>(PlaceBytes(kind, name, static_cast<size_t>(count) * sizeof(T)));
   }
-  void* PlaceBytes(MemoryKind kind, absl::string_view name, size_t bytes);
+  void* PlaceBytes(MemoryKind kind, const BufferName& name, size_t bytes);
 
   // So far; SIZE_MAX once anything overflowed 63 bits.
   size_t bytes() const { return bytes_; }
@@ -56,14 +66,20 @@ struct WeightBuffers {
 WeightBuffers PlaceWeights(Placer& placer, const StackConfig& config,
                            const ParameterLayout& parameters);
 
+// --- calls ---
+
+// The largest calls that `config` allows. A packed batch has at most a sequence a token.
+LayerDims LargestDenseCall(const StackConfig& config);
+LayerDims LargestPackedCall(const StackConfig& config);
+
 // --- scratch: as long as the stack lives ---
 struct WorkspaceBuffers {
   Workspace ops;
   LayerScratch scratch;   // for the largest call; cut down by CutScratch
   TensorView chain;       // act [T, H]: a layer's output or input gradient on its way to the next
-  TensorView staging[4];  // uint8, by Stack::Staging; absent where kernels read host memory
+  TensorView staging[5];  // uint8, by Stack::Staging; absent where kernels read host memory
 };
-WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const Backend& backend);
+WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const OpSizes& sizes);
 // The same scratch for a call of smaller dims.
 LayerScratch CutScratch(const LayerScratch& scratch, const LayerDims& dims);
 
@@ -72,24 +88,46 @@ struct TrainingBuffers {
   TensorView gradients;  // fp32 [elements]
   TensorView m, v;       // fp32 [elements]
   OptimizerControl* control = nullptr;
+  LambSegment* segments = nullptr;  // one a parameter
   TensorView chain;  // act [T, H]: Backward alternates between this one and the workspace's
 };
 TrainingBuffers PlaceTraining(Placer& placer, const StackConfig& config,
                               const ParameterLayout& parameters);
 
-// --- one activation context ---
+// --- activations: laid out anew when a memory flag changes ---
+
+// What a layer keeps, or, as `owner` "recompute", what Backward computes again under
+// activation_checkpointing; without what the memory flags drop. `attn_saved_bytes` is
+// AttentionSavedBytes of the call.
+LayerActivations PlaceActivations(Placer& placer, MemoryKind kind, absl::string_view owner,
+                                  const StackConfig& config, const LayerDims& dims,
+                                  size_t attn_saved_bytes);
+
+// One set of activations that every layer's recomputation overwrites, for the largest call. Places
+// nothing without activation_checkpointing.
+void PlaceLargestRecompute(Placer& placer, const StackConfig& config, const OpSizes& sizes);
+
+// One activation context.
 struct ContextBuffers {
   RngState* rng = nullptr;
-  TensorView mask;     // fp32 [B, S]: room for it, used or not
-  TensorView lengths;  // int32 [B]
-  TensorView input;    // act [T, H]: copy of the first layer's input
+  // Which keys are seen: fp32 mask [B, S], int32 lengths [B] or int32 cumulative lengths [n + 1].
+  // A call has one of them at most, and a packed one at most as many sequences as tokens: T + 1
+  // values of four bytes hold any.
+  void* keys = nullptr;
+  // act [T, H]: copy of the first layer's input. Absent where no Backward reads it: Pre-LN with
+  // normalize_invertible, unless layers are computed again from their inputs.
+  TensorView input;
   struct SavedLayer {
-    LayerActivations activations;
-    TensorView output;  // act [T, H]: the next layer's input; absent for the last layer
+    LayerActivations activations;  // all absent with activation_checkpointing
+    // act [T, H]: the layer's output. Absent where the next layer's input is not kept; the last
+    // layer's is there only where its norm is inverted from it.
+    TensorView output;
   };
   std::vector<SavedLayer> layers;
 };
-ContextBuffers PlaceContext(Placer& placer, const StackConfig& config, const Backend& backend,
-                            int64_t layers, int64_t batch, int64_t seq);
+ContextBuffers PlaceContext(Placer& placer, const StackConfig& config, int64_t layers,
+                            const LayerDims& dims, size_t attn_saved_bytes);
+// A context that any call of all layers fits into.
+ContextBuffers PlaceLargestContext(Placer& placer, const StackConfig& config, const OpSizes& sizes);
 
 }  // namespace lamina

@@ -40,14 +40,14 @@ size_t MemoryPlan::Total() const {
   return bytes;
 }
 
-size_t ContextBytes(const StackConfig& config, const Backend& backend, int64_t layers,
-                    int64_t batch, int64_t seq) {
+size_t ContextBytes(const StackConfig& config, const OpSizes& sizes, int64_t layers,
+                    const LayerDims& dims) {
   Placer placer(nullptr);
-  PlaceContext(placer, config, backend, layers, batch, seq);
+  PlaceContext(placer, config, layers, dims, sizes.AttentionSavedBytes(dims));
   return placer.bytes();
 }
 
-absl::StatusOr<MemoryPlan> PlanStack(const StackConfig& config, const Backend& backend) {
+absl::StatusOr<MemoryPlan> PlanStack(const StackConfig& config, const OpSizes& sizes) {
   MemoryPlan plan;
   const ParameterLayout parameters(config);
   Placer placer(nullptr, &plan.entries);
@@ -56,16 +56,16 @@ absl::StatusOr<MemoryPlan> PlanStack(const StackConfig& config, const Backend& b
     PlaceTraining(placer, config, parameters);
     std::vector<PlanEntry> context;
     Placer context_placer(nullptr, &context);
-    PlaceContext(context_placer, config, backend, config.num_hidden_layers, config.batch_size,
-                 config.max_seq_length);
+    PlaceLargestContext(context_placer, config, sizes);
     plan.context_bytes = context_placer.bytes();
     for (PlanEntry& entry : context) {
       entry.bytes = SaturatingMultiply(entry.bytes, static_cast<size_t>(config.max_contexts));
       entry.instances *= config.max_contexts;
       plan.entries.push_back(std::move(entry));
     }
+    PlaceLargestRecompute(placer, config, sizes);
   }
-  PlaceWorkspace(placer, config, backend);
+  PlaceWorkspace(placer, config, sizes);
   if (plan.Total() == std::numeric_limits<size_t>::max())
     return absl::InvalidArgumentError(absl::StrCat(
         "config: the stack's bytes overflow 63 bits: batch_size ", config.batch_size,

@@ -7,8 +7,10 @@
 #include "absl/strings/str_cat.h"
 #include "arena.h"
 #include "initializer.h"
+#include "invertible_norms.h"
 #include "layer.h"
 #include "layout.h"
+#include "loss_scale.h"
 #include "optimizer.h"
 #include "parameters.h"
 #include "status_macros.h"
@@ -48,9 +50,10 @@ absl::Status CheckTensor(const char* call, const char* name, const TensorView& t
   return absl::OkStatus();
 }
 
-TensorView Tokens(const TensorView& batch_seq_hidden) {
-  const Shape& s = batch_seq_hidden.shape;
-  return batch_seq_hidden.Reshaped({s[0] * s[1], s[2]});
+// [B, S, H] or, packed, [T, H] as [T, H].
+TensorView Tokens(const TensorView& activation) {
+  const Shape& s = activation.shape;
+  return s.rank() == 2 ? activation : activation.Reshaped({s[0] * s[1], s[2]});
 }
 
 class StackImpl;
@@ -62,6 +65,12 @@ class StackContext final : public Context {
   int64_t batch() const override { return call.dims.batch; }
   int64_t seq() const override { return call.dims.seq; }
   size_t bytes() const override { return size; }
+  int64_t tokens() const override { return call.dims.tokens(); }
+  bool packed() const override { return call.dims.packed_tokens > 0; }
+  Shape activation_shape() const override {
+    return packed() ? Shape{tokens(), call.dims.hidden}
+                    : Shape{call.dims.batch, call.dims.seq, call.dims.hidden};
+  }
 
   const StackImpl* owner = nullptr;
   RangeAllocator* ranges = nullptr;
@@ -70,13 +79,18 @@ class StackContext final : public Context {
   LayerCall call;  // the dropout ratios of Forward included: Backward must use the same
   RngState rng{};  // host copy; the enqueued copy reads it
   ContextBuffers buffers;
+  int64_t weights_version = 0;  // at Forward
   bool spent = false;
 };
 
 class StackImpl final : public Stack {
  public:
   StackImpl(Backend& backend, const StackConfig& config)
-      : backend_(backend), config_(config), parameters_(config) {}
+      : backend_(backend),
+        config_(config),
+        parameters_(config),
+        invertible_norms_(config_, parameters_),
+        optimizer_step_(backend, parameters_) {}
 
   absl::Status Init();
 
@@ -89,10 +103,9 @@ class StackImpl final : public Stack {
                         const TensorView& input_grad) override;
 
   absl::Status ZeroGradients() override;
-  absl::StatusOr<ApplyResult> ApplyGradients(const AdamWOptions& options) override;
+  absl::StatusOr<ApplyResult> ApplyGradients(const OptimizerOptions& options) override;
 
-  absl::Status SetDropout(double attn_ratio, double hidden_ratio) override;
-  absl::Status SetTraining(bool training) override;
+  absl::Status Update(const StackChanges& changes) override;
 
   const std::vector<ParameterInfo>& parameters() const override { return parameters_.parameters(); }
   absl::StatusOr<ParameterInfo> FindParameter(const std::string& name) const override;
@@ -101,6 +114,13 @@ class StackImpl final : public Stack {
   absl::Status WriteParameter(const std::string& name, ParameterPart part, const void* src,
                               size_t bytes) override;
   absl::StatusOr<size_t> ParameterBytes(const std::string& name, ParameterPart part) const override;
+
+  double loss_scale() const override {
+    return config_.dynamic_loss_scale ? counters_.loss_scale : 1.0;
+  }
+  bool FusedAttention(int64_t seq) const override {
+    return backend_.sizes().FusedAttention(config_.Dims(1, seq));
+  }
 
   StackCounters counters() const override { return counters_; }
   void set_counters(const StackCounters& counters) override { counters_ = counters; }
@@ -112,11 +132,23 @@ class StackImpl final : public Stack {
 
  private:
   absl::Status CheckForward(const char* call, const ForwardArgs& args) const;
+  absl::Status CheckDense(const char* call, const ForwardArgs& args) const;
+  absl::Status CheckPacked(const char* call, const ForwardArgs& args) const;
+  LayerDims DimsOf(const ForwardArgs& args) const;
   absl::Status CheckFits(const MemoryPlan& plan, size_t bytes) const;
   LayerCall CallFor(const ForwardArgs& args) const;
   // The part of the flat buffer in which `slot` lies; FAILED_PRECONDITION where it isn't kept.
   absl::StatusOr<TensorView> PartView(const ParameterLayout::Slot& slot, ParameterPart part) const;
+  absl::Status CheckInvertible(LayerRange layers);
+  // What of the weights Backward reads must be as Forward read it.
+  absl::Status CheckWeightsOf(const StackContext& context) const;
   absl::Status AllocateTraining();
+  // Of the arena that holds the shared recomputed activations and the contexts.
+  size_t ActivationBytes(const StackConfig& config) const;
+  absl::Status ReplaceActivations(const StackConfig& wanted);
+  LayerActivations Recomputed(const LayerDims& dims) const;
+  absl::Status CopyNormVectors();
+  void WeightsChanged();
   void MakeLayers();
   absl::Status InitializeWeights();
   absl::Status NeedTraining(const char* call) const;
@@ -126,11 +158,15 @@ class StackImpl final : public Stack {
   MemoryPlan plan_;
   ParameterLayout parameters_;
   StackCounters counters_;
+  int64_t weights_version_ = 0;  // counts what changed the weights
+  InvertibleNorms invertible_norms_;
+  OptimizerStep optimizer_step_;
 
-  DeviceArena weights_arena_, workspace_arena_, training_arena_, context_arena_;
+  DeviceArena weights_arena_, workspace_arena_, training_arena_, activations_arena_;
   WeightBuffers weights_;
   WorkspaceBuffers workspace_;
   TrainingBuffers training_;
+  size_t contexts_begin_ = 0;  // in the activations' arena, behind what is recomputed
   RangeAllocator context_ranges_;
   std::vector<Layer> layers_;
 };
@@ -147,7 +183,7 @@ absl::Status StackImpl::CheckFits(const MemoryPlan& plan, size_t bytes) const {
 }
 
 absl::Status StackImpl::Init() {
-  LAMINA_ASSIGN_OR_RETURN(plan_, PlanStack(config_, backend_));
+  LAMINA_ASSIGN_OR_RETURN(plan_, PlanStack(config_, backend_.sizes()));
   LAMINA_RETURN_IF_ERROR(CheckFits(plan_, plan_.Total()));
 
   Placer weights_size(nullptr);
@@ -157,38 +193,73 @@ absl::Status StackImpl::Init() {
   weights_ = PlaceWeights(weights, config_, parameters_);
 
   Placer workspace_size(nullptr);
-  PlaceWorkspace(workspace_size, config_, backend_);
+  PlaceWorkspace(workspace_size, config_, backend_.sizes());
   LAMINA_ASSIGN_OR_RETURN(workspace_arena_,
                           DeviceArena::Allocate(backend_, workspace_size.bytes()));
   Placer workspace(workspace_arena_.data());
-  workspace_ = PlaceWorkspace(workspace, config_, backend_);
+  workspace_ = PlaceWorkspace(workspace, config_, backend_.sizes());
   const TensorView& zeros = workspace_.scratch.zeros;
   LAMINA_RETURN_IF_ERROR(backend_.SetZero(zeros.data, zeros.bytes()));
 
   if (config_.training) LAMINA_RETURN_IF_ERROR(AllocateTraining());
   MakeLayers();
   LAMINA_RETURN_IF_ERROR(InitializeWeights());
+  StartLossScale(config_, counters_);
   return backend_.Synchronize();
+}
+
+size_t StackImpl::ActivationBytes(const StackConfig& config) const {
+  Placer recompute(nullptr), context(nullptr);
+  PlaceLargestRecompute(recompute, config, backend_.sizes());
+  PlaceLargestContext(context, config, backend_.sizes());
+  return recompute.bytes() + context.bytes() * static_cast<size_t>(config.max_contexts);
 }
 
 // Changes nothing where it fails.
 absl::Status StackImpl::AllocateTraining() {
   Placer size(nullptr);
   PlaceTraining(size, config_, parameters_);
-  const size_t context_bytes = ContextBytes(config_, backend_, config_.num_hidden_layers,
-                                            config_.batch_size, config_.max_seq_length) *
-                               static_cast<size_t>(config_.max_contexts);
   LAMINA_ASSIGN_OR_RETURN(DeviceArena training, DeviceArena::Allocate(backend_, size.bytes()));
-  LAMINA_ASSIGN_OR_RETURN(DeviceArena contexts, DeviceArena::Allocate(backend_, context_bytes));
   Placer placer(training.data());
   const TrainingBuffers buffers = PlaceTraining(placer, config_, parameters_);
   for (const TensorView& t : {buffers.gradients, buffers.m, buffers.v})
     LAMINA_RETURN_IF_ERROR(backend_.SetZero(t.data, t.bytes()));
+  LAMINA_RETURN_IF_ERROR(ReplaceActivations(config_));
 
   training_arena_ = std::move(training);
   training_ = buffers;
-  context_arena_ = std::move(contexts);
-  context_ranges_ = RangeAllocator(context_bytes);
+  optimizer_step_.ForgetBuffers();
+  return absl::OkStatus();
+}
+
+// An arena for what `wanted` keeps, instead of the present one. Where it fails the present one
+// stays.
+absl::Status StackImpl::ReplaceActivations(const StackConfig& wanted) {
+  const size_t bytes = ActivationBytes(wanted), old_bytes = activations_arena_.bytes();
+  absl::StatusOr<DeviceArena> arena = DeviceArena::Allocate(backend_, bytes);
+  if (!arena.ok() && old_bytes > 0) {
+    // Not both at once, then: what it holds is worth nothing without contexts.
+    activations_arena_.Reset();
+    arena = DeviceArena::Allocate(backend_, bytes);
+    if (!arena.ok()) {
+      absl::StatusOr<DeviceArena> old = DeviceArena::Allocate(backend_, old_bytes);
+      if (!old.ok()) {
+        contexts_begin_ = 0;
+        context_ranges_ = RangeAllocator();
+        return absl::InternalError(absl::StrCat(
+            "Update: neither the new activations, ", bytes, " bytes, nor the old ones, ", old_bytes,
+            " bytes, could be allocated; training Forwards are refused until an Update succeeds: ",
+            arena.status().message()));
+      }
+      activations_arena_ = *std::move(old);
+    }
+  }
+  if (!arena.ok()) return arena.status();
+  activations_arena_ = *std::move(arena);
+  Placer recompute(nullptr);
+  PlaceLargestRecompute(recompute, wanted, backend_.sizes());
+  contexts_begin_ = recompute.bytes();
+  context_ranges_ = RangeAllocator(bytes - contexts_begin_);
   return absl::OkStatus();
 }
 
@@ -227,26 +298,65 @@ absl::Status StackImpl::InitializeWeights() {
   return backend_.Cast(workspace_.ops, {.src = weights_.master, .dst = weights_.weights});
 }
 
-absl::Status StackImpl::SetTraining(bool training) {
-  if (training == config_.training) return absl::OkStatus();
-  if (!training) {
-    if (context_ranges_.taken() > 0)
-      return absl::FailedPreconditionError(
-          absl::StrCat("SetTraining(false): ", context_ranges_.taken(),
-                       " activation contexts are outstanding; release them first"));
-    // Enqueued work may still use what is freed here.
-    LAMINA_RETURN_IF_ERROR(backend_.Synchronize());
-  }
+absl::Status StackImpl::Update(const StackChanges& changes) {
   StackConfig wanted = config_;
-  wanted.training = training;
-  LAMINA_ASSIGN_OR_RETURN(MemoryPlan plan, PlanStack(wanted, backend_));
-  if (training) {
-    LAMINA_RETURN_IF_ERROR(CheckFits(plan, plan.Total() - plan_.Total()));
-    LAMINA_RETURN_IF_ERROR(AllocateTraining());
-  } else {
+  if (changes.attn_dropout_ratio.has_value()) {
+    LAMINA_RETURN_IF_ERROR(CheckDropoutRatio("attn_dropout_ratio", *changes.attn_dropout_ratio));
+    wanted.attn_dropout_ratio = *changes.attn_dropout_ratio;
+  }
+  if (changes.hidden_dropout_ratio.has_value()) {
+    LAMINA_RETURN_IF_ERROR(
+        CheckDropoutRatio("hidden_dropout_ratio", *changes.hidden_dropout_ratio));
+    wanted.hidden_dropout_ratio = *changes.hidden_dropout_ratio;
+  }
+  wanted.attn_dropout_checkpoint =
+      changes.attn_dropout_checkpoint.value_or(config_.attn_dropout_checkpoint);
+  wanted.stochastic_mode = changes.stochastic_mode.value_or(config_.stochastic_mode);
+
+  // The others decide what is allocated, and how it is laid out.
+  std::string relaid;
+  const auto change = [&](const char* name, bool StackConfig::*member,
+                          const std::optional<bool>& value) {
+    wanted.*member = value.value_or(config_.*member);
+    if (wanted.*member != config_.*member)
+      absl::StrAppend(&relaid, relaid.empty() ? "" : ", ", name, " = ",
+                      wanted.*member ? "true" : "false");
+  };
+  change("training", &StackConfig::training, changes.training);
+  change("normalize_invertible", &StackConfig::normalize_invertible, changes.normalize_invertible);
+  change("gelu_checkpoint", &StackConfig::gelu_checkpoint, changes.gelu_checkpoint);
+  change("activation_checkpointing", &StackConfig::activation_checkpointing,
+         changes.activation_checkpointing);
+  // An Update that failed may have lost the activations.
+  const bool lost = config_.training && activations_arena_.bytes() == 0;
+  if (relaid.empty() && !lost) {
+    config_ = wanted;
+    return absl::OkStatus();
+  }
+  if (context_ranges_.taken() > 0)
+    return absl::FailedPreconditionError(absl::StrCat(
+        "Update: ", context_ranges_.taken(), " activation contexts are outstanding, whose memory ",
+        relaid, " would lay out anew; release them first"));
+  LAMINA_ASSIGN_OR_RETURN(MemoryPlan plan, PlanStack(wanted, backend_.sizes()));
+  const size_t held = plan_.Total();
+  if (plan.Total() > held) LAMINA_RETURN_IF_ERROR(CheckFits(plan, plan.Total() - held));
+  // Enqueued work may still use what is freed here.
+  LAMINA_RETURN_IF_ERROR(backend_.Synchronize());
+  const StackConfig before = config_;
+  if (wanted.training && !before.training) {
+    config_ = wanted;  // what AllocateTraining goes by
+    const absl::Status allocated = AllocateTraining();
+    if (!allocated.ok()) {
+      config_ = before;
+      return allocated;
+    }
+  } else if (wanted.training) {
+    LAMINA_RETURN_IF_ERROR(ReplaceActivations(wanted));
+  } else if (before.training) {
     training_ = TrainingBuffers{};
     training_arena_.Reset();
-    context_arena_.Reset();
+    activations_arena_.Reset();
+    contexts_begin_ = 0;
     context_ranges_ = RangeAllocator();
     counters_.optimizer_step = 0;  // the moments are gone, so their bias corrections start over
   }
@@ -271,15 +381,32 @@ absl::Status StackImpl::CheckForward(const char* call, const ForwardArgs& args) 
         call, ": layers are [", args.layers.begin, ", ", args.layers.end,
         "); they must be a range in [0, ", config_.num_hidden_layers, ") with one layer at least"));
   if (!args.input) return absl::InvalidArgumentError(absl::StrCat(call, ": input is absent"));
+  const bool packed = static_cast<bool>(args.cu_seqlens);
+  LAMINA_RETURN_IF_ERROR(packed ? CheckPacked(call, args) : CheckDense(call, args));
+  LAMINA_RETURN_IF_ERROR(CheckTensor(call, "input", args.input, config_.dtype, args.input.shape));
+  LAMINA_RETURN_IF_ERROR(CheckTensor(call, "output", args.output, config_.dtype, args.input.shape));
+  for (const auto& [name, tensor] :
+       {std::pair("input", args.input), std::pair("mask", args.mask),
+        std::pair("lengths", args.lengths), std::pair("cu_seqlens", args.cu_seqlens)})
+    if (Overlap(tensor, args.output))
+      return absl::InvalidArgumentError(absl::StrCat(call, ": output overlaps ", name));
+  const LayerDims dims = DimsOf(args);
+  if (backend_.WorkspaceBytes(dims) > workspace_.ops.bytes)
+    return absl::InternalError(absl::StrCat(call, ": the backend wants ",
+                                            backend_.WorkspaceBytes(dims), " workspace bytes for ",
+                                            args.input.shape.ToString(), ", more than the ",
+                                            workspace_.ops.bytes, " for the largest call"));
+  return absl::OkStatus();
+}
+
+absl::Status StackImpl::CheckDense(const char* call, const ForwardArgs& args) const {
   const Shape& shape = args.input.shape;
   if (shape.rank() != 3 || shape[0] < 1 || shape[0] > config_.batch_size || shape[1] < 1 ||
       shape[1] > config_.max_seq_length || shape[2] != config_.hidden_size)
-    return absl::InvalidArgumentError(
-        absl::StrCat(call, ": input has shape ", shape.ToString(), "; it must be [B, S, ",
-                     config_.hidden_size, "] with B in [1, ", config_.batch_size,
-                     "] (batch_size) and S in [1, ", config_.max_seq_length, "] (max_seq_length)"));
-  LAMINA_RETURN_IF_ERROR(CheckTensor(call, "input", args.input, config_.dtype, shape));
-  LAMINA_RETURN_IF_ERROR(CheckTensor(call, "output", args.output, config_.dtype, shape));
+    return absl::InvalidArgumentError(absl::StrCat(
+        call, ": input has shape ", shape.ToString(), "; it must be [B, S, ", config_.hidden_size,
+        "] with B in [1, ", config_.batch_size, "] (batch_size) and S in [1, ",
+        config_.max_seq_length, "] (max_seq_length), or packed, with cu_seqlens"));
   if (args.mask && args.lengths)
     return absl::InvalidArgumentError(
         absl::StrCat(call, ": both mask and lengths are present; give one of the two"));
@@ -287,25 +414,54 @@ absl::Status StackImpl::CheckForward(const char* call, const ForwardArgs& args) 
     LAMINA_RETURN_IF_ERROR(CheckTensor(call, "mask", args.mask, DType::kF32, {shape[0], shape[1]}));
   if (args.lengths)
     LAMINA_RETURN_IF_ERROR(CheckTensor(call, "lengths", args.lengths, DType::kI32, {shape[0]}));
-  for (const auto& [name, tensor] : {std::pair("input", args.input), std::pair("mask", args.mask),
-                                     std::pair("lengths", args.lengths)})
-    if (Overlap(tensor, args.output))
-      return absl::InvalidArgumentError(absl::StrCat(call, ": output overlaps ", name));
-  const LayerDims dims = config_.Dims(shape[0], shape[1]);
-  if (backend_.WorkspaceBytes(dims) > workspace_.ops.bytes)
-    return absl::InternalError(absl::StrCat(
-        call, ": the backend wants ", backend_.WorkspaceBytes(dims), " workspace bytes for ",
-        shape.ToString(), ", more than the ", workspace_.ops.bytes, " for the largest call"));
   return absl::OkStatus();
 }
 
+absl::Status StackImpl::CheckPacked(const char* call, const ForwardArgs& args) const {
+  const Shape& shape = args.input.shape;
+  const int64_t most = config_.batch_size * config_.max_seq_length;
+  if (shape.rank() != 2 || shape[0] < 1 || shape[0] > most || shape[1] != config_.hidden_size)
+    return absl::InvalidArgumentError(absl::StrCat(
+        call, ": packed input has shape ", shape.ToString(), "; it must be [T, ",
+        config_.hidden_size, "] with T in [1, ", most, "] (batch_size * max_seq_length)"));
+  for (const auto& [name, tensor] :
+       {std::pair("mask", args.mask), std::pair("lengths", args.lengths)})
+    if (tensor)
+      return absl::InvalidArgumentError(absl::StrCat(
+          call, ": ", name, " is present with cu_seqlens; a packed batch has no padding to mask"));
+  const Shape& offsets = args.cu_seqlens.shape;
+  if (offsets.rank() != 1 || offsets[0] < 2 || offsets[0] > shape[0] + 1)
+    return absl::InvalidArgumentError(absl::StrCat(
+        call, ": cu_seqlens has shape ", offsets.ToString(),
+        "; it must be [n + 1] for n sequences, n in [1, ", shape[0], "], the number of tokens"));
+  LAMINA_RETURN_IF_ERROR(CheckTensor(call, "cu_seqlens", args.cu_seqlens, DType::kI32, offsets));
+  // n sequences of T tokens: the longest has T/n tokens at least, and leaves one to each other.
+  const int64_t sequences = offsets[0] - 1;
+  const int64_t least = (shape[0] + sequences - 1) / sequences;
+  const int64_t longest = std::min(config_.max_seq_length, shape[0] - sequences + 1);
+  if (args.longest < least || args.longest > longest)
+    return absl::InvalidArgumentError(
+        absl::StrCat(call, ": longest is ", args.longest, "; of ", sequences, " sequences with ",
+                     shape[0], " tokens the longest has a length in [", least, ", ", longest,
+                     "] (max_seq_length is ", config_.max_seq_length, ")"));
+  return absl::OkStatus();
+}
+
+LayerDims StackImpl::DimsOf(const ForwardArgs& args) const {
+  return args.cu_seqlens
+             ? config_.Dims(args.cu_seqlens.shape[0] - 1, args.longest, args.input.shape[0])
+             : config_.Dims(args.input.shape[0], args.input.shape[1]);
+}
+
 LayerCall StackImpl::CallFor(const ForwardArgs& args) const {
-  return LayerCall{.dims = config_.Dims(args.input.shape[0], args.input.shape[1]),
+  return LayerCall{.dims = DimsOf(args),
                    .pre_layer_norm = config_.pre_layer_norm,
                    .gelu = config_.gelu,
                    .eps = static_cast<float>(config_.layer_norm_eps),
+                   .causal = config_.causal,
                    .mask = args.mask,
                    .lengths = args.lengths,
+                   .cu_seqlens = args.cu_seqlens,
                    .workspace = workspace_.ops};
 }
 
@@ -329,14 +485,16 @@ absl::Status StackImpl::ForwardEval(const ForwardArgs& args) {
 absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const ForwardArgs& args) {
   LAMINA_RETURN_IF_ERROR(NeedTraining("Forward"));
   LAMINA_RETURN_IF_ERROR(CheckForward("Forward", args));
-  const int64_t batch = args.input.shape[0], seq = args.input.shape[1];
+  LAMINA_RETURN_IF_ERROR(CheckInvertible(args.layers));
+  const LayerDims dims = DimsOf(args);
   const int64_t layers = args.layers.end - args.layers.begin;
-  const size_t bytes = ContextBytes(config_, backend_, layers, batch, seq);
+  const size_t attn_saved_bytes = backend_.AttentionSavedBytes(dims);
+  const size_t bytes = ContextBytes(config_, backend_.sizes(), layers, dims);
   const absl::StatusOr<size_t> offset = context_ranges_.Take(bytes);
   if (!offset.ok())
     return absl::ResourceExhaustedError(
-        absl::StrCat("Forward: no room for the activation context of ", layers, " layers at [",
-                     batch, ", ", seq, "]: ", offset.status().message(),
+        absl::StrCat("Forward: no room for the activation context of ", layers, " layers at ",
+                     args.input.shape.ToString(), ": ", offset.status().message(),
                      "; release a context, or create the stack with larger max_contexts"));
   auto context = std::make_unique<StackContext>();
   StackContext& c = *context;
@@ -345,33 +503,61 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
   c.offset = *offset;
   c.size = bytes;
   c.range = args.layers;
-  Placer placer(static_cast<char*>(context_arena_.data()) + c.offset);
-  c.buffers = PlaceContext(placer, config_, backend_, layers, batch, seq);
+  c.weights_version = weights_version_;
+  Placer placer(static_cast<char*>(activations_arena_.data()) + contexts_begin_ + c.offset);
+  c.buffers = PlaceContext(placer, config_, layers, dims, attn_saved_bytes);
 
   c.call = CallFor(args);
   c.call.attn_dropout = static_cast<float>(config_.attn_dropout_ratio);
   c.call.hidden_dropout = static_cast<float>(config_.hidden_dropout_ratio);
   c.call.rng = c.buffers.rng;
-  c.call.mask = args.mask ? c.buffers.mask : TensorView{};
-  c.call.lengths = args.lengths ? c.buffers.lengths : TensorView{};
+  for (TensorView LayerCall::*keys :
+       {&LayerCall::mask, &LayerCall::lengths, &LayerCall::cu_seqlens})
+    if (c.call.*keys) (c.call.*keys).data = c.buffers.keys;
   c.rng = RngState{static_cast<uint64_t>(config_.seed), counters_.rng_counter};
   LAMINA_RETURN_IF_ERROR(backend_.CopyIn(c.buffers.rng, &c.rng, sizeof(c.rng)));
-  for (const auto& [copy, original] :
-       {std::pair(c.buffers.input, args.input), std::pair(c.call.mask, args.mask),
-        std::pair(c.call.lengths, args.lengths)})
-    if (original)
-      LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(copy.data, original.data, original.bytes()));
+  for (const TensorView& keys : {args.mask, args.lengths, args.cu_seqlens})
+    if (keys) LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(c.buffers.keys, keys.data, keys.bytes()));
+  if (c.buffers.input)
+    LAMINA_RETURN_IF_ERROR(
+        backend_.CopyWithin(c.buffers.input.data, args.input.data, args.input.bytes()));
 
-  TensorView x = c.buffers.input;
+  const LayerScratch scratch = CutScratch(workspace_.scratch, dims);
+  const TensorView output = Tokens(args.output);
+  const TensorView chain = workspace_.chain.Reshaped(output.shape);
+  TensorView x = c.buffers.input ? c.buffers.input : Tokens(args.input);
   for (int64_t i = 0; i < layers; ++i) {
     const ContextBuffers::SavedLayer& saved = c.buffers.layers[static_cast<size_t>(i)];
-    const TensorView y = saved.output ? saved.output : Tokens(args.output);
+    const bool last = i + 1 == layers;
+    // Where outputs are not kept they alternate, so that the last is the caller's.
+    const TensorView passing = (layers - 1 - i) % 2 == 0 ? output : chain;
+    const TensorView y = saved.output && !last ? saved.output : passing;
+    const LayerActivations kept =
+        config_.activation_checkpointing ? Recomputed(dims) : saved.activations;
     const Layer& layer = layers_[static_cast<size_t>(args.layers.begin + i)];
-    LAMINA_RETURN_IF_ERROR(layer.Forward(c.call, x, saved.activations, y));
+    LAMINA_RETURN_IF_ERROR(layer.Forward(c.call, x, WithScratch(kept, dims, scratch), y));
+    if (saved.output && last)
+      LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(saved.output.data, y.data, y.bytes()));
     x = y;
   }
   ++counters_.rng_counter;
   return context;
+}
+
+LayerActivations StackImpl::Recomputed(const LayerDims& dims) const {
+  Placer placer(activations_arena_.data());
+  return PlaceActivations(placer, MemoryKind::kWorkspace, "recompute", config_, dims,
+                          backend_.AttentionSavedBytes(dims));
+}
+
+absl::Status StackImpl::CheckWeightsOf(const StackContext& context) const {
+  if (context.weights_version == weights_version_ ||
+      !(config_.normalize_invertible || config_.activation_checkpointing))
+    return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "Backward: weights have changed since this context's Forward, and with ",
+      config_.activation_checkpointing ? "activation_checkpointing" : "normalize_invertible",
+      " what was not kept is computed again from them; release the context and run Forward again"));
 }
 
 absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad,
@@ -383,15 +569,20 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
   if (c->spent)
     return absl::FailedPreconditionError(
         "Backward: the context is spent; each training Forward allows one Backward");
-  const Shape shape{c->batch(), c->seq(), config_.hidden_size};
+  const Shape shape = c->activation_shape();
   LAMINA_RETURN_IF_ERROR(CheckTensor("Backward", "output_grad", output_grad, config_.dtype, shape));
   if (input_grad)
     LAMINA_RETURN_IF_ERROR(CheckTensor("Backward", "input_grad", input_grad, config_.dtype, shape));
   if (Overlap(output_grad, input_grad))
     return absl::InvalidArgumentError("Backward: input_grad overlaps output_grad");
+  LAMINA_RETURN_IF_ERROR(CheckWeightsOf(*c));
 
   c->spent = true;  // from here on gradients change
-  const LayerScratch scratch = CutScratch(workspace_.scratch, c->call.dims);
+  const LayerDims& dims = c->call.dims;
+  const LayerScratch scratch = CutScratch(workspace_.scratch, dims);
+  // Recomputation is Forward again, to the bit: it has no part in stochastic_mode.
+  LayerCall backward_call = c->call;
+  backward_call.workspace.unordered = config_.stochastic_mode;
   TensorView dy = Tokens(output_grad);
   TensorView chain = workspace_.chain.Reshaped(dy.shape);
   TensorView other_chain = training_.chain.Reshaped(dy.shape);
@@ -400,7 +591,16 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
     const TensorView x = i == 0 ? c->buffers.input : c->buffers.layers[i - 1].output;
     const TensorView dx = i == 0 && input_grad ? Tokens(input_grad) : chain;
     const Layer& layer = layers_[static_cast<size_t>(c->range.begin) + i];
-    LAMINA_RETURN_IF_ERROR(layer.Backward(c->call, x, saved.activations, dy, scratch, dx));
+    LayerActivations activations = saved.activations;
+    activations.y = saved.output;
+    if (config_.activation_checkpointing) {
+      activations = Recomputed(dims);
+      // Post-LN's y is read before anything is written to the branch's scratch.
+      if (!config_.pre_layer_norm) activations.y = scratch.branch;
+      LAMINA_RETURN_IF_ERROR(
+          layer.Forward(c->call, x, WithScratch(activations, dims, scratch), activations.y));
+    }
+    LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx));
     dy = dx;
     std::swap(chain, other_chain);
   }
@@ -412,31 +612,61 @@ absl::Status StackImpl::ZeroGradients() {
   return backend_.SetZero(training_.gradients.data, training_.gradients.bytes());
 }
 
-absl::StatusOr<ApplyResult> StackImpl::ApplyGradients(const AdamWOptions& options) {
+absl::StatusOr<ApplyResult> StackImpl::ApplyGradients(const OptimizerOptions& options) {
   LAMINA_RETURN_IF_ERROR(NeedTraining("ApplyGradients"));
-  LAMINA_RETURN_IF_ERROR(CheckOptions(options));
+  OptimizerOptions effective = options;
+  if (options.loss_scale == 0.0) effective.loss_scale = loss_scale();
+  LAMINA_RETURN_IF_ERROR(CheckOptions(effective));
   const OptimizerBuffers buffers{.weights = weights_.weights,
                                  .master = weights_.master,
                                  .gradients = training_.gradients,
                                  .m = training_.m,
                                  .v = training_.v,
                                  .control = training_.control,
-                                 .decayed_elements = parameters_.decayed_elements()};
-  LAMINA_ASSIGN_OR_RETURN(
-      const OptimizerControl control,
-      AdamWStep(backend_, workspace_.ops, buffers, options, counters_.optimizer_step + 1));
+                                 .segments = training_.segments};
+  WeightsChanged();  // or half of them, where a call fails
+  LAMINA_RETURN_IF_ERROR(
+      optimizer_step_.Enqueue(workspace_.ops, buffers, effective, counters_.optimizer_step + 1));
+  OptimizerControl control{};
+  LAMINA_RETURN_IF_ERROR(backend_.CopyOut(&control, training_.control, sizeof(control)));
+  // With the synchronisation that there is anyway, so that no Forward needs one of its own.
+  if (config_.normalize_invertible) LAMINA_RETURN_IF_ERROR(CopyNormVectors());
+  LAMINA_RETURN_IF_ERROR(backend_.Synchronize());
+  if (config_.normalize_invertible) invertible_norms_.Judge();
+
   const bool applied = control.skip == 0;
   ++(applied ? counters_.optimizer_step : counters_.skipped_steps);
+  // A step that divided by another scale says nothing about this one.
+  if (config_.dynamic_loss_scale && effective.loss_scale == counters_.loss_scale)
+    AdjustLossScale(config_, /*overflow=*/!applied, counters_);
   return ApplyResult{
-      .applied = applied, .grad_norm = control.grad_norm, .step = counters_.optimizer_step};
+      .applied = applied,
+      .grad_norm = control.grad_norm,
+      .step = counters_.optimizer_step,
+      .loss_scale = effective.loss_scale,
+      .next_loss_scale = config_.dynamic_loss_scale ? loss_scale() : effective.loss_scale};
 }
 
-absl::Status StackImpl::SetDropout(double attn_ratio, double hidden_ratio) {
-  LAMINA_RETURN_IF_ERROR(CheckDropoutRatio("attn_dropout_ratio", attn_ratio));
-  LAMINA_RETURN_IF_ERROR(CheckDropoutRatio("hidden_dropout_ratio", hidden_ratio));
-  config_.attn_dropout_ratio = attn_ratio;
-  config_.hidden_dropout_ratio = hidden_ratio;
-  return absl::OkStatus();
+void StackImpl::WeightsChanged() {
+  ++weights_version_;
+  invertible_norms_.MarkStale();
+}
+
+absl::Status StackImpl::CopyNormVectors() {
+  std::vector<float>& vectors = invertible_norms_.vectors();
+  return backend_.CopyOut(vectors.data(),
+                          weights_.master.as<float>() + parameters_.decayed_elements(),
+                          vectors.size() * sizeof(float));
+}
+
+absl::Status StackImpl::CheckInvertible(LayerRange layers) {
+  if (!config_.normalize_invertible) return absl::OkStatus();
+  if (invertible_norms_.stale()) {
+    LAMINA_RETURN_IF_ERROR(CopyNormVectors());
+    LAMINA_RETURN_IF_ERROR(backend_.Synchronize());
+    invertible_norms_.Judge();
+  }
+  return invertible_norms_.Check(layers);
 }
 
 // --- parameters ---
@@ -500,8 +730,9 @@ absl::Status StackImpl::WriteParameter(const std::string& name, ParameterPart pa
   if (bytes != view.bytes())
     return absl::InvalidArgumentError(absl::StrCat(name, ": the values have ", bytes,
                                                    " bytes; the parameter has ", view.bytes()));
-  LAMINA_RETURN_IF_ERROR(backend_.CopyIn(view.data, src, bytes));
   const bool weights = part == ParameterPart::kWeights;
+  if (weights || part == ParameterPart::kMaster) WeightsChanged();
+  LAMINA_RETURN_IF_ERROR(backend_.CopyIn(view.data, src, bytes));
   if ((weights || part == ParameterPart::kMaster) && config_.dtype != DType::kF32) {
     LAMINA_ASSIGN_OR_RETURN(
         const TensorView other,
@@ -532,12 +763,13 @@ absl::StatusOr<std::unique_ptr<Stack>> Stack::Create(Backend& backend, const Sta
   return stack;
 }
 
-double Stack::ForwardFlops(const StackConfig& config, int64_t layers, int64_t batch, int64_t seq) {
+double Stack::ForwardFlops(const StackConfig& config, int64_t layers, int64_t tokens,
+                           double sum_of_squared_lengths) {
   const double h = static_cast<double>(config.hidden_size);
   const double i = static_cast<double>(config.intermediate_size);
-  const double tokens = static_cast<double>(batch) * static_cast<double>(seq);
   return static_cast<double>(layers) *
-         (2.0 * tokens * (4.0 * h * h + 2.0 * h * i) + 4.0 * tokens * static_cast<double>(seq) * h);
+         (2.0 * static_cast<double>(tokens) * (4.0 * h * h + 2.0 * h * i) +
+          4.0 * h * sum_of_squared_lengths);
 }
 
 }  // namespace lamina

@@ -1,5 +1,6 @@
 #include "server/engine/call_checks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 
@@ -49,12 +50,20 @@ absl::Status CheckTensor(absl::string_view field, const HostTensor& tensor, DTyp
 }
 
 absl::Status CheckActivation(absl::string_view field, const HostTensor& tensor,
-                             const StackConfig& config) {
+                             const StackConfig& config, bool packed) {
   if (!tensor) return Invalid(field, ": is missing");
   if (tensor.dtype != config.dtype)
     return Invalid(field, absl::StrCat(".dtype: is ", Name(tensor.dtype), "; the stack's is ",
                                        Name(config.dtype)));
   const Shape& s = tensor.shape;
+  if (packed) {
+    const int64_t most = config.batch_size * config.max_seq_length;
+    if (s.rank() != 2 || s[0] < 1 || s[0] > most || s[1] != config.hidden_size)
+      return Invalid(field, absl::StrCat(".shape: is ", s.ToString(), "; with cumulative_lengths ",
+                                         "it must be [T, ", config.hidden_size, "] with T in 1..",
+                                         most, ", batch_size * max_seq_length"));
+    return CheckAligned(field, tensor.data, SizeOf(config.dtype));
+  }
   if (s.rank() != 3 || s[0] < 1 || s[0] > config.batch_size || s[1] < 1 ||
       s[1] > config.max_seq_length || s[2] != config.hidden_size)
     return Invalid(field, absl::StrCat(".shape: is ", s.ToString(), "; it must be [B, S, ",
@@ -84,6 +93,42 @@ absl::Status CopyLengths(const HostTensor& lengths, int64_t batch, int64_t seq,
       return Invalid("lengths",
                      absl::StrCat("[", b, "]: is ", copy[b], "; it must be in 1..", seq));
   return absl::OkStatus();
+}
+
+absl::StatusOr<PackedSize> CopyCumulativeLengths(const HostTensor& cumulative_lengths,
+                                                 int64_t tokens, int64_t max_seq_length,
+                                                 std::vector<int32_t>& copy) {
+  constexpr absl::string_view kField = "cumulative_lengths";
+  const HostTensor& given = cumulative_lengths;
+  if (given.dtype != DType::kI32)
+    return Invalid(kField, absl::StrCat(".dtype: is ", Name(given.dtype), "; it must be int32"));
+  // No sequence is empty, so there are at most as many as tokens.
+  if (given.shape.rank() != 1 || given.shape[0] < 2 || given.shape[0] > tokens + 1)
+    return Invalid(kField, absl::StrCat(".shape: is ", given.shape.ToString(),
+                                        "; it must be [n + 1] with n, the number of sequences, in "
+                                        "1..",
+                                        tokens, ", the input's tokens"));
+  ENGINE_RETURN_IF_ERROR(CheckAligned(kField, given.data, sizeof(int32_t)));
+  copy.resize(static_cast<size_t>(given.shape[0]));
+  std::memcpy(copy.data(), given.data, copy.size() * sizeof(int32_t));
+
+  if (copy[0] != 0) return Invalid(kField, absl::StrCat("[0]: is ", copy[0], "; it must be 0"));
+  PackedSize size{.sequences = given.shape[0] - 1};
+  for (size_t i = 1; i < copy.size(); ++i) {
+    const int64_t before = copy[i - 1];
+    const int64_t length = copy[i] - before;
+    if (length < 1 || length > max_seq_length)
+      return Invalid(kField,
+                     absl::StrCat("[", i, "]: is ", copy[i], "; it must be in ", before + 1, "..",
+                                  before + max_seq_length, ", a sequence's length of 1..",
+                                  max_seq_length, " above the one before it"));
+    size.longest = std::max(size.longest, length);
+    size.sum_of_squared_lengths += static_cast<double>(length) * static_cast<double>(length);
+  }
+  if (copy.back() != tokens)
+    return Invalid(kField, absl::StrCat("[", copy.size() - 1, "]: is ", copy.back(),
+                                        "; the last must be ", tokens, ", the input's tokens"));
+  return size;
 }
 
 absl::Status CheckTarget(absl::string_view field, const HostTensor& target, size_t bytes,

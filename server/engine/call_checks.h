@@ -20,9 +20,9 @@ absl::Status CheckName(absl::string_view field, absl::string_view name);
 absl::Status CheckTensor(absl::string_view field, const HostTensor& tensor, DType dtype,
                          const Shape& shape);
 
-// A tensor [B, S, H] that the config's stack takes.
+// A tensor that the config's stack takes: [B, S, H], or `packed` [T, H].
 absl::Status CheckActivation(absl::string_view field, const HostTensor& tensor,
-                             const StackConfig& config);
+                             const StackConfig& config, bool packed);
 
 // fp32 [B, 1, 1, S] or [B, S].
 absl::Status CheckMask(const HostTensor& mask, int64_t batch, int64_t seq);
@@ -31,6 +31,19 @@ absl::Status CheckMask(const HostTensor& mask, int64_t batch, int64_t seq);
 // is in a region at any time.
 absl::Status CopyLengths(const HostTensor& lengths, int64_t batch, int64_t seq,
                          std::vector<int32_t>& copy);
+
+// What the cumulative lengths of a packed batch say.
+struct PackedSize {
+  int64_t sequences = 0;  // n
+  int64_t longest = 0;    // the longest one's length
+  double sum_of_squared_lengths = 0;
+};
+
+// int32 [n + 1]: 0 first, then each 1..max_seq_length above the one before it, `tokens` last.
+// Copies them into `copy` first and checks the copy, as CopyLengths.
+absl::StatusOr<PackedSize> CopyCumulativeLengths(const HostTensor& cumulative_lengths,
+                                                 int64_t tokens, int64_t max_seq_length,
+                                                 std::vector<int32_t>& copy);
 
 // Where a result of `bytes` goes: into `target`, which must hold exactly these, or, where it has
 // no data, into the response, within the cap.

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -167,6 +168,9 @@ std::string HeaderOf(const Stack& stack, const std::vector<Part>& parts) {
       {"lamina.optimizer_step", absl::StrCat(counters.optimizer_step)},
       {"lamina.rng_counter", absl::StrCat(counters.rng_counter)},
       {"lamina.skipped_steps", absl::StrCat(counters.skipped_steps)},
+      {"lamina.loss_scale", Json(counters.loss_scale).dump()},  // every bit of it
+      {"lamina.clean_steps", absl::StrCat(counters.clean_steps)},
+      {"lamina.overflows_tolerated", absl::StrCat(counters.overflows_tolerated)},
       {kDigestKey, std::string(kDigestDigits, '0')},
   };
   uint64_t offset = 0;
@@ -452,6 +456,15 @@ absl::Status CheckpointReader::ReadHeader() {
       !absl::SimpleAtoi(text("lamina.skipped_steps"), &counters_.skipped_steps) ||
       counters_.optimizer_step < 0 || counters_.skipped_steps < 0)
     return not_ours("its counters are missing or malformed");
+  // Files from before dynamic loss scaling have none of these three.
+  has_loss_scale_ = metadata.contains("lamina.loss_scale");
+  if (has_loss_scale_ &&
+      (!absl::SimpleAtod(text("lamina.loss_scale"), &counters_.loss_scale) ||
+       !absl::SimpleAtoi(text("lamina.clean_steps"), &counters_.clean_steps) ||
+       !absl::SimpleAtoi(text("lamina.overflows_tolerated"), &counters_.overflows_tolerated) ||
+       !std::isfinite(counters_.loss_scale) || counters_.loss_scale <= 0 ||
+       counters_.clean_steps < 0 || counters_.overflows_tolerated < 0))
+    return not_ours("its loss scale is malformed");
   return absl::OkStatus();
 }
 
@@ -556,14 +569,36 @@ absl::Status CheckpointReader::CheckFits(const StackConfig& config,
                                                    " in checkpoint \"", name_, "\" and ", stack,
                                                    " in the stack"));
   };
+  const auto yes_no = [](bool value) { return value ? "true" : "false"; };
   if (config_.heads != config.heads) return differs("heads", config_.heads, config.heads);
   if (config_.pre_layer_norm != config.pre_layer_norm)
-    return differs("pre_layer_norm", config_.pre_layer_norm, config.pre_layer_norm);
+    return differs("pre_layer_norm", yes_no(config_.pre_layer_norm), yes_no(config.pre_layer_norm));
+  if (config_.causal != config.causal)
+    return differs("causal", yes_no(config_.causal), yes_no(config.causal));
   if (config_.gelu != config.gelu)
     return differs("gelu", static_cast<int>(config_.gelu), static_cast<int>(config.gelu));
   if (config_.layer_norm_eps != config.layer_norm_eps)
     return differs("layer_norm_eps", config_.layer_norm_eps, config.layer_norm_eps);
   return absl::OkStatus();
+}
+
+void CheckpointReader::RestoreLossScale(const Stack& stack, StackCounters& counters) const {
+  const StackConfig& config = stack.config();
+  if (!config.dynamic_loss_scale) {
+    const StackCounters own = stack.counters();
+    counters.loss_scale = own.loss_scale;
+    counters.clean_steps = own.clean_steps;
+    counters.overflows_tolerated = own.overflows_tolerated;
+  } else if (!has_loss_scale_ || !config_.dynamic_loss_scale) {
+    counters.loss_scale = config.initial_loss_scale;
+    counters.clean_steps = 0;
+    counters.overflows_tolerated = config.loss_scale_hysteresis;
+  } else {
+    counters.loss_scale =
+        std::clamp(counters.loss_scale, config.min_loss_scale, StackConfig::kMaxLossScale);
+    counters.overflows_tolerated =
+        std::min(counters.overflows_tolerated, config.loss_scale_hysteresis);
+  }
 }
 
 absl::Status CheckpointReader::Restore(Stack& stack) const {
@@ -599,6 +634,7 @@ absl::Status CheckpointReader::Restore(Stack& stack) const {
         status.message()));
   StackCounters counters = counters_;
   if (!training) counters.optimizer_step = 0;  // as turning training off does: the moments are gone
+  RestoreLossScale(stack, counters);
   stack.set_counters(counters);
   return absl::OkStatus();
 }

@@ -6,11 +6,12 @@
 //   <p>             the weights in the stack's dtype; for an fp32 stack they are the master weights
 //   master.<p>      fp32 master weights, unless the stack's dtype is fp32. They decide: Restore
 //                   rounds the weights from them, which gives what the file's weights hold
-//   exp_avg.<p>, exp_avg_sq.<p>   fp32, AdamW's moments; absent where training was off
+//   exp_avg.<p>, exp_avg_sq.<p>   fp32, the optimizer's moments; absent where training was off
 //   gradient.<p>    fp32, accumulated gradients; absent where all of them were zero
 // Metadata, all strings: lamina.format, lamina.version, lamina.created (RFC 3339), lamina.config
-// (JSON), lamina.optimizer_step, lamina.rng_counter, lamina.skipped_steps, lamina.sha256 (of the
-// whole file with this digest's 64 digits as zeros).
+// (JSON), lamina.optimizer_step, lamina.rng_counter, lamina.skipped_steps, lamina.loss_scale,
+// lamina.clean_steps, lamina.overflows_tolerated, lamina.sha256 (of the whole file with this
+// digest's 64 digits as zeros). Files of versions before dynamic loss scaling lack its three.
 //
 // A file appears under its name complete or not at all: it is written beside it, synced, renamed,
 // and the folder is synced.
@@ -84,8 +85,9 @@ class CheckpointReader {
 
   // Sets the stack's weights, optimizer state, gradients and counters; on the stack's thread, after
   // CheckFits. Where the file has no moments they become zero; a stack whose training is off takes
-  // the weights alone. Seed, dropout ratios and sizes stay the stack's own. DATA_LOSS: the file
-  // failed after it had been checked; the stack then holds parts of both.
+  // the weights alone. Seed, dropout ratios, memory flags and sizes stay the stack's own. A dynamic
+  // loss scale goes on where the file's stack left it, and begins anew where that had none.
+  // DATA_LOSS: the file failed after it had been checked; the stack then holds parts of both.
   absl::Status Restore(Stack& stack) const;
 
  private:
@@ -103,6 +105,8 @@ class CheckpointReader {
   absl::Status CheckTensor(const std::string& name, DType dtype, const Shape& shape) const;
   absl::Status ReadAt(uint64_t offset, void* dst, size_t bytes) const;
   const Tensor* Find(const std::string& name) const;
+  // Sets the loss scale's counters to what the stack goes on with, within its own bounds.
+  void RestoreLossScale(const Stack& stack, StackCounters& counters) const;
 
   std::string name_;
   int fd_ = -1;
@@ -113,6 +117,7 @@ class CheckpointReader {
   std::vector<Tensor> tensors_;  // by name
   StackConfig config_;
   StackCounters counters_;
+  bool has_loss_scale_ = false;  // counters_ has one from the file
 };
 
 }  // namespace lamina

@@ -19,15 +19,16 @@ uint64_t Parse(const std::string& id) {
 }  // namespace
 
 std::string ContextTable::Add(SessionKey session, const std::string& stack,
-                              std::unique_ptr<Context> context) {
-  sessions_[session][++last_id_] = Record{stack, std::move(context)};
+                              std::unique_ptr<Context> context, const CallSize& size) {
+  sessions_[session][++last_id_] = Record{stack, std::move(context), size};
   ++live_of_stack_[stack];
   ++live_;
   return absl::StrCat(last_id_);
 }
 
-absl::StatusOr<Context*> ContextTable::Find(SessionKey session, const std::string& stack,
-                                            const std::string& id) const {
+absl::StatusOr<const ContextTable::Record*> ContextTable::Find(SessionKey session,
+                                                               const std::string& stack,
+                                                               const std::string& id) const {
   if (id.empty())
     return absl::FailedPreconditionError(
         "context_id: is empty; run a training Forward first and give the id it answers with");
@@ -46,7 +47,7 @@ absl::StatusOr<Context*> ContextTable::Find(SessionKey session, const std::strin
       if (record->second.context == nullptr)
         return absl::FailedPreconditionError(
             absl::StrCat("context_id: the stack was deleted, and its contexts with it"));
-      return record->second.context.get();
+      return &record->second;
     }
   }
   return absl::NotFoundError(

@@ -21,16 +21,31 @@
 
 namespace lamina {
 
+// How much a call worked on, as metrics count it.
+struct CallSize {
+  int64_t sequences = 0;  // B, or n of a packed batch
+  int64_t tokens = 0;     // B * S, or T of a packed batch
+  double sum_of_squared_lengths = 0;
+};
+
 class ContextTable {
  public:
-  // Takes the context over; `stack` is the name that calls must give with the id.
-  std::string Add(SessionKey session, const std::string& stack, std::unique_ptr<Context> context);
+  struct Record {
+    std::string stack;
+    std::unique_ptr<Context> context;  // null: its stack was deleted
+    CallSize size;                     // of its Forward
+  };
 
-  // The context; it stays the table's until Erase. NOT_FOUND: not this session's, spent or
-  // released. FAILED_PRECONDITION: its stack was deleted; or `id` is empty, or names nothing that
-  // ever was and this session ran no training Forward. INVALID_ARGUMENT: another stack's.
-  absl::StatusOr<Context*> Find(SessionKey session, const std::string& stack,
-                                const std::string& id) const;
+  // Takes the context over; `stack` is the name that calls must give with the id.
+  std::string Add(SessionKey session, const std::string& stack, std::unique_ptr<Context> context,
+                  const CallSize& size);
+
+  // The context, which is there; it stays the table's until Erase. NOT_FOUND: not this session's,
+  // spent or released. FAILED_PRECONDITION: its stack was deleted; or `id` is empty, or names
+  // nothing that ever was and this session ran no training Forward. INVALID_ARGUMENT: another
+  // stack's.
+  absl::StatusOr<const Record*> Find(SessionKey session, const std::string& stack,
+                                     const std::string& id) const;
   // `id` has been found.
   void Erase(SessionKey session, const std::string& id);
 
@@ -44,10 +59,6 @@ class ContextTable {
   int64_t live(const std::string& stack) const;
 
  private:
-  struct Record {
-    std::string stack;
-    std::unique_ptr<Context> context;  // null: its stack was deleted
-  };
   // What is remembered at most: of one session's deleted contexts, of ended sessions. A client that
   // asks for something older hears NOT_FOUND; no call is in flight for that long.
   static constexpr size_t kDeletedKept = 1024;

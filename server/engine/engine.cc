@@ -118,6 +118,7 @@ void EngineImpl::Publish(const std::string& name, Entry& entry) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     entry.info.counters = entry.stack->counters();
+    entry.info.loss_scale = entry.stack->loss_scale();
     entry.info.outstanding_contexts = contexts_.live(name);
   }
   PublishContexts();
@@ -167,6 +168,7 @@ absl::StatusOr<StackInfo> EngineImpl::AddStack(const std::string& name,
   info.parameters = entry->stack->parameters();
   for (const ParameterInfo& p : info.parameters) info.parameter_count += p.shape.elements();
   info.counters = entry->stack->counters();
+  info.loss_scale = entry->stack->loss_scale();
   StackInfo result = info;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -205,29 +207,19 @@ std::vector<StackInfo> EngineImpl::ListStacks() {
 }
 
 absl::StatusOr<StackInfo> EngineImpl::UpdateStack(const std::string& name,
-                                                  const StackUpdate& update,
+                                                  const StackChanges& changes,
                                                   const CallControl& control) {
-  if (!update.attn_dropout_ratio && !update.hidden_dropout_ratio && !update.training &&
-      !update.normalize_invertible && !update.gelu_checkpoint && !update.attn_dropout_checkpoint)
+  if (!changes.attn_dropout_ratio && !changes.hidden_dropout_ratio && !changes.training &&
+      !changes.normalize_invertible && !changes.gelu_checkpoint &&
+      !changes.attn_dropout_checkpoint && !changes.activation_checkpointing &&
+      !changes.stochastic_mode)
     return absl::InvalidArgumentError("UpdateStackRequest: has nothing to change");
   StackInfo info;
   ENGINE_RETURN_IF_ERROR(Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(name));
     Stack& stack = *entry->stack;
-    StackConfig wanted = stack.config();
-    wanted.attn_dropout_ratio = update.attn_dropout_ratio.value_or(wanted.attn_dropout_ratio);
-    wanted.hidden_dropout_ratio = update.hidden_dropout_ratio.value_or(wanted.hidden_dropout_ratio);
-    wanted.training = update.training.value_or(wanted.training);
-    wanted.normalize_invertible = update.normalize_invertible.value_or(wanted.normalize_invertible);
-    wanted.gelu_checkpoint = update.gelu_checkpoint.value_or(wanted.gelu_checkpoint);
-    wanted.attn_dropout_checkpoint =
-        update.attn_dropout_checkpoint.value_or(wanted.attn_dropout_checkpoint);
-    // The same checks as CreateStack's, all of them before the first change.
-    ENGINE_ASSIGN_OR_RETURN(wanted, Resolve(wanted, device().ordinal));
     const absl::Status changed = OnDevice([&]() -> absl::Status {
-      ENGINE_RETURN_IF_ERROR(stack.SetTraining(wanted.training));
-      ENGINE_RETURN_IF_ERROR(
-          stack.SetDropout(wanted.attn_dropout_ratio, wanted.hidden_dropout_ratio));
+      ENGINE_RETURN_IF_ERROR(stack.Update(changes));
       return backend_->Synchronize();
     });
     if (absl::IsResourceExhausted(changed)) metrics_->Rejected(Rejection::kStackMemory);
@@ -272,7 +264,7 @@ absl::StatusOr<PlanOutcome> EngineImpl::PlanMemory(const StackConfig& config) {
   ENGINE_RETURN_IF_ERROR(CheckServing());
   PlanOutcome outcome;
   ENGINE_ASSIGN_OR_RETURN(outcome.config, Resolve(config, device().ordinal));
-  ENGINE_ASSIGN_OR_RETURN(outcome.plan, PlanStack(outcome.config, *backend_));
+  ENGINE_ASSIGN_OR_RETURN(outcome.plan, PlanStack(outcome.config, backend_->sizes()));
   ENGINE_ASSIGN_OR_RETURN(outcome.free_bytes, backend_->FreeBytes());
   return outcome;
 }

@@ -66,10 +66,12 @@ struct ForwardCall {
   SessionKey session = 0;
   std::optional<LayerRange> layers;  // absent: all
   std::optional<bool> training;      // absent: as the stack's config says
-  HostTensor input;                  // act [B, S, H]
-  HostTensor mask;                   // fp32 [B, 1, 1, S] or [B, S]; absent: none
-  HostTensor lengths;  // int32 [B]; absent: none. Copied once, then the copy is checked
-  HostTensor output;   // act [B, S, H]; data is null: the engine provides `inline_output`
+  HostTensor input;                  // act [B, S, H]; [T, H] with cumulative_lengths
+  // At most one of these three. The two of int32 are copied once, then the copy is checked.
+  HostTensor mask;                // fp32 [B, 1, 1, S] or [B, S]; absent: none
+  HostTensor lengths;             // int32 [B]; absent: none
+  HostTensor cumulative_lengths;  // int32 [n + 1], of a packed batch; absent: not packed
+  HostTensor output;  // shaped like input; data is null: the engine provides `inline_output`
 };
 
 struct ForwardOutcome {
@@ -77,6 +79,7 @@ struct ForwardOutcome {
   std::string inline_output;  // the output's bytes where ForwardCall::output had no data
   Shape output_shape;
   DType output_dtype = DType::kF32;
+  bool fused_attention = false;  // which attention kernel ran: the fused one or the plain one
   StepTimes times;
 };
 
@@ -84,8 +87,8 @@ struct BackwardCall {
   std::string stack;
   SessionKey session = 0;
   std::string context_id;
-  HostTensor output_grad;  // act [B, S, H]
-  HostTensor input_grad;   // act [B, S, H]; data null and want_input_grad: inline
+  HostTensor output_grad;  // act, shaped like the Forward's input
+  HostTensor input_grad;   // the same; data null and want_input_grad: inline
   bool want_input_grad = false;
 };
 
@@ -108,14 +111,9 @@ struct StackInfo {
   MemoryPlan plan;
   int64_t parameter_count = 0;
   StackCounters counters;
+  double loss_scale = 1.0;  // what to multiply the next loss by
   int64_t outstanding_contexts = 0;
   std::vector<ParameterInfo> parameters;
-};
-
-struct StackUpdate {
-  std::optional<double> attn_dropout_ratio, hidden_dropout_ratio;
-  std::optional<bool> training;
-  std::optional<bool> normalize_invertible, gelu_checkpoint, attn_dropout_checkpoint;
 };
 
 // Values to write to one parameter: fp32 or the stack's dtype.
@@ -163,7 +161,8 @@ class Engine {
                                                 const CallControl& control) = 0;
   virtual absl::StatusOr<StackInfo> GetStack(const std::string& name) = 0;
   virtual std::vector<StackInfo> ListStacks() = 0;
-  virtual absl::StatusOr<StackInfo> UpdateStack(const std::string& name, const StackUpdate& update,
+  virtual absl::StatusOr<StackInfo> UpdateStack(const std::string& name,
+                                                const StackChanges& changes,
                                                 const CallControl& control) = 0;
   virtual absl::Status DeleteStack(const std::string& name, const CallControl& control) = 0;
   virtual absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) = 0;
@@ -174,7 +173,7 @@ class Engine {
   virtual absl::StatusOr<BackwardOutcome> Backward(const BackwardCall& call,
                                                    const CallControl& control) = 0;
   virtual absl::StatusOr<ApplyOutcome> ApplyGradients(const std::string& stack,
-                                                      const AdamWOptions& options,
+                                                      const OptimizerOptions& options,
                                                       bool zero_gradients,
                                                       const CallControl& control) = 0;
   virtual absl::Status ZeroGradients(const std::string& stack, const CallControl& control) = 0;

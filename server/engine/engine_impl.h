@@ -32,7 +32,7 @@ class EngineImpl final : public Engine {
                                         const CallControl& control) override;
   absl::StatusOr<StackInfo> GetStack(const std::string& name) override;
   std::vector<StackInfo> ListStacks() override;
-  absl::StatusOr<StackInfo> UpdateStack(const std::string& name, const StackUpdate& update,
+  absl::StatusOr<StackInfo> UpdateStack(const std::string& name, const StackChanges& changes,
                                         const CallControl& control) override;
   absl::Status DeleteStack(const std::string& name, const CallControl& control) override;
   absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) override;
@@ -41,8 +41,8 @@ class EngineImpl final : public Engine {
                                          const CallControl& control) override;
   absl::StatusOr<BackwardOutcome> Backward(const BackwardCall& call,
                                            const CallControl& control) override;
-  absl::StatusOr<ApplyOutcome> ApplyGradients(const std::string& stack, const AdamWOptions& options,
-                                              bool zero_gradients,
+  absl::StatusOr<ApplyOutcome> ApplyGradients(const std::string& stack,
+                                              const OptimizerOptions& options, bool zero_gradients,
                                               const CallControl& control) override;
   absl::Status ZeroGradients(const std::string& stack, const CallControl& control) override;
   absl::Status ReleaseContext(const std::string& stack, SessionKey session,
@@ -120,8 +120,9 @@ class EngineImpl final : public Engine {
   std::atomic<bool> failed_{false};    // health_ is not OK
   std::atomic<bool> draining_{false};  // Drain was called
 
-  ContextTable contexts_;         // the device thread's
-  std::vector<int32_t> lengths_;  // the device thread's: the running call's, checked
+  ContextTable contexts_;  // the device thread's
+  // The device thread's: the running call's lengths or cumulative lengths, checked.
+  std::vector<int32_t> lengths_;
 
   std::timed_mutex
       checkpoint_mutex_;  // one save at a time: they appear in the order of their steps

@@ -19,12 +19,20 @@ TensorView View(const HostTensor& tensor) {
   return TensorView{tensor.data, tensor.dtype, tensor.shape};
 }
 
-StepSample Sample(const StepTimes& times, DeviceQueue::Clock::time_point admitted) {
-  return StepSample{.queue_seconds = times.queue_seconds,
+StepSample Sample(const StepTimes& times, DeviceQueue::Clock::time_point admitted,
+                  const CallSize& size) {
+  return StepSample{.samples = static_cast<double>(size.sequences),
+                    .tokens = static_cast<double>(size.tokens),
+                    .queue_seconds = times.queue_seconds,
                     .input_seconds = times.input_seconds,
                     .compute_seconds = times.compute_seconds,
                     .output_seconds = times.output_seconds,
                     .total_seconds = Seconds(DeviceQueue::Clock::now() - admitted)};
+}
+
+double ForwardFlops(const StackConfig& config, const LayerRange& layers, const CallSize& size) {
+  return Stack::ForwardFlops(config, layers.end - layers.begin, size.tokens,
+                             size.sum_of_squared_lengths);
 }
 
 }  // namespace
@@ -78,13 +86,30 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point a
                      "\" keeps no gradients; turn its training on first"));
   if (training && contexts_.ended(call.session))
     return absl::NotFoundError("mutation.session_id: the session has ended");
-  ENGINE_RETURN_IF_ERROR(CheckActivation("input", call.input, config));
+  if ((call.mask ? 1 : 0) + (call.lengths ? 1 : 0) + (call.cumulative_lengths ? 1 : 0) > 1)
+    return absl::InvalidArgumentError(
+        "mask, lengths, cumulative_lengths: more than one is given; give one of them");
+  const bool packed{call.cumulative_lengths};
+  ENGINE_RETURN_IF_ERROR(CheckActivation("input", call.input, config, packed));
   const Shape shape = call.input.shape;
-  const int64_t batch = shape[0], seq = shape[1];
-  if (call.mask && call.lengths)
-    return absl::InvalidArgumentError("mask, lengths: both are given; give one of the two");
-  if (call.mask) ENGINE_RETURN_IF_ERROR(CheckMask(call.mask, batch, seq));
-  if (call.lengths) ENGINE_RETURN_IF_ERROR(CopyLengths(call.lengths, batch, seq, lengths_));
+  CallSize size;
+  int64_t seq = 0;  // the longest sequence
+  if (packed) {
+    ENGINE_ASSIGN_OR_RETURN(
+        const PackedSize lengths,
+        CopyCumulativeLengths(call.cumulative_lengths, shape[0], config.max_seq_length, lengths_));
+    seq = lengths.longest;
+    size = {.sequences = lengths.sequences,
+            .tokens = shape[0],
+            .sum_of_squared_lengths = lengths.sum_of_squared_lengths};
+  } else {
+    seq = shape[1];
+    size = {.sequences = shape[0],
+            .tokens = shape[0] * seq,
+            .sum_of_squared_lengths = static_cast<double>(shape[0] * seq * seq)};
+    if (call.mask) ENGINE_RETURN_IF_ERROR(CheckMask(call.mask, shape[0], seq));
+    if (call.lengths) ENGINE_RETURN_IF_ERROR(CopyLengths(call.lengths, shape[0], seq, lengths_));
+  }
   const size_t bytes = call.input.bytes();
   ENGINE_RETURN_IF_ERROR(
       CheckTarget("output", call.output, bytes, SizeOf(config.dtype), options_.inline_cap_bytes));
@@ -94,20 +119,28 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point a
     return absl::InvalidArgumentError("output: overlaps mask; give it bytes of its own");
   if (Overlap(call.output, call.lengths))
     return absl::InvalidArgumentError("output: overlaps lengths; give it bytes of its own");
+  if (Overlap(call.output, call.cumulative_lengths))
+    return absl::InvalidArgumentError(
+        "output: overlaps cumulative_lengths; give it bytes of its own");
   void* destination = call.output.data;
   if (destination == nullptr) {
     outcome.inline_output.resize(bytes);
     destination = outcome.inline_output.data();
   }
 
+  const Shape mask_shape{size.sequences, seq};
+  const Shape lengths_shape{static_cast<int64_t>(lengths_.size())};
   std::unique_ptr<Context> context;
   const absl::Status done = OnDevice([&]() -> absl::Status {
     ForwardArgs args{.layers = layers};
+    if (packed) args.longest = seq;
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
     if (backend_->info().host_memory) {
       args.input = View(call.input);
-      if (call.mask) args.mask = View(call.mask).Reshaped({batch, seq});
-      if (call.lengths) args.lengths = TensorView{lengths_.data(), DType::kI32, {batch}};
+      if (call.mask) args.mask = View(call.mask).Reshaped(mask_shape);
+      const TensorView lengths{lengths_.data(), DType::kI32, lengths_shape};
+      if (call.lengths) args.lengths = lengths;
+      if (packed) args.cu_seqlens = lengths;
       args.output = TensorView{destination, config.dtype, shape};
     } else {
       const auto stage = [&](Stack::Staging slot, DType dtype, const Shape& as, const void* from,
@@ -118,11 +151,13 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point a
       using S = Stack::Staging;
       ENGINE_RETURN_IF_ERROR(stage(S::kInput, config.dtype, shape, call.input.data, args.input));
       if (call.mask)
-        ENGINE_RETURN_IF_ERROR(
-            stage(S::kMask, DType::kF32, {batch, seq}, call.mask.data, args.mask));
+        ENGINE_RETURN_IF_ERROR(stage(S::kMask, DType::kF32, mask_shape, call.mask.data, args.mask));
       if (call.lengths)
         ENGINE_RETURN_IF_ERROR(
-            stage(S::kLengths, DType::kI32, {batch}, lengths_.data(), args.lengths));
+            stage(S::kLengths, DType::kI32, lengths_shape, lengths_.data(), args.lengths));
+      if (packed)
+        ENGINE_RETURN_IF_ERROR(
+            stage(S::kCuSeqlens, DType::kI32, lengths_shape, lengths_.data(), args.cu_seqlens));
       ENGINE_RETURN_IF_ERROR(stage(S::kOutput, config.dtype, shape, nullptr, args.output));
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
@@ -141,19 +176,20 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point a
   if (absl::IsResourceExhausted(done)) metrics_->Rejected(Rejection::kContextMemory);
   ENGINE_RETURN_IF_ERROR(done);
 
-  if (training) outcome.context_id = contexts_.Add(call.session, call.stack, std::move(context));
+  if (training)
+    outcome.context_id = contexts_.Add(call.session, call.stack, std::move(context), size);
   outcome.output_shape = shape;
   outcome.output_dtype = config.dtype;
+  outcome.fused_attention = stack.FusedAttention(seq);
   Publish(call.stack, *entry);
   CountTensor(call.input, TensorRole::kInput);
   CountTensor(call.mask, TensorRole::kInput);
   CountTensor(call.lengths, TensorRole::kInput);
+  CountTensor(call.cumulative_lengths, TensorRole::kInput);
   CountTensor(call.output, TensorRole::kOutput);
   if (!call.output) CountInline(bytes);
-  StepSample sample = Sample(outcome.times, admitted);
-  sample.samples = static_cast<double>(batch);
-  sample.tokens = static_cast<double>(batch * seq);
-  sample.flops = Stack::ForwardFlops(config, layers.end - layers.begin, batch, seq);
+  StepSample sample = Sample(outcome.times, admitted, size);
+  sample.flops = ForwardFlops(config, layers, size);
   metrics_->StepDone(training ? StepDirection::kForwardTraining : StepDirection::kForwardEval,
                      sample);
   return absl::OkStatus();
@@ -175,15 +211,16 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point
                                      BackwardOutcome& outcome) {
   outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
   // The context first: of a deleted stack it says more than the stack's absence.
-  const absl::StatusOr<Context*> found = contexts_.Find(call.session, call.stack, call.context_id);
+  const absl::StatusOr<const ContextTable::Record*> found =
+      contexts_.Find(call.session, call.stack, call.context_id);
   if (absl::IsFailedPrecondition(found.status()) && !call.context_id.empty()) return found.status();
   ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(call.stack));
   ENGINE_RETURN_IF_ERROR(found.status());
-  Context& context = **found;
+  Context& context = *(*found)->context;
   Stack& stack = *entry->stack;
   const StackConfig& config = stack.config();
 
-  const Shape shape{context.batch(), context.seq(), config.hidden_size};
+  const Shape shape = context.activation_shape();
   ENGINE_RETURN_IF_ERROR(CheckTensor("output_grad", call.output_grad, config.dtype, shape));
   const size_t bytes = call.output_grad.bytes();
   const bool wanted = call.want_input_grad || call.input_grad;
@@ -224,6 +261,7 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point
   }));
 
   const LayerRange layers = context.layers();
+  const CallSize size = (*found)->size;
   contexts_.Erase(call.session, call.context_id);
   if (wanted) {
     outcome.shape = shape;
@@ -233,10 +271,8 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point
   CountTensor(call.output_grad, TensorRole::kInput);
   CountTensor(call.input_grad, TensorRole::kOutput);
   if (wanted && !call.input_grad) CountInline(bytes);
-  StepSample sample = Sample(outcome.times, admitted);
-  sample.samples = static_cast<double>(shape[0]);
-  sample.tokens = static_cast<double>(shape[0] * shape[1]);
-  sample.flops = 2 * Stack::ForwardFlops(config, layers.end - layers.begin, shape[0], shape[1]);
+  StepSample sample = Sample(outcome.times, admitted, size);
+  sample.flops = 2 * ForwardFlops(config, layers, size);
   metrics_->StepDone(StepDirection::kBackward, sample);
   return absl::OkStatus();
 }
@@ -257,7 +293,7 @@ absl::Status EngineImpl::ReleaseContext(const std::string& stack, SessionKey ses
 // --- the optimizer ---
 
 absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack,
-                                                        const AdamWOptions& options,
+                                                        const OptimizerOptions& options,
                                                         bool zero_gradients,
                                                         const CallControl& control) {
   ApplyOutcome outcome;
@@ -266,6 +302,7 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
         const Clock::time_point begin = Clock::now();
         outcome.times.queue_seconds = Seconds(begin - admitted);
         ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
+        const double scale_before = entry->stack->loss_scale();
         ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
           ENGINE_ASSIGN_OR_RETURN(outcome.result, entry->stack->ApplyGradients(options));
           if (zero_gradients) ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
@@ -273,8 +310,13 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
         }));
         outcome.times.compute_seconds = Seconds(Clock::now() - begin);
         Publish(stack, *entry);
-        metrics_->GradientsApplied(!outcome.result.applied, outcome.result.grad_norm);
-        metrics_->StepDone(StepDirection::kApply, Sample(outcome.times, admitted));
+        const ApplyResult& result = outcome.result;
+        metrics_->GradientsApplied({.skipped = !result.applied,
+                                    .norm = result.grad_norm,
+                                    .next_loss_scale = result.next_loss_scale,
+                                    .scale_grew = entry->stack->loss_scale() > scale_before,
+                                    .scale_backed_off = entry->stack->loss_scale() < scale_before});
+        metrics_->StepDone(StepDirection::kApply, Sample(outcome.times, admitted, {}));
         return absl::OkStatus();
       }));
   return outcome;

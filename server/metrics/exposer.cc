@@ -1,5 +1,7 @@
 #include "server/metrics/exposer.h"
 
+#include <CivetServer.h>
+
 #include <exception>
 #include <vector>
 
@@ -8,6 +10,17 @@
 #include "prometheus/exposer.h"
 
 namespace lamina {
+namespace {
+
+// What the HTTP server said while it started, on this thread: its exception does not say why.
+thread_local std::string start_messages;
+
+int KeepMessage(const mg_connection*, const char* message) {
+  absl::StrAppend(&start_messages, start_messages.empty() ? "" : "; ", message);
+  return 1;  // it shall not print it itself
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std::string& address,
                                                                       MetricSet& metrics) {
@@ -21,17 +34,20 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std:
     return absl::InvalidArgumentError(
         absl::StrCat("metrics address \"", address, "\" must be HOST:PORT with PORT in 0..65535"));
   std::unique_ptr<MetricsExposer> result(new MetricsExposer);
+  start_messages.clear();
+  CivetCallbacks callbacks;
+  callbacks.log_message = KeepMessage;
   try {
-    result->exposer_ = std::make_unique<prometheus::Exposer>(address, /*num_threads=*/2);
+    result->exposer_ =
+        std::make_unique<prometheus::Exposer>(address, /*num_threads=*/2, &callbacks);
     const std::vector<int> ports = result->exposer_->GetListeningPorts();
     if (ports.empty())
       return absl::UnavailableError(absl::StrCat("metrics: can't listen on ", address));
     result->port_ = ports.front();
-  } catch (const std::exception&) {
-    // The HTTP server's own text says nothing of why.
+  } catch (const std::exception& error) {
     return absl::UnavailableError(
-        absl::StrCat("metrics: can't listen on ", address,
-                     ": the port is in use, needs privileges, or the host is not this machine's"));
+        absl::StrCat("metrics: can't listen on ", address, ": ",
+                     start_messages.empty() ? error.what() : start_messages.c_str()));
   }
   result->address_ = absl::StrCat(address.substr(0, colon), ":", result->port_);
   result->collectable_ = metrics.collectable();

@@ -120,11 +120,12 @@ MetricSet::MetricSet(const BuildInfo& build)
 
   auto& steps = CounterFamily(r, "lamina_steps_total", "Steps that were done, by direction.");
   auto& samples = CounterFamily(r, "lamina_samples_total", "Sequences that steps processed.");
-  auto& tokens = CounterFamily(r, "lamina_tokens_total", "Tokens (B * S) that steps processed.");
+  auto& tokens = CounterFamily(r, "lamina_tokens_total",
+                               "Tokens (B * S, or those of a packed batch) that steps processed.");
   auto& flops = CounterFamily(
       r, "lamina_flops_total",
-      "Floating-point operations of the steps' products: forward 2BS(4H^2 + 2HI) + 4BS^2H a "
-      "layer, backward twice that.");
+      "Floating-point operations of the steps' products: forward 2T(4H^2 + 2HI) + 4H sum(S^2) a "
+      "layer over its T tokens in sequences of S, backward twice that.");
   auto& achieved = GaugeFamily(r, "lamina_achieved_flops_per_second",
                                "FLOP/s of the last step while it computed.");
   auto& seconds =
@@ -147,6 +148,15 @@ MetricSet::MetricSet(const BuildInfo& build)
   gradient_norm_ = OneGauge(r, "lamina_gradient_norm",
                             "L2 norm of the last optimizer step's unscaled gradients, before "
                             "clipping.");
+
+  loss_scale_ = OneGauge(r, "lamina_loss_scale",
+                         "What the next loss is to be multiplied by, after the last optimizer "
+                         "step; 0: none yet.");
+  auto& scale_changes =
+      CounterFamily(r, "lamina_loss_scale_changes_total",
+                    "Optimizer steps after which a dynamic loss scale grew or backed off.");
+  loss_scale_growths_ = &scale_changes.Add({{"change", "growth"}});
+  loss_scale_backoffs_ = &scale_changes.Add({{"change", "backoff"}});
 
   auto& tensor_bytes = CounterFamily(r, "lamina_tensor_bytes_total",
                                      "Bytes of tensors that calls carried, by transport and role.");
@@ -222,9 +232,12 @@ void MetricSet::StepDone(StepDirection direction, const StepSample& sample) {
   for (size_t p = 0; p < kStepPhases; ++p) d.seconds[p]->Observe(seconds[p]);
 }
 
-void MetricSet::GradientsApplied(bool skipped, double norm) {
-  if (skipped) skipped_steps_->Increment();
-  gradient_norm_->Set(norm);
+void MetricSet::GradientsApplied(const AppliedStep& step) {
+  if (step.skipped) skipped_steps_->Increment();
+  gradient_norm_->Set(step.norm);
+  loss_scale_->Set(step.next_loss_scale);
+  if (step.scale_grew) loss_scale_growths_->Increment();
+  if (step.scale_backed_off) loss_scale_backoffs_->Increment();
 }
 
 void MetricSet::TensorMoved(TensorCarrier carrier, TensorRole role, size_t bytes) {

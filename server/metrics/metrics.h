@@ -58,11 +58,19 @@ enum class CheckpointOp : uint8_t { kSave, kLoad };
 
 // One step that was done. Counts that a direction has not are zero.
 struct StepSample {
-  double samples = 0;  // sequences, B
-  double tokens = 0;   // B * S
+  double samples = 0;  // sequences: B, or n of a packed batch
+  double tokens = 0;   // B * S, or T of a packed batch
   double flops = 0;    // as Stack::ForwardFlops counts them
   double queue_seconds = 0, input_seconds = 0, compute_seconds = 0, output_seconds = 0;
   double total_seconds = 0;
+};
+
+// What came of one optimizer step.
+struct AppliedStep {
+  bool skipped = false;        // a gradient was not finite
+  double norm = 0;             // of the gradients; may be infinite or NaN where it was skipped
+  double next_loss_scale = 1;  // what to multiply the next loss by
+  bool scale_grew = false, scale_backed_off = false;  // a dynamic one, by this step
 };
 
 struct BuildInfo {
@@ -97,8 +105,7 @@ class MetricSet {
 
   // --- steps ---
   void StepDone(StepDirection direction, const StepSample& sample);
-  // `norm` may be infinite or NaN where the step was skipped.
-  void GradientsApplied(bool skipped, double norm);
+  void GradientsApplied(const AppliedStep& step);
   void TensorMoved(TensorCarrier carrier, TensorRole role, size_t bytes);
 
   // --- admission ---
@@ -150,8 +157,9 @@ class MetricSet {
   std::array<prometheus::Gauge*, kDeviceMemoryKinds> device_memory_{};
   std::array<prometheus::Histogram*, 2> checkpoint_seconds_{};
   std::vector<std::pair<std::string, prometheus::Counter*>> session_ends_;
-  prometheus::Counter* skipped_steps_;
-  prometheus::Gauge *gradient_norm_, *queue_depth_, *activations_, *activations_high_water_;
+  prometheus::Counter *skipped_steps_, *loss_scale_growths_, *loss_scale_backoffs_;
+  prometheus::Gauge *gradient_norm_, *loss_scale_;
+  prometheus::Gauge *queue_depth_, *activations_, *activations_high_water_;
   prometheus::Gauge *stacks_, *contexts_, *sessions_, *regions_, *region_bytes_;
   prometheus::Gauge *checkpoint_bytes_, *checkpoint_timestamp_, *serving_;
 

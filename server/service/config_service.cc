@@ -79,20 +79,7 @@ grpc::Status ConfigServiceImpl::UpdateStack(grpc::ServerContext* context,
                                             v1::UpdateStackResponse* response) {
   const Gate::Pass pass(state_.gate);
   if (!pass.status().ok()) return ToGrpc(pass.status());
-  StackUpdate update;
-  if (request->has_attn_dropout_ratio()) update.attn_dropout_ratio = request->attn_dropout_ratio();
-  if (request->has_hidden_dropout_ratio()) {
-    update.hidden_dropout_ratio = request->hidden_dropout_ratio();
-  }
-  if (request->has_training()) update.training = request->training();
-  if (request->has_normalize_invertible()) {
-    update.normalize_invertible = request->normalize_invertible();
-  }
-  if (request->has_gelu_checkpoint()) update.gelu_checkpoint = request->gelu_checkpoint();
-  if (request->has_attn_dropout_checkpoint()) {
-    update.attn_dropout_checkpoint = request->attn_dropout_checkpoint();
-  }
-  auto info = state_.engine.UpdateStack(request->name(), update, ControlOf(context));
+  auto info = state_.engine.UpdateStack(request->name(), FromProto(*request), ControlOf(context));
   if (!info.ok()) return ToGrpc(info.status());
   spdlog::info("event=stack_updated stack={}", info->name);
   *response->mutable_stack() = ToProto(*info);

@@ -49,6 +49,10 @@ v1::Transport ToProto(TensorTransport transport) {
   return v1::TRANSPORT_UNSPECIFIED;
 }
 
+v1::AttentionPath AttentionPathOf(const ForwardOutcome& outcome) {
+  return outcome.fused_attention ? v1::ATTENTION_PATH_FUSED : v1::ATTENTION_PATH_PLAIN;
+}
+
 absl::StatusOr<StackConfig> FromProto(const v1::StackConfig& p) {
   StackConfig c;
   c.batch_size = p.batch_size();
@@ -68,9 +72,20 @@ absl::StatusOr<StackConfig> FromProto(const v1::StackConfig& p) {
   c.normalize_invertible = p.normalize_invertible();
   c.gelu_checkpoint = p.gelu_checkpoint();
   c.attn_dropout_checkpoint = p.attn_dropout_checkpoint();
+  c.activation_checkpointing = p.activation_checkpointing();
   c.stochastic_mode = p.stochastic_mode();
   if (p.has_adjust_init_range()) c.adjust_init_range = p.adjust_init_range();
   if (p.has_training()) c.training = p.training();
+  c.causal = p.causal();
+  c.dynamic_loss_scale = p.dynamic_loss_scale();
+  if (p.has_initial_loss_scale()) c.initial_loss_scale = p.initial_loss_scale();
+  if (p.has_loss_scale_growth_interval())
+    c.loss_scale_growth_interval = p.loss_scale_growth_interval();
+  if (p.has_loss_scale_growth_factor()) c.loss_scale_growth_factor = p.loss_scale_growth_factor();
+  if (p.has_loss_scale_backoff_factor())
+    c.loss_scale_backoff_factor = p.loss_scale_backoff_factor();
+  if (p.has_loss_scale_hysteresis()) c.loss_scale_hysteresis = p.loss_scale_hysteresis();
+  if (p.has_min_loss_scale()) c.min_loss_scale = p.min_loss_scale();
   if (p.has_max_contexts()) c.max_contexts = p.max_contexts();
   if (p.dtype() != v1::DATA_TYPE_UNSPECIFIED) {
     const auto dtype = FromProto(p.dtype());
@@ -114,13 +129,88 @@ v1::StackConfig ToProto(const StackConfig& c) {
   p.set_normalize_invertible(c.normalize_invertible);
   p.set_gelu_checkpoint(c.gelu_checkpoint);
   p.set_attn_dropout_checkpoint(c.attn_dropout_checkpoint);
+  p.set_activation_checkpointing(c.activation_checkpointing);
   p.set_stochastic_mode(c.stochastic_mode);
   p.set_adjust_init_range(c.adjust_init_range);
   p.set_training(c.training);
   p.set_dtype(ToProto(c.dtype));
   p.set_gelu(c.gelu == GeluKind::kTanh ? v1::GELU_TANH : v1::GELU_ERF);
   p.set_max_contexts(c.max_contexts);
+  p.set_causal(c.causal);
+  p.set_dynamic_loss_scale(c.dynamic_loss_scale);
+  p.set_initial_loss_scale(c.initial_loss_scale);
+  p.set_loss_scale_growth_interval(c.loss_scale_growth_interval);
+  p.set_loss_scale_growth_factor(c.loss_scale_growth_factor);
+  p.set_loss_scale_backoff_factor(c.loss_scale_backoff_factor);
+  p.set_loss_scale_hysteresis(c.loss_scale_hysteresis);
+  p.set_min_loss_scale(c.min_loss_scale);
   return p;
+}
+
+absl::StatusOr<OptimizerOptions> FromProto(const v1::ApplyGradientsRequest& p) {
+  OptimizerOptions o;
+  switch (p.optimizer()) {
+    case v1::OPTIMIZER_KIND_UNSPECIFIED:
+    case v1::OPTIMIZER_KIND_ADAMW:
+      o.kind = OptimizerKind::kAdamW;
+      break;
+    case v1::OPTIMIZER_KIND_LAMB:
+      o.kind = OptimizerKind::kLamb;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("optimizer: ", static_cast<int>(p.optimizer()),
+                       " must be OPTIMIZER_KIND_ADAMW or OPTIMIZER_KIND_LAMB"));
+  }
+  if (o.kind != OptimizerKind::kLamb) {
+    const char* const lamb = p.adapt_biases_and_norms() ? "adapt_biases_and_norms"
+                             : p.has_min_trust_ratio()  ? "min_trust_ratio"
+                             : p.has_max_trust_ratio()  ? "max_trust_ratio"
+                                                        : nullptr;
+    if (lamb != nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(lamb,
+                       ": is LAMB's alone; leave it out or set optimizer to "
+                       "OPTIMIZER_KIND_LAMB"));
+    }
+  }
+  o.learning_rate = p.learning_rate();
+  if (p.has_beta1()) o.beta1 = p.beta1();
+  if (p.has_beta2()) o.beta2 = p.beta2();
+  if (p.has_epsilon()) o.epsilon = p.epsilon();
+  if (p.has_weight_decay()) o.weight_decay = p.weight_decay();
+  o.decay_biases_and_norms = p.decay_biases_and_norms();
+  if (p.has_max_grad_norm()) o.max_grad_norm = p.max_grad_norm();
+  if (p.has_loss_scale()) {
+    if (p.loss_scale() == 0) {
+      return absl::InvalidArgumentError(
+          "loss_scale: 0 must be finite and > 0; leave it out for the stack's own");
+    }
+    o.loss_scale = p.loss_scale();
+  }
+  o.adapt_biases_and_norms = p.adapt_biases_and_norms();
+  if (p.has_min_trust_ratio()) o.min_trust_ratio = p.min_trust_ratio();
+  if (p.has_max_trust_ratio()) {
+    if (p.max_trust_ratio() == 0) {
+      return absl::InvalidArgumentError(
+          "max_trust_ratio: 0 must be > 0 and at least min_trust_ratio; leave it out for no bound");
+    }
+    o.max_trust_ratio = p.max_trust_ratio();
+  }
+  return o;
+}
+
+StackChanges FromProto(const v1::UpdateStackRequest& p) {
+  StackChanges c;
+  if (p.has_attn_dropout_ratio()) c.attn_dropout_ratio = p.attn_dropout_ratio();
+  if (p.has_hidden_dropout_ratio()) c.hidden_dropout_ratio = p.hidden_dropout_ratio();
+  if (p.has_training()) c.training = p.training();
+  if (p.has_normalize_invertible()) c.normalize_invertible = p.normalize_invertible();
+  if (p.has_gelu_checkpoint()) c.gelu_checkpoint = p.gelu_checkpoint();
+  if (p.has_attn_dropout_checkpoint()) c.attn_dropout_checkpoint = p.attn_dropout_checkpoint();
+  if (p.has_activation_checkpointing()) c.activation_checkpointing = p.activation_checkpointing();
+  if (p.has_stochastic_mode()) c.stochastic_mode = p.stochastic_mode();
+  return c;
 }
 
 v1::MemoryPlan ToProto(const MemoryPlan& plan) {
@@ -160,6 +250,7 @@ v1::Stack ToProto(const StackInfo& info) {
   p.set_skipped_steps(info.counters.skipped_steps);
   p.set_forward_count(info.counters.rng_counter);
   p.set_outstanding_contexts(info.outstanding_contexts);
+  p.set_loss_scale(info.loss_scale);
   return p;
 }
 

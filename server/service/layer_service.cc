@@ -28,6 +28,11 @@ absl::StatusOr<ForwardCall> ToCall(const v1::ForwardRequest& request, Session& s
     auto lengths = ResolveInput("lengths", request.lengths(), inline_cap, session);
     if (!lengths.ok()) return lengths.status();
     call.lengths = *std::move(lengths);
+  } else if (request.has_cumulative_lengths()) {
+    auto lengths =
+        ResolveInput("cumulative_lengths", request.cumulative_lengths(), inline_cap, session);
+    if (!lengths.ok()) return lengths.status();
+    call.cumulative_lengths = *std::move(lengths);
   }
   auto output = ResolveTarget("output", request.output(), call.input.dtype, call.input.shape,
                               inline_cap, session);
@@ -49,6 +54,7 @@ absl::Status RunForward(SharedState& state, const v1::ForwardRequest& request, S
   *response->mutable_timing() = ToProto(outcome->times);
   response->set_input_transport(ToProto(call->input.transport));
   response->set_output_transport(ToProto(call->output.transport));
+  response->set_attention_path(AttentionPathOf(*outcome));
   return absl::OkStatus();
 }
 
@@ -117,21 +123,16 @@ absl::Status RunBackward(SharedState& state, const v1::BackwardRequest& request,
 
 absl::Status RunApply(SharedState& state, const v1::ApplyGradientsRequest& request,
                       const CallControl& control, v1::ApplyGradientsResponse* response) {
-  AdamWOptions options;
-  options.learning_rate = request.learning_rate();
-  if (request.has_beta1()) options.beta1 = request.beta1();
-  if (request.has_beta2()) options.beta2 = request.beta2();
-  if (request.has_epsilon()) options.epsilon = request.epsilon();
-  if (request.has_weight_decay()) options.weight_decay = request.weight_decay();
-  options.decay_biases_and_norms = request.decay_biases_and_norms();
-  if (request.has_max_grad_norm()) options.max_grad_norm = request.max_grad_norm();
-  if (request.has_loss_scale()) options.loss_scale = request.loss_scale();
+  const auto options = FromProto(request);
+  if (!options.ok()) return options.status();
   auto outcome =
-      state.engine.ApplyGradients(request.stack(), options, request.zero_gradients(), control);
+      state.engine.ApplyGradients(request.stack(), *options, request.zero_gradients(), control);
   if (!outcome.ok()) return outcome.status();
   response->set_applied(outcome->result.applied);
   response->set_grad_norm(outcome->result.grad_norm);
   response->set_step(outcome->result.step);
+  response->set_loss_scale(outcome->result.loss_scale);
+  response->set_next_loss_scale(outcome->result.next_loss_scale);
   *response->mutable_timing() = ToProto(outcome->times);
   return absl::OkStatus();
 }

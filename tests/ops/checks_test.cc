@@ -23,6 +23,16 @@ using ::testing::StartsWith;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+class AnySizes final : public OpSizes {
+ public:
+  size_t AttentionSavedBytes(const LayerDims& d) const override {
+    return static_cast<size_t>(d.tokens() * d.heads) * 4;
+  }
+  size_t WorkspaceBytes(const LayerDims&) const override { return 0; }
+  bool host_memory() const override { return true; }
+  bool FusedAttention(const LayerDims&) const override { return true; }
+};
+
 class CountingBackend final : public Backend {
  public:
   int calls = 0;
@@ -39,10 +49,7 @@ class CountingBackend final : public Backend {
   absl::Status Synchronize() override { return absl::OkStatus(); }
   absl::Status RecordMark(int) override { return absl::OkStatus(); }
   absl::StatusOr<double> SecondsBetween(int, int) override { return 0.0; }
-  size_t AttentionSavedBytes(const LayerDims& d) const override {
-    return static_cast<size_t>(d.batch * d.heads * d.seq) * 4;
-  }
-  size_t WorkspaceBytes(const LayerDims&) const override { return 0; }
+  const OpSizes& sizes() const override { return sizes_; }
 
  private:
   absl::Status Count() {
@@ -80,6 +87,9 @@ class CountingBackend final : public Backend {
     return Count();
   }
   absl::Status DoAdamW(const Workspace&, const AdamWArgs&) override { return Count(); }
+  absl::Status DoLamb(const Workspace&, const LambArgs&) override { return Count(); }
+
+  AnySizes sizes_;
 };
 
 // Addresses that nothing reads. Each tensor gets its own stretch.
@@ -378,11 +388,62 @@ TEST(Checks, LayerNormBackward) {
                .dx = at.BF16({6, 8}),
                .dgamma = at.F32({8}),
                .dbeta = at.F32({8})};
+  const TensorView y = at.BF16({6, 8}), beta = at.BF16({8});
+  // The other source of the normalised values.
+  const std::function<void(A&)> from_output = [=](A& a) {
+    a.y = y;
+    a.beta = beta;
+    a.x = a.mean = {};
+  };
   ExpectRefusals<A>(
       "LayerNormBackward", &Backend::LayerNormBackward, good,
       {
           {"dy is absent", [](A& a) { a.dy = {}; }},
-          {"x is absent", [](A& a) { a.x = {}; }},
+          {"x is absent, and so are y and beta; x is required, or y and beta in its place",
+           [](A& a) { a.x = {}; }},
+          {"y is present; it must be absent where x is present", [=](A& a) { a.y = y; }},
+          {"beta is present; it must be absent where x is present", [=](A& a) { a.beta = beta; }},
+          {"y is absent",
+           [=](A& a) {
+             from_output(a);
+             a.y = {};
+           }},
+          {"y is fp32; it must be bf16 like dy",
+           [=](A& a) {
+             from_output(a);
+             a.y.dtype = DType::kF32;
+           }},
+          {"y has shape [6, 7]; it must be [T, H] with T = 6, H = 8",
+           [=](A& a) {
+             from_output(a);
+             a.y.shape = {6, 7};
+           }},
+          {"beta is absent",
+           [=](A& a) {
+             from_output(a);
+             a.beta = {};
+           }},
+          {"beta has shape [6]; it must be [H] with H = 8",
+           [=](A& a) {
+             from_output(a);
+             a.beta.shape = {6};
+           }},
+          {"mean is present; it must be absent where x is absent",
+           [=](A& a) {
+             const TensorView kept = a.mean;
+             from_output(a);
+             a.mean = kept;
+           }},
+          {"rstd is absent",
+           [=](A& a) {
+             from_output(a);
+             a.rstd = {};
+           }},
+          {"dx overlaps y",
+           [=](A& a) {
+             from_output(a);
+             a.dx = a.y;
+           }},
           {"x has shape [8, 6]",
            [](A& a) {
              a.x.shape = {8, 6};
@@ -403,8 +464,13 @@ TEST(Checks, LayerNormBackward) {
           {"dbeta has shape [6]", [](A& a) { a.dbeta.shape = {6}; }},
           {"dbeta overlaps dgamma", [](A& a) { a.dbeta = a.dgamma; }},
       });
-  ExpectAccepted<A>(&Backend::LayerNormBackward, good,
-                    {[](A& a) { a.residual_grad = {}; }, [](A& a) { a.dx = a.residual_grad; }});
+  ExpectAccepted<A>(
+      &Backend::LayerNormBackward, good,
+      {[](A& a) { a.residual_grad = {}; }, [](A& a) { a.dx = a.residual_grad; }, from_output,
+       [=](A& a) {
+         from_output(a);
+         a.dx = a.residual_grad;
+       }});
 }
 
 TEST(Checks, DropoutAddNorm) {
@@ -500,7 +566,14 @@ TEST(Checks, DropoutAddNormBackward) {
   good.dgamma = at.F32({8});
   good.dbeta = at.F32({8});
   const std::function<void(A&)> no_norm = [](A& a) {
-    a.dy = a.sum = a.gamma = a.mean = a.rstd = a.dgamma = a.dbeta = {};
+    a.dy = a.sum = a.y = a.beta = a.gamma = a.mean = a.rstd = a.dgamma = a.dbeta = {};
+  };
+  const TensorView y = at.BF16({6, 8}), beta = at.BF16({8});
+  // The other source of the normalised values.
+  const std::function<void(A&)> from_output = [=](A& a) {
+    a.y = y;
+    a.beta = beta;
+    a.sum = a.mean = {};
   };
   // Without a norm, each of its tensors is one too many.
   const auto no_norm_but = [&](TensorView A::*member) {
@@ -524,7 +597,46 @@ TEST(Checks, DropoutAddNormBackward) {
            [](A& a) {
              a.dsum.shape = {6, 9};
            }},
-          {"sum is absent", [](A& a) { a.sum = {}; }},
+          {"sum is absent, and so are y and beta; sum is required, or y and beta in its place",
+           [](A& a) { a.sum = {}; }},
+          {"y is present; it must be absent where sum is present", [=](A& a) { a.y = y; }},
+          {"beta is present; it must be absent where sum is present", [=](A& a) { a.beta = beta; }},
+          {"y is absent",
+           [=](A& a) {
+             from_output(a);
+             a.y = {};
+           }},
+          {"y is fp16; it must be bf16 like dy",
+           [=](A& a) {
+             from_output(a);
+             a.y.dtype = DType::kF16;
+           }},
+          {"beta is absent",
+           [=](A& a) {
+             from_output(a);
+             a.beta = {};
+           }},
+          {"mean is present; it must be absent where sum is absent",
+           [=](A& a) {
+             const TensorView kept = a.mean;
+             from_output(a);
+             a.mean = kept;
+           }},
+          {"dresidual overlaps y",
+           [=](A& a) {
+             from_output(a);
+             a.dresidual = a.y;
+           }},
+          {"y is present; it must be absent without dy",
+           [=](A& a) {
+             no_norm(a);
+             a.y = y;
+           }},
+          {"beta is present; it must be absent without dy",
+           [=](A& a) {
+             no_norm(a);
+             a.beta = beta;
+           }},
           {"gamma is absent", [](A& a) { a.gamma = {}; }},
           {"mean is absent", [](A& a) { a.mean = {}; }},
           {"rstd is absent", [](A& a) { a.rstd = {}; }},
@@ -552,7 +664,11 @@ TEST(Checks, DropoutAddNormBackward) {
       });
   ExpectAccepted<A>(&Backend::DropoutAddNormBackward, good,
                     {no_norm, [](A& a) { a.dsum = {}; }, [](A& a) { a.dresidual = {}; },
-                     [](A& a) { a.dresidual = a.dsum; }});
+                     [](A& a) { a.dresidual = a.dsum; }, from_output,
+                     [=](A& a) {
+                       from_output(a);
+                       a.dresidual = a.dsum;
+                     }});
 }
 
 LayerDims Dims() {
@@ -562,8 +678,68 @@ LayerDims Dims() {
 
 // What Attention and its Backward have in common.
 template <typename A>
-std::vector<Bad<A>> BadAttention(const TensorView& lengths) {
+std::vector<Bad<A>> BadAttention(const TensorView& lengths, const TensorView& cu_seqlens) {
+  // Two sequences of three tokens.
+  const std::function<void(A&)> pack = [=](A& a) {
+    a.dims.packed_tokens = 6;
+    a.mask = {};
+    a.cu_seqlens = cu_seqlens;
+  };
   return {
+      {"dims.packed_tokens is -1; it must be in [2, 6], dims.batch sequences of 1 to dims.seq "
+       "tokens, or 0: not packed",
+       [=](A& a) {
+         pack(a);
+         a.dims.packed_tokens = -1;
+       }},
+      {"dims.packed_tokens is 1",
+       [=](A& a) {
+         pack(a);
+         a.dims.packed_tokens = 1;
+       }},
+      {"dims.packed_tokens is 7",
+       [=](A& a) {
+         pack(a);
+         a.dims.packed_tokens = 7;
+       }},
+      {"qkv has shape [6, 24]; it must be [T, 3H] with T = 5, 3H = 24",
+       [=](A& a) {
+         pack(a);
+         a.dims.packed_tokens = 5;
+       }},
+      {"mask is present; it must be absent where dims.packed_tokens is not 0",
+       [=](A& a) {
+         const TensorView kept = a.mask;
+         pack(a);
+         a.mask = kept;
+       }},
+      {"lengths is present; it must be absent where dims.packed_tokens is not 0",
+       [=](A& a) {
+         pack(a);
+         a.lengths = lengths;
+       }},
+      {"cu_seqlens is absent",
+       [=](A& a) {
+         pack(a);
+         a.cu_seqlens = {};
+       }},
+      {"cu_seqlens is fp32; it must be int32",
+       [=](A& a) {
+         pack(a);
+         a.cu_seqlens.dtype = DType::kF32;
+       }},
+      {"cu_seqlens has shape [2]; it must be [B+1] with B+1 = 3",
+       [=](A& a) {
+         pack(a);
+         a.cu_seqlens.shape = {2};
+       }},
+      {"cu_seqlens is not aligned",
+       [=](A& a) {
+         pack(a);
+         a.cu_seqlens = Shifted(a.cu_seqlens, 2);
+       }},
+      {"cu_seqlens is present; it must be absent where dims.packed_tokens is 0",
+       [=](A& a) { a.cu_seqlens = cu_seqlens; }},
       {"dims.batch is 0; it must be at least 1", [](A& a) { a.dims.batch = 0; }},
       {"dims.seq is -3", [](A& a) { a.dims.seq = -3; }},
       {"dims.hidden is 0", [](A& a) { a.dims.hidden = 0; }},
@@ -614,36 +790,45 @@ std::vector<Bad<A>> BadAttention(const TensorView& lengths) {
 TEST(Checks, Attention) {
   using A = AttentionArgs;
   Addresses at;
-  const TensorView lengths = at.Tensor(DType::kI32, {2});
+  const TensorView lengths = at.Tensor(DType::kI32, {2}), ends = at.Tensor(DType::kI32, {3});
   A good{.dims = Dims(), .qkv = at.BF16({6, 24}), .mask = at.F32({2, 3})};
   good.dropout = {.ratio = 0.1f, .rng = at.Pointer<RngState>(), .stream = 0};
   good.out = at.BF16({6, 8});
   good.saved = at.Tensor(DType::kU8, {48});
-  std::vector<Bad<A>> bad = BadAttention<A>(lengths);
+  std::vector<Bad<A>> bad = BadAttention<A>(lengths, ends);
   bad.push_back({"out overlaps qkv", [](A& a) { a.out.data = a.qkv.data; }});
   bad.push_back({"saved overlaps out", [](A& a) { a.saved.data = a.out.data; }});
   bad.push_back({"out overlaps mask", [](A& a) { a.out.data = a.mask.data; }});
   ExpectRefusals<A>("Attention", &Backend::Attention, good, bad);
-  ExpectAccepted<A>(&Backend::Attention, good,
-                    {[](A& a) { a.mask = {}; }, [](A& a) { a.saved = {}; },
-                     [](A& a) { a.saved.shape = {64}; }, [](A& a) { a.dropout = {}; },
-                     [=](A& a) {
-                       a.mask = {};
-                       a.lengths = lengths;
-                     }});
+  ExpectAccepted<A>(
+      &Backend::Attention, good,
+      {[](A& a) { a.mask = {}; }, [](A& a) { a.causal = true; },
+       [=](A& a) {
+         a.dims.packed_tokens = 5;
+         a.qkv.shape = {5, 24};
+         a.out.shape = {5, 8};
+         a.saved.shape = {40};
+         a.mask = {};
+         a.cu_seqlens = ends;
+       },
+       [](A& a) { a.saved = {}; }, [](A& a) { a.saved.shape = {64}; }, [](A& a) { a.dropout = {}; },
+       [=](A& a) {
+         a.mask = {};
+         a.lengths = lengths;
+       }});
 }
 
 TEST(Checks, AttentionBackward) {
   using A = AttentionBackwardArgs;
   Addresses at;
-  const TensorView lengths = at.Tensor(DType::kI32, {2});
+  const TensorView lengths = at.Tensor(DType::kI32, {2}), ends = at.Tensor(DType::kI32, {3});
   A good{.dims = Dims(), .qkv = at.BF16({6, 24}), .mask = at.F32({2, 3})};
   good.dropout = {.ratio = 0.1f, .rng = at.Pointer<RngState>(), .stream = 0};
   good.out = at.BF16({6, 8});
   good.saved = at.Tensor(DType::kU8, {48});
   good.dout = at.BF16({6, 8});
   good.dqkv = at.BF16({6, 24});
-  std::vector<Bad<A>> bad = BadAttention<A>(lengths);
+  std::vector<Bad<A>> bad = BadAttention<A>(lengths, ends);
   bad.push_back({"saved is absent; it must be uint8 [48]", [](A& a) { a.saved = {}; }});
   bad.push_back({"dout is absent", [](A& a) { a.dout = {}; }});
   bad.push_back({"dout has shape [8, 6]", [](A& a) { a.dout.shape = {8, 6}; }});
@@ -652,6 +837,15 @@ TEST(Checks, AttentionBackward) {
   bad.push_back({"dqkv overlaps qkv", [](A& a) { a.dqkv = a.qkv; }});
   bad.push_back({"dqkv overlaps dout", [](A& a) { a.dqkv.data = a.dout.data; }});
   ExpectRefusals<A>("AttentionBackward", &Backend::AttentionBackward, good, bad);
+  ExpectAccepted<A>(&Backend::AttentionBackward, good, {[=](A& a) {
+    a.dims.packed_tokens = 5;
+    a.qkv.shape = a.dqkv.shape = {5, 24};
+    a.out.shape = a.dout.shape = {5, 8};
+    a.saved.shape = {40};
+    a.mask = {};
+    a.cu_seqlens = ends;
+    a.causal = true;
+  }});
 }
 
 TEST(Checks, Cast) {
@@ -695,43 +889,82 @@ TEST(Checks, GradientStats) {
       });
 }
 
-TEST(Checks, AdamW) {
-  using A = AdamWArgs;
-  Addresses at;
-  A good{.master = at.F32({48}), .weights = at.BF16({48}), .grad = at.F32({48})};
+// What AdamW and Lamb have in common.
+template <typename A>
+A GoodStep(Addresses& at) {
+  A good;
+  good.master = at.F32({48});
+  good.weights = at.BF16({48});
+  good.grad = at.F32({48});
   good.m = at.F32({48});
   good.v = at.F32({48});
   good.control = at.Pointer<OptimizerControl>();
-  ExpectRefusals<A>(
-      "AdamW", &Backend::AdamW, good,
-      {
-          {"master is absent", [](A& a) { a.master = {}; }},
-          {"master is bf16; it must be fp32", [](A& a) { a.master.dtype = DType::kBF16; }},
-          {"weights is int32", [](A& a) { a.weights.dtype = DType::kI32; }},
-          {"weights has shape [47]; it must be [n] with n = 48",
-           [](A& a) { a.weights.shape = {47}; }},
-          {"weights overlaps master", [](A& a) { a.weights.data = a.master.data; }},
-          {"grad is absent", [](A& a) { a.grad = {}; }},
-          {"grad has shape [6, 8]",
-           [](A& a) {
-             a.grad.shape = {6, 8};
-           }},
-          {"m is absent", [](A& a) { a.m = {}; }},
-          {"m overlaps grad", [](A& a) { a.m = a.grad; }},
-          {"v is absent", [](A& a) { a.v = {}; }},
-          {"v overlaps m", [](A& a) { a.v = a.m; }},
-          {"lr is -0.1; it must be finite and at least 0", [](A& a) { a.lr = -0.1f; }},
-          {"lr is nan", [](A& a) { a.lr = kNaN; }},
-          {"beta1 is 1; it must be in [0, 1)", [](A& a) { a.beta1 = 1.0f; }},
-          {"beta1 is nan", [](A& a) { a.beta1 = kNaN; }},
-          {"beta2 is -0.5; it must be in [0, 1)", [](A& a) { a.beta2 = -0.5f; }},
-          {"eps is inf", [](A& a) { a.eps = kInf; }},
-          {"weight_decay is -1", [](A& a) { a.weight_decay = -1.0f; }},
-          {"correction1 is 0; it must be in (0, 1]", [](A& a) { a.correction1 = 0.0f; }},
-          {"correction2 is 2; it must be in (0, 1]", [](A& a) { a.correction2 = 2.0f; }},
-          {"control is null", [](A& a) { a.control = nullptr; }},
-      });
-  ExpectAccepted<A>(&Backend::AdamW, good, {[](A& a) { a.weights = {}; }});
+  return good;
+}
+template <typename A>
+std::vector<Bad<A>> BadStep() {
+  return {
+      {"master is absent", [](A& a) { a.master = {}; }},
+      {"master is bf16; it must be fp32", [](A& a) { a.master.dtype = DType::kBF16; }},
+      {"weights is int32", [](A& a) { a.weights.dtype = DType::kI32; }},
+      {"weights has shape [47]; it must be [n] with n = 48", [](A& a) { a.weights.shape = {47}; }},
+      {"weights overlaps master", [](A& a) { a.weights.data = a.master.data; }},
+      {"grad is absent", [](A& a) { a.grad = {}; }},
+      {"grad has shape [6, 8]",
+       [](A& a) {
+         a.grad.shape = {6, 8};
+       }},
+      {"m is absent", [](A& a) { a.m = {}; }},
+      {"m overlaps grad", [](A& a) { a.m = a.grad; }},
+      {"v is absent", [](A& a) { a.v = {}; }},
+      {"v overlaps m", [](A& a) { a.v = a.m; }},
+      {"lr is -0.1; it must be finite and at least 0", [](A& a) { a.lr = -0.1f; }},
+      {"lr is nan", [](A& a) { a.lr = kNaN; }},
+      {"beta1 is 1; it must be in [0, 1)", [](A& a) { a.beta1 = 1.0f; }},
+      {"beta1 is nan", [](A& a) { a.beta1 = kNaN; }},
+      {"beta2 is -0.5; it must be in [0, 1)", [](A& a) { a.beta2 = -0.5f; }},
+      {"eps is inf", [](A& a) { a.eps = kInf; }},
+      {"weight_decay is -1", [](A& a) { a.weight_decay = -1.0f; }},
+      {"correction1 is 0; it must be in (0, 1]", [](A& a) { a.correction1 = 0.0f; }},
+      {"correction2 is 2; it must be in (0, 1]", [](A& a) { a.correction2 = 2.0f; }},
+      {"control is null", [](A& a) { a.control = nullptr; }},
+  };
+}
+
+TEST(Checks, AdamW) {
+  Addresses at;
+  const auto good = GoodStep<AdamWArgs>(at);
+  ExpectRefusals<AdamWArgs>("AdamW", &Backend::AdamW, good, BadStep<AdamWArgs>());
+  ExpectAccepted<AdamWArgs>(&Backend::AdamW, good, {[](AdamWArgs& a) { a.weights = {}; }});
+}
+
+TEST(Checks, Lamb) {
+  using A = LambArgs;
+  Addresses at;
+  A good = GoodStep<A>(at);
+  good.segments = at.Pointer<LambSegment>();
+  good.segment_count = 2;
+  good.min_ratio = 0.5f;
+  good.max_ratio = 10.0f;
+  std::vector<Bad<A>> bad = BadStep<A>();
+  bad.push_back({"segments is null", [](A& a) { a.segments = nullptr; }});
+  bad.push_back({"segments is not aligned to 8 bytes", [](A& a) {
+                   a.segments = reinterpret_cast<const LambSegment*>(
+                       reinterpret_cast<uintptr_t>(a.segments) + 4);
+                 }});
+  bad.push_back({"segment_count is 0; it must be at least 1", [](A& a) { a.segment_count = 0; }});
+  bad.push_back({"segment_count is -2", [](A& a) { a.segment_count = -2; }});
+  bad.push_back(
+      {"min_ratio is -1; it must be finite and at least 0", [](A& a) { a.min_ratio = -1.0f; }});
+  bad.push_back({"min_ratio is nan", [](A& a) { a.min_ratio = kNaN; }});
+  bad.push_back(
+      {"max_ratio is inf; it must be finite and at least 0", [](A& a) { a.max_ratio = kInf; }});
+  bad.push_back({"max_ratio is 0.25; it must be at least min_ratio, or 0: no clamp above",
+                 [](A& a) { a.max_ratio = 0.25f; }});
+  ExpectRefusals<A>("Lamb", &Backend::Lamb, good, bad);
+  ExpectAccepted<A>(&Backend::Lamb, good,
+                    {[](A& a) { a.weights = {}; }, [](A& a) { a.max_ratio = 0.0f; },
+                     [](A& a) { a.min_ratio = 10.0f; }});
 }
 
 }  // namespace

@@ -41,6 +41,48 @@ TEST(BackendCreate, CudaIsThereOrSaysWhyNot) {
       << backend.status();
 }
 
+// The plan's numbers, on any machine.
+TEST(OpSizes, OfTheCpuAreItsBackends) {
+  for (const int threads : {0, 1, 3}) {
+    const auto sizes = OpSizes::Of("cpu", threads);
+    const auto backend = Backend::Create("cpu", threads);
+    ASSERT_TRUE(sizes.ok()) << sizes.status();
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    EXPECT_TRUE((*sizes)->host_memory());
+    for (const LayerShape& s : kOpShapes)
+      for (const DType act : kActs) {
+        LayerDims dims = s.Dims(act);
+        for (const int64_t packed : {int64_t{0}, s.batch + s.seq - 1}) {
+          dims.packed_tokens = packed;
+          EXPECT_EQ((*sizes)->WorkspaceBytes(dims), (*backend)->WorkspaceBytes(dims)) << s.Name();
+          EXPECT_EQ((*sizes)->AttentionSavedBytes(dims), (*backend)->AttentionSavedBytes(dims))
+              << s.Name();
+          EXPECT_TRUE((*sizes)->FusedAttention(dims)) << s.Name();
+        }
+      }
+  }
+}
+
+TEST(OpSizes, OfCudaNeedNoDevice) {
+  const auto sizes = OpSizes::Of("cuda");
+  ASSERT_TRUE(sizes.ok()) << sizes.status();
+  EXPECT_FALSE((*sizes)->host_memory());
+  EXPECT_GT((*sizes)->WorkspaceBytes(kBertLargeShapes[0].Dims(DType::kBF16)), 0u);
+}
+
+TEST(OpSizes, RefusesOtherKinds) {
+  for (const char* kind : {"", "gpu", "cuda:0", "CPU"}) {
+    const auto sizes = OpSizes::Of(kind);
+    ASSERT_FALSE(sizes.ok()) << kind;
+    EXPECT_EQ(sizes.status().code(), absl::StatusCode::kInvalidArgument) << kind;
+    EXPECT_THAT(std::string(sizes.status().message()), HasSubstr("\"cpu\" or \"cuda\"")) << kind;
+  }
+  const auto sizes = OpSizes::Of("cpu", -1);
+  ASSERT_FALSE(sizes.ok());
+  EXPECT_EQ(sizes.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(sizes.status().message()), HasSubstr("-1"));
+}
+
 class DeviceTest : public ::testing::TestWithParam<const char*> {
  public:
   static std::string ParamName(const ::testing::TestParamInfo<const char*>& info) {
@@ -187,6 +229,40 @@ TEST_P(DeviceTest, SizesArePureFunctions) {
       larger = s;
       larger.seq += 1;
       EXPECT_LE(backend_->WorkspaceBytes(dims), backend_->WorkspaceBytes(larger.Dims(act)))
+          << s.Name();
+    }
+}
+
+// No matrix [S, S] in what is saved nor in the workspace: twice the sequence needs twice as much at
+// most, but for rounding.
+TEST_P(DeviceTest, SizesGrowLinearlyWithTheSequence) {
+  for (const int64_t head_dim : {int64_t{5}, int64_t{64}, int64_t{128}})
+    for (const DType act : kActs)
+      for (int64_t seq = 512; seq < 8192; seq *= 2) {
+        const LayerShape one{1, seq, 2 * head_dim, 2, 8}, two{1, 2 * seq, 2 * head_dim, 2, 8};
+        EXPECT_LE(backend_->WorkspaceBytes(two.Dims(act)),
+                  2 * backend_->WorkspaceBytes(one.Dims(act)) + 4096)
+            << one.Name();
+        EXPECT_LE(backend_->AttentionSavedBytes(two.Dims(act)),
+                  2 * backend_->AttentionSavedBytes(one.Dims(act)) + 4096)
+            << one.Name();
+      }
+}
+
+// A packed batch needs what its tokens need: no more than the batch that it would be with padding.
+TEST_P(DeviceTest, SizesOfPackedBatches) {
+  for (const LayerShape& s : kOpShapes)
+    for (const DType act : kActs) {
+      LayerDims packed = s.Dims(act);
+      packed.packed_tokens = packed.tokens();
+      EXPECT_EQ(backend_->AttentionSavedBytes(packed), backend_->AttentionSavedBytes(s.Dims(act)))
+          << s.Name();
+      EXPECT_EQ(backend_->WorkspaceBytes(packed), backend_->WorkspaceBytes(s.Dims(act)))
+          << s.Name();
+      packed.packed_tokens = s.batch + s.seq - 1;  // all but one sequence are single tokens
+      EXPECT_LE(backend_->AttentionSavedBytes(packed), backend_->AttentionSavedBytes(s.Dims(act)))
+          << s.Name();
+      EXPECT_LE(backend_->WorkspaceBytes(packed), backend_->WorkspaceBytes(s.Dims(act)))
           << s.Name();
     }
 }

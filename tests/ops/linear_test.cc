@@ -60,9 +60,11 @@ class LinearTest : public OpTest<ProductCase> {
   }
   // The accumulation's part of the bound of a product with `terms` terms an element.
   static Vec Accumulation(const Vec& row_lengths, const Vec& col_lengths, int64_t terms) {
+    const double growth = Growth(terms);
     Vec bound;
+    bound.reserve(row_lengths.size() * col_lengths.size());
     for (double r : row_lengths)
-      for (double c : col_lengths) bound.push_back(Growth(terms) * r * c);
+      for (double c : col_lengths) bound.push_back(growth * r * c);
     return bound;
   }
 };
@@ -148,37 +150,39 @@ TEST_P(LinearTest, WeightGradAddsToWhatIsThere) {
   const Vec dy_lengths = RowLengths(Transposed(dy, t(), n()), n(), t());
   const Vec accumulation =
       Accumulation(dy_lengths, RowLengths(Transposed(x, t(), k()), k(), t()), t());
-  for (const bool with_bias : {true, false}) {
-    SCOPED_TRACE(with_bias ? "with dbias" : "without dbias");
-    const Results results = RunTwice(
-        backend(),
-        [&](OpRun& run) {
-          return backend().LinearWeightGrad(
-              run.WorkspaceFor(Dims()),
-              {.dy = run.In(act(), {t(), n()}, dy),
-               .x = run.In(act(), {t(), k()}, x),
-               .dw = run.InOut("dw", DType::kF32, {n(), k()}, dw_before),
-               .dbias = with_bias ? run.InOut("dbias", DType::kF32, {n()}, dbias_before)
-                                  : TensorView{}});
-        },
-        param().offset);
-    Vec want = dw, bound = accumulation;
-    for (size_t i = 0; i < want.size(); ++i) {
-      want[i] += dw_before[i];
-      // The old value may be added at the end or be what the accumulation starts from.
-      bound[i] += (kF32Roundoff + Growth(t())) * (std::abs(dw_before[i]) + std::abs(want[i]));
-    }
-    ExpectWithin("dw", results.Values("dw", DType::kF32), want, bound);
-    if (!with_bias) continue;
-    want = dbias;
-    bound.assign(want.size(), 0.0);
-    for (size_t i = 0; i < want.size(); ++i) {
-      want[i] += dbias_before[i];
-      // sum |dy| <= sqrt(T) * length
-      bound[i] = Growth(t()) * std::sqrt(static_cast<double>(t())) * dy_lengths[i] +
-                 (kF32Roundoff + Growth(t())) * (std::abs(dbias_before[i]) + std::abs(want[i]));
-    }
-    ExpectWithin("dbias", results.Values("dbias", DType::kF32), want, bound);
+  const double growth = Growth(t());
+  Vec want_dw = dw, dw_bound = accumulation;
+  for (size_t i = 0; i < dw.size(); ++i) {
+    want_dw[i] += dw_before[i];
+    // The old value may be added at the end or be what the accumulation starts from.
+    dw_bound[i] += (kF32Roundoff + growth) * (std::abs(dw_before[i]) + std::abs(want_dw[i]));
+  }
+  Vec want_dbias = dbias, dbias_bound(dbias.size());
+  for (size_t i = 0; i < dbias.size(); ++i) {
+    want_dbias[i] += dbias_before[i];
+    // sum |dy| <= sqrt(T) * length
+    dbias_bound[i] =
+        growth * std::sqrt(static_cast<double>(t())) * dy_lengths[i] +
+        (kF32Roundoff + growth) * (std::abs(dbias_before[i]) + std::abs(want_dbias[i]));
+  }
+  struct Variant {
+    bool bias, any_order;
+  };
+  for (const Variant v : {Variant{true, false}, Variant{false, false}, Variant{true, true}}) {
+    SCOPED_TRACE(::testing::Message() << "dbias " << v.bias << " any order " << v.any_order);
+    const auto op = [&](OpRun& run) {
+      return backend().LinearWeightGrad(
+          run.WorkspaceFor(Dims()),
+          {.dy = run.In(act(), {t(), n()}, dy),
+           .x = run.In(act(), {t(), k()}, x),
+           .dw = run.InOut("dw", DType::kF32, {n(), k()}, dw_before),
+           .dbias = v.bias ? run.InOut("dbias", DType::kF32, {n()}, dbias_before) : TensorView{}});
+    };
+    const Results results = v.any_order ? RunInAnyOrder(backend(), op, param().offset)
+                                        : RunTwice(backend(), op, param().offset);
+    ExpectWithin("dw", results.Values("dw", DType::kF32), want_dw, dw_bound);
+    if (v.bias)
+      ExpectWithin("dbias", results.Values("dbias", DType::kF32), want_dbias, dbias_bound);
   }
 }
 

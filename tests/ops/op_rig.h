@@ -2,7 +2,8 @@
 //
 // Every tensor lies between guard bands whose bytes are checked after the run; outputs are poisoned
 // with NaN before it; inputs must come back unchanged; and each call runs twice, in different
-// memory and with differently poisoned workspace, and must give the same bits.
+// memory and with differently poisoned workspace, and must give the same bits; unless it is allowed
+// to add in any order.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -51,8 +52,11 @@ class OpRun {
   const RngState* Rng(const RngState& rng);
   OptimizerControl* ControlOut(const char* name);
   const OptimizerControl* ControlIn(const OptimizerControl& control);
+  const LambSegment* Segments(const std::vector<LambSegment>& segments);
   // Exactly WorkspaceBytes(dims), guarded too.
   Workspace WorkspaceFor(const LayerDims& dims);
+  // From now on, workspaces allow sums in any order.
+  void AllowAnyOrder() { unordered_ = true; }
 
   // Waits, then fails the test where a guard band or an input has changed. The bytes of each
   // result.
@@ -73,6 +77,7 @@ class OpRun {
   Backend& backend_;
   int round_;
   int64_t offset_;
+  bool unordered_ = false;
   std::list<Buffer> buffers_;
 };
 
@@ -90,6 +95,9 @@ class Results {
 // Runs `op` twice, as this file's head says. Throws where it returns an error.
 Results RunTwice(Backend& backend, const std::function<absl::Status(OpRun&)>& op,
                  int64_t offset = 0);
+// Runs `op` once, and lets it add in any order: its bits may differ from RunTwice's.
+Results RunInAnyOrder(Backend& backend, const std::function<absl::Status(OpRun&)>& op,
+                      int64_t offset = 0);
 
 // --- tolerances ---
 //

@@ -150,8 +150,9 @@ void CheckGradients(LayerConfig c, const ref::Keys& keys) {
   c.rng = RngState{99, 7};
   c.layer_index = 5;
   LayerParameters p = Parameters(c);
-  Vec x = Fill(24, 13, 1.0);
-  const Vec dy = Fill(24, 15, 1.0);
+  const int64_t tokens = keys.cu_seqlens.empty() ? c.batch * c.seq : keys.cu_seqlens.back();
+  Vec x = Fill(tokens * c.hidden, 13, 1.0);
+  const Vec dy = Fill(tokens * c.hidden, 15, 1.0);
   const auto loss = [&] { return testing::Dot(LayerForward(c, p, x, keys).y, dy); };
   const ref::LayerGradients g = LayerBackward(c, p, LayerForward(c, p, x, keys), keys, dy);
   testing::ExpectGradient("dx", loss, x, g.dx);
@@ -169,6 +170,33 @@ TEST(RefLayer, GradientsWithDropout) {
       for (size_t i = 3; i < 6; ++i) mask[i] = -std::numeric_limits<double>::infinity();
       CheckGradients(Config(pre, gelu), {.mask = mask});
     }
+}
+
+TEST(RefLayer, GradientsOfCausalAndPackedBatches) {
+  for (bool pre : {true, false}) {
+    SCOPED_TRACE(pre ? "Pre-LN" : "Post-LN");
+    const LayerConfig c = Config(pre, GeluKind::kErf);
+    CheckGradients(c, {.causal = true});
+    CheckGradients(c, {.lengths = {3, 1}, .causal = true});
+    CheckGradients(c, {.cu_seqlens = {0, 3, 5}});
+    CheckGradients(c, {.cu_seqlens = {0, 2, 5}, .causal = true});
+  }
+}
+
+// What a token's causal output depends on: itself and what comes before it.
+TEST(RefLayer, CausalLooksBackAlone) {
+  const LayerConfig c = Config(true, GeluKind::kErf);
+  const LayerParameters p = Parameters(c);
+  Vec x = Fill(24, 13, 1.0);
+  const ref::Keys keys{.causal = true};
+  const Vec y = LayerForward(c, p, x, keys).y;
+  x[8] += 1.0;  // the first sample's third token
+  const Vec other = LayerForward(c, p, x, keys).y;
+  for (size_t i = 0; i < y.size(); ++i)
+    if (i / 4 == 2)
+      EXPECT_NE(other[i], y[i]) << i;
+    else
+      EXPECT_EQ(other[i], y[i]) << i;
 }
 
 // Two layers of a stack draw different masks, and so do two steps.

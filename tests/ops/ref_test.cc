@@ -70,6 +70,43 @@ TEST(Ref, AttentionByHand) {
   EXPECT_NEAR(ref::Attention(s, qkv, {.mask = {std::log(2.0), 0}}, {})[1], 40.0 / 3, 1e-14);
 }
 
+// As above with three tokens more: two sequences of two tokens and one of one.
+TEST(Ref, CausalAndPackedAttentionByHand) {
+  const ref::AttentionShape s{.batch = 3, .seq = 2, .hidden = 1, .heads = 1, .scale = 1.0};
+  const Vec qkv = {1, 0, 10, 0, std::log(3.0), 20, 7, 7, 5, 1, 0, 10, 1, std::log(3.0), 20};
+  const ref::Keys packed{.cu_seqlens = {0, 2, 3, 5}};
+  const Vec out = ref::Attention(s, qkv, packed, {});
+  EXPECT_NEAR(out[0], 17.5, 1e-14);
+  EXPECT_NEAR(out[1], 15.0, 1e-14);
+  EXPECT_EQ(out[2], 5.0);
+  EXPECT_NEAR(out[3], 17.5, 1e-14);
+  EXPECT_NEAR(out[4], 17.5, 1e-14);
+  const Vec causal = ref::Attention(s, qkv, {.cu_seqlens = {0, 2, 3, 5}, .causal = true}, {});
+  EXPECT_EQ(causal[0], 10.0);
+  EXPECT_NEAR(causal[1], 15.0, 1e-14);
+  EXPECT_EQ(causal[2], 5.0);
+  EXPECT_EQ(causal[3], 10.0);
+  EXPECT_NEAR(causal[4], 17.5, 1e-14);
+  // What causal hides, a mask may hide besides.
+  const ref::AttentionShape two{.batch = 1, .seq = 2, .hidden = 1, .heads = 1, .scale = 1.0};
+  EXPECT_EQ(ref::Attention(two, {1, 0, 10, 0, 0, 20}, {.mask = {-kInf, 0}, .causal = true}, {}),
+            (Vec{0, 20}));
+}
+
+// A packed batch of equal lengths is the batch itself, masks included.
+TEST(Ref, PackedEqualLengthsAreDense) {
+  const ref::AttentionShape s{.batch = 3, .seq = 4, .hidden = 6, .heads = 2, .scale = 0.6};
+  const ref::Mask mask{0.4f, RngState{5, 6}, DropoutStream(2, DropoutSite::kAttentionProbs)};
+  const Vec qkv = Values(61, 12 * 18), dout = Values(62, 12 * 6);
+  for (const bool causal : {false, true}) {
+    const ref::Keys dense{.causal = causal};
+    const ref::Keys packed{.cu_seqlens = {0, 4, 8, 12}, .causal = causal};
+    EXPECT_EQ(ref::Attention(s, qkv, packed, mask), ref::Attention(s, qkv, dense, mask));
+    EXPECT_EQ(ref::AttentionBackward(s, qkv, packed, mask, dout),
+              ref::AttentionBackward(s, qkv, dense, mask, dout));
+  }
+}
+
 TEST(Ref, AdamWByHand) {
   // The first step of a single weight: m/c1 = g and sqrt(v/c2) = |g|, so the step is lr * sign(g).
   Vec master = {2.0}, m = {0.0}, v = {0.0};
@@ -84,6 +121,51 @@ TEST(Ref, AdamWByHand) {
   EXPECT_NEAR(m[0], -0.2, 1e-15);
   EXPECT_NEAR(v[0], 0.04, 1e-15);
   EXPECT_NEAR(master[0], 2.0 - 0.1 * (0.5 * 2.0 - 1.0), 1e-15);
+}
+
+TEST(Ref, LambByHand) {
+  // As above; ||w|| = 5, and each update is sign(g) + weight_decay * w.
+  const ref::AdamWSettings adam{.lr = 0.1,
+                                .beta1 = 0.9,
+                                .beta2 = 0.99,
+                                .eps = 0.0,
+                                .weight_decay = 0.5,
+                                .correction1 = 0.1,
+                                .correction2 = 0.01};
+  struct Variant {
+    const char* name;
+    double min_ratio, max_ratio;
+    LambSegment segment;
+    double step0, step1;  // of the weights 3 and 4, whose gradients are 2 and -2
+  };
+  const double ratio = 5.0 / std::sqrt(2.5 * 2.5 + 1.0);
+  for (const Variant& v :
+       {Variant{"plain", 0, 0, {1, 3, 1, 1}, 2.5 * ratio, 1.0 * ratio},
+        Variant{"clamped above", 0, 1.25, {1, 3, 1, 1}, 3.125, 1.25},
+        Variant{"clamped below", 4, 0, {1, 3, 1, 1}, 10.0, 4.0},
+        Variant{"no decay", 0, 0, {1, 3, 0, 1}, 5 / std::sqrt(2.0), -5 / std::sqrt(2.0)},
+        Variant{"no trust ratio", 4, 5, {1, 3, 1, 0}, 2.5, 1.0}}) {
+    SCOPED_TRACE(v.name);
+    Vec master = {9, 3, 4, 9}, m(4, 0.0), second(4, 0.0);
+    ref::Lamb({adam, v.min_ratio, v.max_ratio}, {v.segment}, 0.5, {8, 4, -4, 8}, master, m, second);
+    EXPECT_EQ(master[0], 9);
+    EXPECT_NEAR(master[1], 3 - 0.1 * v.step0, 1e-14);
+    EXPECT_NEAR(master[2], 4 - 0.1 * v.step1, 1e-14);
+    EXPECT_EQ(master[3], 9);
+    EXPECT_EQ(m[0], 0);
+    EXPECT_NEAR(m[1], 0.2, 1e-15);
+    EXPECT_NEAR(second[2], 0.04, 1e-15);
+  }
+  // Weights of zero, and an update of zero: the ratio is 1 whatever the clamps.
+  Vec zero = {0, 0}, ones = {1, 1}, m(2, 0.0), v(2, 0.0);
+  ref::Lamb({adam, 3, 4}, {{0, 2, 1, 1}}, 1.0, {2, -2}, zero, m, v);
+  EXPECT_NEAR(zero[0], -0.1, 1e-15);
+  ref::AdamWSettings free = adam;
+  free.weight_decay = 0;
+  free.eps = 1;
+  m = v = {0, 0};
+  ref::Lamb({free, 3, 4}, {{0, 2, 1, 1}}, 1.0, {0, 0}, ones, m, v);
+  EXPECT_EQ(ones, (Vec{1, 1}));
 }
 
 TEST(Ref, GradientStatsByHand) {
@@ -136,6 +218,19 @@ TEST(RefGradient, LayerNorm) {
   ExpectGradient("dbeta", loss, beta, g.dbeta);
 }
 
+// Recovered from the output, the normalised values are what they are from the input.
+TEST(RefGradient, LayerNormFromOutput) {
+  const int64_t t = 4, h = 7;
+  Vec x = Values(7, t * h, 1.0, 0.5), gamma = Values(8, h, 0.5, -1.0), beta = Values(9, h);
+  const Vec dy = Values(10, t * h);
+  const auto loss = [&] { return Dot(ref::LayerNorm(x, gamma, beta, 1e-5, t, h).y, dy); };
+  const ref::NormResult n = ref::LayerNorm(x, gamma, beta, 1e-5, t, h);
+  const ref::NormGradients g = ref::LayerNormBackwardFromOutput(dy, n.y, beta, gamma, n.rstd, t, h);
+  ExpectGradient("dx", loss, x, g.dx);
+  ExpectGradient("dgamma", loss, gamma, g.dgamma);
+  ExpectGradient("dbeta", loss, beta, g.dbeta);
+}
+
 TEST(RefGradient, DropoutAdd) {
   const int64_t t = 4, h = 11;
   for (float ratio : {0.0f, 0.1f, 0.5f}) {
@@ -173,20 +268,24 @@ TEST(RefGradient, DropoutAddNorm) {
 
 TEST(RefGradient, Attention) {
   const ref::AttentionShape s{.batch = 2, .seq = 5, .hidden = 6, .heads = 2, .scale = 0.6};
-  std::vector<ref::Keys> all_keys(4);
+  std::vector<ref::Keys> all_keys(5);
   all_keys[1].lengths = {5, 2};
   all_keys[2].mask = Values(22, 10);
   all_keys[2].mask[1] = -kInf;
   all_keys[3].mask = Vec(10, 0.0);  // the second sample: every key masked out
   for (size_t i = 5; i < 10; ++i) all_keys[3].mask[i] = -kInf;
-  for (const ref::Keys& keys : all_keys)
-    for (float ratio : {0.0f, 0.4f}) {
-      const ref::Mask mask{ratio, RngState{5, 6}, DropoutStream(2, DropoutSite::kAttentionProbs)};
-      Vec qkv = Values(23, 2 * 5 * 18);
-      const Vec dout = Values(24, 2 * 5 * 6);
-      const auto loss = [&] { return Dot(ref::Attention(s, qkv, keys, mask), dout); };
-      ExpectGradient("dqkv", loss, qkv, ref::AttentionBackward(s, qkv, keys, mask, dout));
-    }
+  all_keys[4].cu_seqlens = {0, 5, 7};  // packed
+  for (ref::Keys& keys : all_keys)
+    for (bool causal : {false, true})
+      for (float ratio : {0.0f, 0.4f}) {
+        keys.causal = causal;
+        const ref::Mask mask{ratio, RngState{5, 6}, DropoutStream(2, DropoutSite::kAttentionProbs)};
+        const int64_t t = ref::Tokens(s, keys);
+        Vec qkv = Values(23, t * 18);
+        const Vec dout = Values(24, t * 6);
+        const auto loss = [&] { return Dot(ref::Attention(s, qkv, keys, mask), dout); };
+        ExpectGradient("dqkv", loss, qkv, ref::AttentionBackward(s, qkv, keys, mask, dout));
+      }
 }
 
 }  // namespace

@@ -110,6 +110,27 @@ TEST(Resolve, RefusesEveryBadFieldByNameValueAndRange) {
       {"dtype is int32; it must be fp32, bf16 or fp16", [](auto& c) { c.dtype = DType::kI32; }},
       {"gelu is 0; it must be erf (1) or tanh (2)",
        [](auto& c) { c.gelu = static_cast<GeluKind>(0); }},
+      {"initial_loss_scale is 3; it must be a power of two in [1 (min_loss_scale), 16777216]",
+       [](auto& c) { c.initial_loss_scale = 3; }},
+      {"initial_loss_scale is 0.5; it must be a power of two in [1 (min_loss_scale)",
+       [](auto& c) { c.initial_loss_scale = 0.5; }},
+      {"initial_loss_scale is 3.35544e+07;", [](auto& c) { c.initial_loss_scale = 0x1p25; }},
+      {"initial_loss_scale is nan;", [](auto& c) { c.initial_loss_scale = kNaN; }},
+      {"initial_loss_scale is inf;", [](auto& c) { c.initial_loss_scale = kInf; }},
+      {"min_loss_scale is 0; it must be in [1.17549e-38, 16777216]",
+       [](auto& c) { c.min_loss_scale = 0; }},
+      {"min_loss_scale is nan;", [](auto& c) { c.min_loss_scale = kNaN; }},
+      {"loss_scale_growth_interval is 0; it must be in [1,",
+       [](auto& c) { c.loss_scale_growth_interval = 0; }},
+      {"loss_scale_growth_factor is 1; it must be in (1, 16777216]",
+       [](auto& c) { c.loss_scale_growth_factor = 1; }},
+      {"loss_scale_growth_factor is nan;", [](auto& c) { c.loss_scale_growth_factor = kNaN; }},
+      {"loss_scale_backoff_factor is 1; it must be in (0, 1)",
+       [](auto& c) { c.loss_scale_backoff_factor = 1; }},
+      {"loss_scale_backoff_factor is 0;", [](auto& c) { c.loss_scale_backoff_factor = 0; }},
+      {"loss_scale_backoff_factor is nan;", [](auto& c) { c.loss_scale_backoff_factor = kNaN; }},
+      {"loss_scale_hysteresis is 0; it must be in [1,",
+       [](auto& c) { c.loss_scale_hysteresis = 0; }},
       {"max_contexts is 0; it must be in [1, 1024]", [](auto& c) { c.max_contexts = 0; }},
       {"max_contexts is 1025;", [](auto& c) { c.max_contexts = 1025; }},
   };
@@ -127,26 +148,25 @@ TEST(Resolve, AcceptsTheEdges) {
            [](auto& c) { c.attn_dropout_ratio = 0.9999; },
            [](auto& c) { c.initializer_range = 0.0; }, [](auto& c) { c.seed = 0; },
            [](auto& c) { c.seed = std::numeric_limits<int64_t>::max(); },
-           [](auto& c) { c.local_rank = 0; }, [](auto& c) { c.max_contexts = 1024; }}) {
+           [](auto& c) { c.local_rank = 0; }, [](auto& c) { c.max_contexts = 1024; },
+           [](auto& c) { c.initial_loss_scale = 1; },
+           [](auto& c) { c.initial_loss_scale = 0x1p24; },
+           [](auto& c) { c.min_loss_scale = 65536; },
+           [](auto& c) { c.loss_scale_hysteresis = 1; }}) {
     StackConfig config = SmallConfig();
     edge(config);
     EXPECT_OK(Resolve(config, 0).status());
   }
 }
 
-TEST(Resolve, RefusesWhatThisVersionLacksByName) {
-  const std::vector<BadField> cases = {
-      {"normalize_invertible is true", [](auto& c) { c.normalize_invertible = true; }},
-      {"gelu_checkpoint is true", [](auto& c) { c.gelu_checkpoint = true; }},
-      {"attn_dropout_checkpoint is true", [](auto& c) { c.attn_dropout_checkpoint = true; }},
-      {"stochastic_mode is true", [](auto& c) { c.stochastic_mode = true; }},
-  };
-  for (const BadField& bad : cases) {
+TEST(Resolve, TakesEveryFlag) {
+  for (const auto flag :
+       {&StackConfig::normalize_invertible, &StackConfig::gelu_checkpoint,
+        &StackConfig::attn_dropout_checkpoint, &StackConfig::activation_checkpointing,
+        &StackConfig::stochastic_mode, &StackConfig::causal, &StackConfig::dynamic_loss_scale}) {
     StackConfig config = SmallConfig();
-    bad.spoil(config);
-    const absl::Status status = Resolve(config, 0).status();
-    EXPECT_THAT(status, IsStatus(StatusCode::kUnimplemented, bad.message));
-    EXPECT_THAT(status, IsStatus(StatusCode::kUnimplemented, "set it to false"));
+    config.*flag = true;
+    EXPECT_TRUE(Value(Resolve(config, 0)).*flag);
   }
 }
 
@@ -170,10 +190,19 @@ TEST(ConfigJson, RoundTripsEveryField) {
   config.normalize_invertible = true;
   config.gelu_checkpoint = true;
   config.attn_dropout_checkpoint = true;
+  config.activation_checkpointing = true;
   config.stochastic_mode = true;
   config.adjust_init_range = false;
   config.training = false;
+  config.causal = true;
   config.gelu = GeluKind::kTanh;
+  config.dynamic_loss_scale = true;
+  config.initial_loss_scale = 128;
+  config.loss_scale_growth_interval = 10;
+  config.loss_scale_growth_factor = 3;
+  config.loss_scale_backoff_factor = 0.25;
+  config.loss_scale_hysteresis = 4;
+  config.min_loss_scale = 0.125;
   config.max_contexts = 9;
   const StackConfig back = Value(StackConfigFromJson(ToJson(config)));
   EXPECT_EQ(back.batch_size, 2);
@@ -194,9 +223,18 @@ TEST(ConfigJson, RoundTripsEveryField) {
   EXPECT_TRUE(back.normalize_invertible);
   EXPECT_TRUE(back.gelu_checkpoint);
   EXPECT_TRUE(back.attn_dropout_checkpoint);
+  EXPECT_TRUE(back.activation_checkpointing);
   EXPECT_TRUE(back.stochastic_mode);
   EXPECT_FALSE(back.adjust_init_range);
   EXPECT_FALSE(back.training);
+  EXPECT_TRUE(back.causal);
+  EXPECT_TRUE(back.dynamic_loss_scale);
+  EXPECT_EQ(back.initial_loss_scale, 128);
+  EXPECT_EQ(back.loss_scale_growth_interval, 10);
+  EXPECT_EQ(back.loss_scale_growth_factor, 3);
+  EXPECT_EQ(back.loss_scale_backoff_factor, 0.25);
+  EXPECT_EQ(back.loss_scale_hysteresis, 4);
+  EXPECT_EQ(back.min_loss_scale, 0.125);
   EXPECT_EQ(back.gelu, GeluKind::kTanh);
   EXPECT_EQ(back.max_contexts, 9);
   EXPECT_EQ(ToJson(back), ToJson(config));

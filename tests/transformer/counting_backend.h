@@ -14,23 +14,37 @@ namespace lamina::testing {
 
 class CountingBackend final : public Backend {
  public:
-  explicit CountingBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {
+  explicit CountingBackend(std::unique_ptr<Backend> inner)
+      : inner_(std::move(inner)), op_sizes_(inner_->sizes()) {
     info_ = inner_->info();
+    op_sizes_.claimed_host_memory = info_.host_memory;
   }
 
   // --- counts ---
-  size_t live_bytes = 0;    // allocated and not freed
-  int64_t allocations = 0;  // so far
-  int64_t ops = 0;          // so far
+  size_t live_bytes = 0;         // allocated and not freed
+  int64_t allocations = 0;       // so far
+  int64_t ops = 0;               // so far
+  int64_t synchronizations = 0;  // so far
+  int64_t unordered_ops = 0;     // so far: whose workspace allowed any order
   // --- faults ---
   std::optional<size_t> free_bytes;  // what FreeBytes answers
   int64_t fail_allocation = -1;      // this Allocate from now on fails; 0 is the next
+  int64_t failing_allocations = 1;   // so many from that one on
   int64_t fail_op = -1;              // this op from now on fails; 0 is the next
-  void set_host_memory(bool host_memory) { info_.host_memory = host_memory; }
+  void set_host_memory(bool host_memory) {
+    info_.host_memory = host_memory;
+    op_sizes_.claimed_host_memory = host_memory;
+  }
 
   absl::StatusOr<void*> Allocate(size_t bytes) override {
-    if (fail_allocation >= 0 && fail_allocation-- == 0)
+    if (fail_allocation == 0) {
+      if (--failing_allocations == 0) {
+        fail_allocation = -1;
+        failing_allocations = 1;
+      }
       return absl::ResourceExhaustedError("allocation failed on demand");
+    }
+    if (fail_allocation > 0) --fail_allocation;
     absl::StatusOr<void*> data = inner_->Allocate(bytes);
     if (data.ok()) {
       ++allocations;
@@ -61,24 +75,38 @@ class CountingBackend final : public Backend {
     return inner_->CopyWithin(dst, src, bytes);
   }
   absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
-  absl::Status Synchronize() override { return inner_->Synchronize(); }
+  absl::Status Synchronize() override {
+    ++synchronizations;
+    return inner_->Synchronize();
+  }
   absl::Status RecordMark(int mark) override { return inner_->RecordMark(mark); }
   absl::StatusOr<double> SecondsBetween(int begin, int end) override {
     return inner_->SecondsBetween(begin, end);
   }
-  size_t AttentionSavedBytes(const LayerDims& dims) const override {
-    return inner_->AttentionSavedBytes(dims);
-  }
-  size_t WorkspaceBytes(const LayerDims& dims) const override {
-    return inner_->WorkspaceBytes(dims);
-  }
+  const OpSizes& sizes() const override { return op_sizes_; }
 
  private:
+  // The other backend's, but for what set_host_memory claims.
+  struct Sizes final : public OpSizes {
+    explicit Sizes(const OpSizes& inner) : sizes(inner) {}
+    size_t AttentionSavedBytes(const LayerDims& dims) const override {
+      return sizes.AttentionSavedBytes(dims);
+    }
+    size_t WorkspaceBytes(const LayerDims& dims) const override {
+      return sizes.WorkspaceBytes(dims);
+    }
+    bool host_memory() const override { return claimed_host_memory; }
+    bool FusedAttention(const LayerDims& dims) const override { return sizes.FusedAttention(dims); }
+    const OpSizes& sizes;
+    bool claimed_host_memory = false;
+  };
+
   template <typename Args>
   absl::Status Run(absl::Status (Backend::*op)(const Workspace&, const Args&), const Workspace& ws,
                    const Args& args) {
     if (fail_op >= 0 && fail_op-- == 0) return absl::InternalError("op failed on demand");
     ++ops;
+    if (ws.unordered) ++unordered_ops;
     return (inner_.get()->*op)(ws, args);
   }
 #define LAMINA_FORWARD_OP(Op)                                               \
@@ -99,9 +127,11 @@ class CountingBackend final : public Backend {
   LAMINA_FORWARD_OP(Cast)
   LAMINA_FORWARD_OP(GradientStats)
   LAMINA_FORWARD_OP(AdamW)
+  LAMINA_FORWARD_OP(Lamb)
 #undef LAMINA_FORWARD_OP
 
   std::unique_ptr<Backend> inner_;
+  Sizes op_sizes_;
   std::map<void*, size_t> sizes_;
 };
 

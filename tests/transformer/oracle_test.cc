@@ -39,7 +39,7 @@ constexpr uint64_t kNoiseApart = uint64_t{1} << 24;
 
 // --- cases ---
 
-enum class KeyKind { kNone, kMask, kLengths };
+enum class KeyKind { kNone, kMask, kLengths, kPacked };
 
 struct OracleCase {
   LayerShape shape;
@@ -47,13 +47,16 @@ struct OracleCase {
   GeluKind gelu;
   KeyKind keys;
   double attn_dropout, hidden_dropout;
+  bool causal = false;
+  bool normalize_invertible = false;
 
   std::string Name() const {
-    constexpr const char* kKeyNames[] = {"none", "mask", "lengths"};
+    constexpr const char* kKeyNames[] = {"none", "mask", "lengths", "packed"};
     return absl::StrCat(shape.Name(), pre_layer_norm ? "_pre" : "_post",
                         gelu == GeluKind::kErf ? "_erf_" : "_tanh_",
                         kKeyNames[static_cast<int>(keys)], "_p", std::lround(100 * attn_dropout),
-                        "_", std::lround(100 * hidden_dropout));
+                        "_", std::lround(100 * hidden_dropout), causal ? "_causal" : "",
+                        normalize_invertible ? "_invertible" : "");
   }
 };
 
@@ -68,6 +71,22 @@ std::vector<OracleCase> Cases() {
       for (const KeyKind keys : kKeys)
         for (const auto& [attn, hidden] : kDropouts)
           cases.push_back({{3, 7, 24, 3, 40}, pre, gelu, keys, attn, hidden});
+  // Packed, causal, and with the norms inverted.
+  constexpr LayerShape kSmall{3, 7, 24, 3, 40}, kOddSeq{2, 51, 64, 4, 96};
+  for (const bool pre : {true, false}) {
+    const GeluKind gelu = kGelus[pre ? 0 : 1];
+    const auto add = [&](const LayerShape& shape, KeyKind keys, double attn, double hidden,
+                         bool causal, bool invertible) {
+      cases.push_back({shape, pre, gelu, keys, attn, hidden, causal, invertible});
+    };
+    add(kSmall, KeyKind::kPacked, 0.2, 0.1, false, false);
+    add(kSmall, KeyKind::kPacked, 0.0, 0.0, true, false);
+    add(kSmall, KeyKind::kMask, 0.2, 0.1, true, false);
+    add(kSmall, KeyKind::kNone, 0.0, 0.0, true, false);
+    add(kSmall, KeyKind::kLengths, 0.2, 0.1, false, true);
+    add(kSmall, KeyKind::kPacked, 0.37, 0.37, true, true);
+    add(kOddSeq, KeyKind::kPacked, 0.2, 0.1, true, !pre);
+  }
   // On the other shapes so many of them, in turn.
   constexpr std::pair<LayerShape, int> kShapes[] = {
       {{2, 3, 5, 1, 7}, 8},        // all prime
@@ -98,6 +117,8 @@ StackConfig ConfigOf(const OracleCase& c, DType dtype) {
   config.hidden_dropout_ratio = c.hidden_dropout;
   config.pre_layer_norm = c.pre_layer_norm;
   config.gelu = c.gelu;
+  config.causal = c.causal;
+  config.normalize_invertible = c.normalize_invertible;
   config.dtype = dtype;
   config.max_contexts = 1;
   config.seed = 0x123456789ABCDEF;  // both words of the masks' key
@@ -105,6 +126,13 @@ StackConfig ConfigOf(const OracleCase& c, DType dtype) {
 }
 
 CallData CallOf(const OracleCase& c, const StackConfig& config) {
+  if (c.keys == KeyKind::kPacked) {
+    std::vector<int32_t> lengths;
+    const auto longest = static_cast<int32_t>(c.shape.seq);
+    for (int64_t b = 0; b < c.shape.batch; ++b)
+      lengths.push_back(b == 0 ? (longest + 1) / 2 : b == 1 ? longest : 1);
+    return NoisePackedCall(config, lengths, 104 * kNoiseApart);
+  }
   const int64_t count = c.shape.tokens() * config.hidden_size;
   CallData data{.batch = c.shape.batch,
                 .seq = c.shape.seq,
@@ -149,6 +177,7 @@ struct Problem {
   std::vector<LayerParameters> parameters;  // one a layer
   ref::Keys keys;
   Vec input, output_grad;
+  bool normalize_invertible = false;  // Backward reads the norms' outputs: more errors, one truth
 };
 
 // What a step gives: "output", "input_grad", and each parameter's gradient by the parameter's name.
@@ -193,7 +222,11 @@ Problem ProblemOf(Stack& stack, const CallData& data) {
       p.*named.member = Rounded(config.dtype, ReadFloats(stack, name, ParameterPart::kMaster));
     }
   }
-  problem.keys = {.mask = ToVec(data.mask), .lengths = data.lengths};
+  problem.keys = {.mask = ToVec(data.mask),
+                  .lengths = data.lengths,
+                  .cu_seqlens = data.cu_seqlens,
+                  .causal = config.causal};
+  problem.normalize_invertible = config.normalize_invertible;
   problem.input = Rounded(config.dtype, data.input);
   problem.output_grad = Rounded(config.dtype, data.output_grad);
   return problem;
@@ -251,8 +284,12 @@ class Errors {
 class ErringLayer {
  public:
   ErringLayer(const LayerConfig& config, const LayerParameters& parameters, const ref::Keys& keys,
-              Errors& errors)
-      : c_(config), p_(parameters), keys_(keys), stored_(errors) {}
+              bool normalize_invertible, Errors& errors)
+      : c_(config),
+        p_(parameters),
+        keys_(keys),
+        invertible_(normalize_invertible),
+        stored_(errors) {}
 
   LayerValues Forward(const Vec& x) {
     LayerValues v;
@@ -283,7 +320,8 @@ class ErringLayer {
     LayerParameters& d = g.parameters;
     Vec doutput_sum = dy;
     if (!c_.pre_layer_norm)
-      doutput_sum = NormBackward(dy, v.output_sum, v.norm, p_.norm_w, {}, d.norm_w, d.norm_b);
+      doutput_sum =
+          NormBackward(dy, v.output_sum, v.norm, p_.norm_w, p_.norm_b, {}, d.norm_w, d.norm_b);
 
     const Vec doutput = DropBackward(doutput_sum, DropoutSite::kFeedForward);
     d.output_w = ref::LinearWeightGrad(output_, doutput, v.inter);
@@ -298,7 +336,7 @@ class ErringLayer {
     if (!c_.pre_layer_norm) dffn_in = stored_(Sum(dffn_in, doutput_sum));
 
     const Vec dattn_sum =
-        NormBackward(dffn_in, v.attn_sum, v.attn_norm, p_.attn_norm_w,
+        NormBackward(dffn_in, v.attn_sum, v.attn_norm, p_.attn_norm_w, p_.attn_norm_b,
                      c_.pre_layer_norm ? doutput_sum : Vec{}, d.attn_norm_w, d.attn_norm_b);
     const Vec doproduct = DropBackward(dattn_sum, DropoutSite::kAttentionOutput);
     d.o_w = ref::LinearWeightGrad(o_, doproduct, v.attention);
@@ -312,7 +350,7 @@ class ErringLayer {
     d.qkv_b = ref::ColumnSums(dqkv, t_, 3 * h_);
     const Vec dn = stored_(ref::LinearInputGrad(qkv_, dqkv, p_.qkv_w));
     g.dx = c_.pre_layer_norm
-               ? NormBackward(dn, v.x, v.norm, p_.norm_w, dattn_sum, d.norm_w, d.norm_b)
+               ? NormBackward(dn, v.x, v.norm, p_.norm_w, p_.norm_b, dattn_sum, d.norm_w, d.norm_b)
                : stored_(Sum(dn, dattn_sum));
     return g;
   }
@@ -339,8 +377,10 @@ class ErringLayer {
   }
   // The gradient of the norm's input, which `residual_grad` (or nothing) is added to.
   Vec NormBackward(const Vec& dy, const Vec& x, const ref::NormResult& norm, const Vec& gamma,
-                   const Vec& residual_grad, Vec& dgamma, Vec& dbeta) {
-    ref::NormGradients g = ref::LayerNormBackward(dy, x, gamma, norm.mean, norm.rstd, t_, h_);
+                   const Vec& beta, const Vec& residual_grad, Vec& dgamma, Vec& dbeta) {
+    ref::NormGradients g =
+        invertible_ ? ref::LayerNormBackwardFromOutput(dy, norm.y, beta, gamma, norm.rstd, t_, h_)
+                    : ref::LayerNormBackward(dy, x, gamma, norm.mean, norm.rstd, t_, h_);
     dgamma = std::move(g.dgamma);
     dbeta = std::move(g.dbeta);
     return stored_(Sum(std::move(g.dx), residual_grad));
@@ -352,12 +392,15 @@ class ErringLayer {
   const LayerConfig& c_;
   const LayerParameters& p_;
   const ref::Keys& keys_;
+  const bool invertible_;
   Errors& stored_;
-  const int64_t t_ = c_.batch * c_.seq, h_ = c_.hidden;
+  const int64_t h_ = c_.hidden;
+  const int64_t head_dim_ = h_ / c_.heads;
+  const ref::AttentionShape attention_{c_.batch, c_.seq, h_, c_.heads,
+                                       1.0 / std::sqrt(static_cast<double>(head_dim_))};
+  const int64_t t_ = ref::Tokens(attention_, keys_);
   const ref::ProductShape qkv_{t_, h_, 3 * h_}, o_{t_, h_, h_}, inter_{t_, h_, c_.intermediate},
       output_{t_, c_.intermediate, h_};
-  const ref::AttentionShape attention_{c_.batch, c_.seq, h_, c_.heads,
-                                       1.0 / std::sqrt(static_cast<double>(h_ / c_.heads))};
 };
 
 Tensors ErringOracle(Problem problem, double size, uint64_t seed) {
@@ -368,11 +411,12 @@ Tensors ErringOracle(Problem problem, double size, uint64_t seed) {
   return Chain(
       problem,
       [&](const LayerConfig& c, const LayerParameters& p, const Vec& x, const ref::Keys& keys) {
-        return ErringLayer(c, p, keys, errors).Forward(x);
+        return ErringLayer(c, p, keys, problem.normalize_invertible, errors).Forward(x);
       },
       [&](const LayerConfig& c, const LayerParameters& p, const LayerValues& values,
-          const ref::Keys& keys,
-          const Vec& dy) { return ErringLayer(c, p, keys, errors).Backward(values, dy); });
+          const ref::Keys& keys, const Vec& dy) {
+        return ErringLayer(c, p, keys, problem.normalize_invertible, errors).Backward(values, dy);
+      });
 }
 
 // How far apart two tensors are.
@@ -421,7 +465,8 @@ class Bounds {
         drawn = {std::max(drawn.norm, d.norm), std::max(drawn.largest, d.largest)};
       }
     const LayerConfig& c = problem.configs[0];
-    longest_sum_ = static_cast<double>(std::max({c.batch * c.seq, 3 * c.hidden, c.intermediate}));
+    const int64_t tokens = static_cast<int64_t>(problem.input.size()) / c.hidden;
+    longest_sum_ = static_cast<double>(std::max({tokens, 3 * c.hidden, c.intermediate}));
   }
 
   // The error of tensor `name`, in units of its bound: above 1 it is too large.

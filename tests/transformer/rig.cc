@@ -123,40 +123,46 @@ StackConfig SmallConfig() {
   return config;
 }
 
-namespace {
-
-// The call's tensors on the device, for as long as the call runs.
-struct DeviceCall {
-  DeviceCall(Backend& backend, const StackConfig& config, const CallData& data)
-      : shape{data.batch, data.seq, config.hidden_size},
-        input(backend, config.dtype, shape, data.input),
-        output(backend, config.dtype, shape) {
-    if (!data.mask.empty())
-      optional.emplace_back(backend, DType::kF32, Shape{data.batch, data.seq}, data.mask);
-    if (!data.lengths.empty()) optional.emplace_back(backend, data.lengths);
-    args.input = input.view();
-    args.output = output.view();
-    if (!optional.empty()) (data.mask.empty() ? args.lengths : args.mask) = optional.front().view();
+CallData NoisePackedCall(const StackConfig& config, const std::vector<int32_t>& lengths,
+                         uint64_t seed) {
+  CallData data{.batch = static_cast<int64_t>(lengths.size())};
+  data.cu_seqlens.push_back(0);
+  for (const int32_t length : lengths) {
+    data.cu_seqlens.push_back(data.cu_seqlens.back() + length);
+    data.seq = std::max<int64_t>(data.seq, length);
   }
-  Shape shape;
-  DeviceTensor input, output;
-  std::vector<DeviceTensor> optional;
-  ForwardArgs args;
-};
+  const int64_t count = data.cu_seqlens.back() * config.hidden_size;
+  data.input = Noise(2 * seed, count);
+  data.output_grad = Noise(2 * seed + 1, count);
+  return data;
+}
 
-}  // namespace
+DeviceCall::DeviceCall(Backend& backend, const StackConfig& config, const CallData& data,
+                       LayerRange layers)
+    : shape(data.cu_seqlens.empty() ? Shape{data.batch, data.seq, config.hidden_size}
+                                    : Shape{data.cu_seqlens.back(), config.hidden_size}),
+      input(backend, config.dtype, shape, data.input),
+      output(backend, config.dtype, shape),
+      args{.layers = layers, .input = input.view(), .output = output.view()} {
+  if (!data.mask.empty())
+    args.mask =
+        optional.emplace_back(backend, DType::kF32, Shape{data.batch, data.seq}, data.mask).view();
+  if (!data.lengths.empty()) args.lengths = optional.emplace_back(backend, data.lengths).view();
+  if (!data.cu_seqlens.empty()) {
+    args.cu_seqlens = optional.emplace_back(backend, data.cu_seqlens).view();
+    args.longest = data.seq;
+  }
+}
 
 std::vector<float> RunEval(Backend& backend, Stack& stack, const CallData& data,
                            LayerRange layers) {
-  DeviceCall call(backend, stack.config(), data);
-  call.args.layers = layers;
+  const DeviceCall call(backend, stack.config(), data, layers);
   Check(stack.ForwardEval(call.args));
   return call.output.Floats();
 }
 
 CallResult RunTraining(Backend& backend, Stack& stack, const CallData& data, LayerRange layers) {
-  DeviceCall call(backend, stack.config(), data);
-  call.args.layers = layers;
+  const DeviceCall call(backend, stack.config(), data, layers);
   const std::unique_ptr<Context> context = Value(stack.ForwardTraining(call.args));
   const DeviceTensor dy(backend, stack.config().dtype, call.shape, data.output_grad);
   const DeviceTensor dx(backend, stack.config().dtype, call.shape);

@@ -84,11 +84,24 @@ std::vector<float> Noise(uint64_t seed, int64_t count);
 // One call's tensors on the host.
 struct CallData {
   int64_t batch = 0, seq = 0;
-  std::vector<float> input, output_grad;  // [B, S, H]
+  std::vector<float> input, output_grad;  // [B, S, H], or [T, H] where packed
   std::vector<float> mask;                // [B, S] or empty
   std::vector<int32_t> lengths;           // [B] or empty
+  std::vector<int32_t> cu_seqlens;        // packed: [batch + 1], and seq is the longest's length
 };
 CallData NoiseCall(const StackConfig& config, int64_t batch, int64_t seq, uint64_t seed = 1);
+// Packed sequences of these lengths.
+CallData NoisePackedCall(const StackConfig& config, const std::vector<int32_t>& lengths,
+                         uint64_t seed = 1);
+
+// A call's tensors on the device.
+struct DeviceCall {
+  DeviceCall(Backend& backend, const StackConfig& config, const CallData& data, LayerRange layers);
+  Shape shape;
+  DeviceTensor input, output;
+  std::vector<DeviceTensor> optional;  // the keys' tensor, where there is one
+  ForwardArgs args;
+};
 
 // What a call gave, on the host.
 struct CallResult {

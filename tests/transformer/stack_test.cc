@@ -37,20 +37,15 @@ StackConfig WithDropout(StackConfig config = SmallConfig()) {
 }
 
 // The tensors of one call, kept so that Backward can come later.
-struct OpenCall {
-  OpenCall(Backend& backend, Stack& stack, const CallData& data, LayerRange layers = {0, 2})
-      : shape{data.batch, data.seq, stack.config().hidden_size},
-        input(backend, stack.config().dtype, shape, data.input),
-        output(backend, stack.config().dtype, shape),
+struct OpenCall : DeviceCall {
+  OpenCall(Backend& backend, Stack& stack, const CallData& data, LayerRange layer_range = {0, 2})
+      : DeviceCall(backend, stack.config(), data, layer_range),
         output_grad(backend, stack.config().dtype, shape, data.output_grad),
-        input_grad(backend, stack.config().dtype, shape),
-        args{.layers = layers, .input = input.view(), .output = output.view()} {}
+        input_grad(backend, stack.config().dtype, shape) {}
   absl::Status Backward(Stack& stack) {
     return stack.Backward(*context, output_grad.view(), input_grad.view());
   }
-  Shape shape;
-  DeviceTensor input, output, output_grad, input_grad;
-  ForwardArgs args;
+  DeviceTensor output_grad, input_grad;
   std::unique_ptr<Context> context;
 };
 
@@ -198,11 +193,9 @@ TEST_P(StackTest, BackwardMayComeInAnyOrder) {
   stack->set_counters({});
   ASSERT_OK(stack->ZeroGradients());
 
-  const DeviceTensor lengths(*backend_, data[0].lengths);
   std::vector<std::unique_ptr<OpenCall>> calls;
   for (const CallData& d : data) {
     calls.push_back(std::make_unique<OpenCall>(*backend_, *stack, d));
-    if (!d.lengths.empty()) calls.back()->args.lengths = lengths.view();
     calls.back()->context = Value(stack->ForwardTraining(calls.back()->args));
   }
   for (size_t i : {size_t{1}, size_t{2}, size_t{0}}) {
@@ -226,10 +219,8 @@ TEST_P(StackTest, TheCallersTensorsAreFreeAfterForward) {
   ASSERT_OK(stack->ZeroGradients());
 
   OpenCall call(*backend_, *stack, data);
-  const DeviceTensor mask(*backend_, DType::kF32, {3, 7}, data.mask);
-  call.args.mask = mask.view();
   call.context = Value(stack->ForwardTraining(call.args));
-  for (const TensorView& view : {call.input.view(), mask.view(), call.output.view()})
+  for (const TensorView& view : {call.input.view(), call.args.mask, call.output.view()})
     ASSERT_OK(backend_->SetZero(view.data, view.bytes()));
   ASSERT_OK(call.Backward(*stack));
   EXPECT_EQ(call.input_grad.Floats(), expected.input_grad);
@@ -399,18 +390,19 @@ TEST_P(StackTest, DropoutRatiosCanChangeBetweenCalls) {
   const CallResult none = RunTraining(*backend_, *Make(), data, {0, 2});
 
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  EXPECT_THAT(stack->SetDropout(1.0, 0.1),
+  EXPECT_THAT(stack->Update({.attn_dropout_ratio = 1.0, .hidden_dropout_ratio = 0.1}),
               IsStatus(StatusCode::kInvalidArgument, "attn_dropout_ratio is 1;"));
-  EXPECT_THAT(stack->SetDropout(0.1, -0.5),
+  EXPECT_THAT(stack->Update({.attn_dropout_ratio = 0.1, .hidden_dropout_ratio = -0.5}),
               IsStatus(StatusCode::kInvalidArgument, "hidden_dropout_ratio is -0.5;"));
-  EXPECT_THAT(stack->SetDropout(kNaN, 0.1), IsStatus(StatusCode::kInvalidArgument, "nan"));
+  EXPECT_THAT(stack->Update({.attn_dropout_ratio = kNaN}),
+              IsStatus(StatusCode::kInvalidArgument, "nan"));
   EXPECT_EQ(stack->config().attn_dropout_ratio, 0.2) << "unchanged";
 
   // A context's Backward uses the ratios of its own Forward.
   stack->set_counters({});
   OpenCall call(*backend_, *stack, data);
   call.context = Value(stack->ForwardTraining(call.args));
-  ASSERT_OK(stack->SetDropout(0.0, 0.0));
+  ASSERT_OK(stack->Update({.attn_dropout_ratio = 0.0, .hidden_dropout_ratio = 0.0}));
   ASSERT_OK(call.Backward(*stack));
   EXPECT_EQ(call.input_grad.Floats(), expected.input_grad);
   EXPECT_EQ(RunTraining(*backend_, *stack, data, {0, 2}).output, none.output);
@@ -422,8 +414,11 @@ TEST(Flops, AreCountedAsUsersCountThem) {
   config.hidden_size = 1024;
   config.intermediate_size = 4096;
   const double tokens = 64.0 * 128, h = 1024, i = 4096;
-  EXPECT_EQ(Stack::ForwardFlops(config, 24, 64, 128),
+  EXPECT_EQ(Stack::ForwardFlops(config, 24, 64 * 128, 64.0 * 128 * 128),
             24 * (2 * tokens * (4 * h * h + 2 * h * i) + 4 * tokens * 128 * h));
+  // Packed lengths 3 and 5.
+  EXPECT_EQ(Stack::ForwardFlops(config, 1, 8, 9 + 25),
+            2 * 8.0 * (4 * h * h + 2 * h * i) + 4 * h * 34);
 }
 
 INSTANTIATE_TEST_SUITE_P(, StackTest, ::testing::ValuesIn(kDevices), DeviceName);

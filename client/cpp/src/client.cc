@@ -105,6 +105,15 @@ absl::StatusOr<StackInfo> Client::UpdateStack(const std::string& name,
   if (update.attn_dropout_ratio) request.set_attn_dropout_ratio(*update.attn_dropout_ratio);
   if (update.hidden_dropout_ratio) request.set_hidden_dropout_ratio(*update.hidden_dropout_ratio);
   if (update.training) request.set_training(*update.training);
+  if (update.normalize_invertible) request.set_normalize_invertible(*update.normalize_invertible);
+  if (update.gelu_checkpoint) request.set_gelu_checkpoint(*update.gelu_checkpoint);
+  if (update.attn_dropout_checkpoint) {
+    request.set_attn_dropout_checkpoint(*update.attn_dropout_checkpoint);
+  }
+  if (update.activation_checkpointing) {
+    request.set_activation_checkpointing(*update.activation_checkpointing);
+  }
+  if (update.stochastic_mode) request.set_stochastic_mode(*update.stochastic_mode);
   pb::UpdateStackResponse response;
   absl::Status status = connection_->Call(
       connection_->config(), &pb::ConfigService::Stub::UpdateStack, request, &response);

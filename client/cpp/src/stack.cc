@@ -78,6 +78,10 @@ absl::StatusOr<ForwardResult> Stack::Forward(const Tensor& input,
   if (options.mask && options.lengths) {
     return absl::InvalidArgumentError("mask and lengths are both given; one of them is allowed");
   }
+  if (options.cumulative_lengths && (options.mask || options.lengths)) {
+    return absl::InvalidArgumentError(
+        "cumulative_lengths and mask or lengths are both given; one of them is allowed");
+  }
   if (options.mask) {
     if (absl::Status status = PutTensor("mask", options.mask, session, request.mutable_mask());
         !status.ok()) {
@@ -87,6 +91,13 @@ absl::StatusOr<ForwardResult> Stack::Forward(const Tensor& input,
   if (options.lengths) {
     if (absl::Status status =
             PutTensor("lengths", options.lengths, session, request.mutable_lengths());
+        !status.ok()) {
+      return status;
+    }
+  }
+  if (options.cumulative_lengths) {
+    if (absl::Status status = PutTensor("cumulative_lengths", options.cumulative_lengths, session,
+                                        request.mutable_cumulative_lengths());
         !status.ok()) {
       return status;
     }
@@ -121,6 +132,7 @@ absl::StatusOr<ForwardResult> Stack::Forward(const Tensor& input,
   result.timing = FromProto(response.timing());
   result.input_transport = static_cast<Transport>(response.input_transport());
   result.output_transport = static_cast<Transport>(response.output_transport());
+  result.attention_path = static_cast<AttentionPath>(response.attention_path());
   return result;
 }
 
@@ -166,7 +178,7 @@ absl::StatusOr<BackwardResult> Stack::Backward(Context& context, const Tensor& o
   return result;
 }
 
-absl::StatusOr<ApplyResult> Stack::ApplyGradients(const AdamW& options) const {
+absl::StatusOr<ApplyResult> Stack::ApplyGradients(const OptimizerOptions& options) const {
   pb::ApplyGradientsRequest request;
   request.set_stack(name_);
   request.set_learning_rate(options.learning_rate);
@@ -176,8 +188,12 @@ absl::StatusOr<ApplyResult> Stack::ApplyGradients(const AdamW& options) const {
   request.set_weight_decay(options.weight_decay);
   request.set_decay_biases_and_norms(options.decay_biases_and_norms);
   request.set_max_grad_norm(options.max_grad_norm);
-  request.set_loss_scale(options.loss_scale);
+  if (options.loss_scale != 0) request.set_loss_scale(options.loss_scale);
   request.set_zero_gradients(options.zero_gradients);
+  request.set_optimizer(static_cast<pb::OptimizerKind>(options.kind));
+  request.set_adapt_biases_and_norms(options.adapt_biases_and_norms);
+  if (options.min_trust_ratio != 0) request.set_min_trust_ratio(options.min_trust_ratio);
+  if (options.max_trust_ratio != 0) request.set_max_trust_ratio(options.max_trust_ratio);
   pb::ApplyGradientsResponse response;
   absl::Status status =
       session_->Mutate(session_->connection().layers(), &pb::LayerService::Stub::ApplyGradients,
@@ -186,7 +202,9 @@ absl::StatusOr<ApplyResult> Stack::ApplyGradients(const AdamW& options) const {
   return ApplyResult{.applied = response.applied(),
                      .grad_norm = response.grad_norm(),
                      .step = response.step(),
-                     .timing = FromProto(response.timing())};
+                     .timing = FromProto(response.timing()),
+                     .loss_scale = response.loss_scale(),
+                     .next_loss_scale = response.next_loss_scale()};
 }
 
 absl::Status Stack::ZeroGradients() const {

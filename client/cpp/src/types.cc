@@ -68,6 +68,26 @@ std::optional<Gelu> ParseGelu(std::string_view name) {
   return std::nullopt;
 }
 
+const char* Name(AttentionPath path) {
+  switch (path) {
+    case AttentionPath::kNone:
+      return "none";
+    case AttentionPath::kFused:
+      return "fused";
+    case AttentionPath::kPlain:
+      return "plain";
+  }
+  return "unknown";
+}
+
+const char* Name(OptimizerKind kind) { return kind == OptimizerKind::kLamb ? "lamb" : "adamw"; }
+
+std::optional<OptimizerKind> ParseOptimizer(std::string_view name) {
+  if (name == "adamw") return OptimizerKind::kAdamW;
+  if (name == "lamb") return OptimizerKind::kLamb;
+  return std::nullopt;
+}
+
 std::string ToString(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) {

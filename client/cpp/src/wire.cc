@@ -54,6 +54,15 @@ pb::StackConfig ToProto(const StackConfig& config) {
   }
   message.set_gelu(static_cast<pb::Gelu>(config.gelu));
   message.set_max_contexts(config.max_contexts);
+  message.set_activation_checkpointing(config.activation_checkpointing);
+  message.set_causal(config.causal);
+  message.set_dynamic_loss_scale(config.dynamic_loss_scale);
+  message.set_initial_loss_scale(config.initial_loss_scale);
+  message.set_loss_scale_growth_interval(config.loss_scale_growth_interval);
+  message.set_loss_scale_growth_factor(config.loss_scale_growth_factor);
+  message.set_loss_scale_backoff_factor(config.loss_scale_backoff_factor);
+  message.set_loss_scale_hysteresis(config.loss_scale_hysteresis);
+  message.set_min_loss_scale(config.min_loss_scale);
   return message;
 }
 
@@ -84,6 +93,23 @@ StackConfig FromProto(const pb::StackConfig& message) {
   }
   if (message.gelu() != pb::GELU_UNSPECIFIED) config.gelu = static_cast<Gelu>(message.gelu());
   if (message.has_max_contexts()) config.max_contexts = message.max_contexts();
+  config.activation_checkpointing = message.activation_checkpointing();
+  config.causal = message.causal();
+  config.dynamic_loss_scale = message.dynamic_loss_scale();
+  if (message.has_initial_loss_scale()) config.initial_loss_scale = message.initial_loss_scale();
+  if (message.has_loss_scale_growth_interval()) {
+    config.loss_scale_growth_interval = message.loss_scale_growth_interval();
+  }
+  if (message.has_loss_scale_growth_factor()) {
+    config.loss_scale_growth_factor = message.loss_scale_growth_factor();
+  }
+  if (message.has_loss_scale_backoff_factor()) {
+    config.loss_scale_backoff_factor = message.loss_scale_backoff_factor();
+  }
+  if (message.has_loss_scale_hysteresis()) {
+    config.loss_scale_hysteresis = message.loss_scale_hysteresis();
+  }
+  if (message.has_min_loss_scale()) config.min_loss_scale = message.min_loss_scale();
   return config;
 }
 
@@ -111,6 +137,7 @@ StackInfo FromProto(const pb::Stack& message) {
   info.skipped_steps = message.skipped_steps();
   info.forward_count = message.forward_count();
   info.outstanding_contexts = message.outstanding_contexts();
+  info.loss_scale = message.loss_scale();
   return info;
 }
 

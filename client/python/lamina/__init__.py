@@ -13,9 +13,10 @@
 True
 
 Client: stacks, plans, checkpoints, shared arrays. Stack: forward, backward, the optimizer, parameters.
-StackConfig: what a stack is. LaminaError: what can go wrong. `lamina.torch.RemoteStack` wraps a stack as an nn.Module.
+StackConfig: what a stack is. packing: batches without padding. LaminaError: what can go wrong. `lamina.torch.RemoteStack` wraps a stack as an nn.Module.
 """
 
+from lamina import packing
 from lamina.client import Client, MemoryPlan, PlanEntry, ServerInfo, StackInfo, connect, default_target
 from lamina.config import StackConfig
 from lamina.dtypes import from_float32, to_float32
@@ -28,5 +29,5 @@ __all__ = [
     "AlreadyExists", "Applied", "Cancelled", "Client", "Context", "DataLoss", "DeadlineExceeded", "FailedPrecondition",
     "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "PlanEntry", "ResourceExhausted",
     "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Unavailable", "Unimplemented", "connect",
-    "default_target", "from_float32", "to_float32",
+    "default_target", "from_float32", "packing", "to_float32",
 ]

@@ -98,7 +98,7 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True)
 class StackInfo:
-    """A stack as it was when asked."""
+    """A stack as it was when asked. loss_scale: what to multiply the next loss by."""
 
     name: str
     config: StackConfig
@@ -108,12 +108,13 @@ class StackInfo:
     skipped_steps: int
     forward_count: int
     outstanding_contexts: int
+    loss_scale: float = 1.0
 
     @classmethod
     def from_proto(cls, message: config_service_pb2.Stack) -> StackInfo:
         return cls(message.name, StackConfig.from_proto(message.config), MemoryPlan.from_proto(message.plan),
                    message.parameter_count, message.step, message.skipped_steps, message.forward_count,
-                   message.outstanding_contexts)
+                   message.outstanding_contexts, message.loss_scale)
 
 
 class Client:
@@ -242,7 +243,7 @@ class Client:
         """Makes a stack from a StackConfig, a dict, or settings by name, draws its weights, and returns it.
 
         It lives in the daemon until delete_stack, also when this client is gone. AlreadyExists, InvalidArgument (names
-        the setting), ResourceExhausted (with the plan's numbers), Unimplemented.
+        the setting), ResourceExhausted (with the plan's numbers).
         """
         request = config_service_pb2.CreateStackRequest(name=name, config=self._config(config, settings))
         return Stack(self, StackInfo.from_proto(self._change(self._stubs.config.CreateStack, request).stack))
@@ -265,7 +266,7 @@ class Client:
         self._change(self._stubs.config.DeleteStack, config_service_pb2.DeleteStackRequest(name=name))
 
     def plan(self, config: Union[StackConfig, Mapping[str, Any], None] = None, **settings: Any) -> MemoryPlan:
-        """The MemoryPlan of a config; allocates nothing. InvalidArgument, Unimplemented: as create_stack."""
+        """The MemoryPlan of a config; allocates nothing. InvalidArgument: as create_stack."""
         request = config_service_pb2.PlanMemoryRequest(config=self._config(config, settings))
         answer = self._read(self._stubs.config.PlanMemory, request)
         return dataclasses.replace(MemoryPlan.from_proto(answer.plan), device_free_bytes=answer.device_free_bytes,

@@ -22,6 +22,14 @@ class StackConfig:
     "bf16" or "fp16". gelu: "erf" (BERT's) or "tanh" (DeepSpeed's). max_contexts: how many training Forwards at
     full size may wait for their Backward. The daemon checks the values and names the one that is wrong.
 
+    Memory flags keep less for Backward, which computes it again: normalize_invertible (not the norms' inputs; forward
+    raises FailedPrecondition once a gamma is too small to divide by), gelu_checkpoint (not the GELU's output),
+    attn_dropout_checkpoint (no effect: fused attention keeps nothing of it anyway), activation_checkpointing (nothing
+    but each layer's input). stochastic_mode: sums over tokens may be added in any order. causal: token s attends to
+    tokens 0..s alone. dynamic_loss_scale: the daemon finds the scale; multiply each loss by Stack.loss_scale. It begins
+    at initial_loss_scale, is multiplied by loss_scale_growth_factor after loss_scale_growth_interval clean steps and by
+    loss_scale_backoff_factor after loss_scale_hysteresis overflows, and never falls below min_loss_scale.
+
     >>> bert_base = StackConfig(batch_size=8, max_seq_length=128, hidden_size=768, heads=12, num_hidden_layers=12,
     ...                         attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1, pre_layer_norm=False, dtype="bf16")
     >>> StackConfig.from_dict(bert_base.to_dict()) == bert_base
@@ -51,6 +59,15 @@ class StackConfig:
     dtype: Optional[str] = None
     gelu: Optional[str] = None
     max_contexts: Optional[int] = None
+    activation_checkpointing: bool = False
+    causal: bool = False
+    dynamic_loss_scale: bool = False
+    initial_loss_scale: Optional[float] = None
+    loss_scale_growth_interval: Optional[int] = None
+    loss_scale_growth_factor: Optional[float] = None
+    loss_scale_backoff_factor: Optional[float] = None
+    loss_scale_hysteresis: Optional[int] = None
+    min_loss_scale: Optional[float] = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StackConfig:

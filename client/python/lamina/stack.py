@@ -24,6 +24,9 @@ _SET_BYTES = 256 << 20
 _PARTS = {"attn_qw": "attn_qkvw", "attn_kw": "attn_qkvw", "attn_vw": "attn_qkvw",
           "attn_qb": "attn_qkvb", "attn_kb": "attn_qkvb", "attn_vb": "attn_qkvb"}
 
+_OPTIMIZERS = {"adamw": pb.OPTIMIZER_KIND_ADAMW, "lamb": pb.OPTIMIZER_KIND_LAMB}
+_ATTENTION_PATHS = {pb.ATTENTION_PATH_FUSED: "fused", pb.ATTENTION_PATH_PLAIN: "plain"}
+
 
 @dataclasses.dataclass(frozen=True)
 class StepTiming:
@@ -43,17 +46,20 @@ class StepTiming:
 @dataclasses.dataclass(frozen=True)
 class Applied:
     """An optimizer step's outcome. applied False: a gradient was not finite and nothing was changed. grad_norm: of the
-    unscaled gradients before clipping. step: how many the stack has applied."""
+    unscaled gradients before clipping. step: how many the stack has applied. loss_scale: what the gradients were divided
+    by; next_loss_scale: what to multiply the next loss by."""
 
     applied: bool
     grad_norm: float
     step: int
+    loss_scale: float = 1.0
+    next_loss_scale: float = 1.0
 
 
 class Context:
     """What a training forward saved for its backward. Dropped without one, it is released in the daemon.
 
-    id: the daemon's name for it; shape: (B, S, H) of the forward.
+    id: the daemon's name for it; shape: (B, S, H) of the forward, (T, H) of a packed one.
     """
 
     def __init__(self, session: Session, stack: str, context_id: str, shape: Iterable[int]) -> None:
@@ -76,7 +82,8 @@ class Context:
 class Stack:
     """A handle; the stack itself lives in the daemon until Client.delete_stack.
 
-    name, config (every default filled in), dtype ("fp32", "bf16", "fp16"). Arrays are of the stack's type: float32,
+    name, config (every default filled in), dtype ("fp32", "bf16", "fp16"), loss_scale (what to multiply the next loss
+    by: 1 unless dynamic_loss_scale; as of this handle's last apply_gradients, load, update or info). Arrays are of the stack's type: float32,
     float16, or uint16 holding bf16 bits (ml_dtypes.bfloat16 is taken and given back as well); float32 is rounded where
     the stack's type is another. B and S of a call may be smaller than the config's. Results are the caller's for as long
     as they are referenced; they lie in shared memory where there is any, so that passing one on costs no copy.
@@ -105,7 +112,9 @@ class Stack:
         self.name = info.name
         self.config = info.config
         self.dtype: str = info.config.dtype or "fp32"
+        self.loss_scale: float = info.loss_scale
         self.last_timing: Optional[StepTiming] = None  # of the last forward, backward or apply_gradients
+        self.last_attention_path: Optional[str] = None  # of the last forward: "fused" or "plain"
 
     def __repr__(self) -> str:
         c = self.config
@@ -114,13 +123,15 @@ class Stack:
 
     def info(self) -> StackInfo:
         """A fresh StackInfo. NotFound: it was deleted."""
-        return self._client._stack_info(self.name)
+        info = self._client._stack_info(self.name)
+        self.loss_scale = info.loss_scale
+        return info
 
     # --- steps ---
 
     def forward(self, x: Any, mask: Optional[Any] = None, lengths: Optional[Any] = None, training: Optional[bool] = None,
-                layers: Optional[Tuple[int, int]] = None,
-                out: Optional[np.ndarray] = None) -> Tuple[np.ndarray, Optional[Context]]:
+                layers: Optional[Tuple[int, int]] = None, out: Optional[np.ndarray] = None,
+                cumulative_lengths: Optional[Any] = None) -> Tuple[np.ndarray, Optional[Context]]:
         """Runs the layers over x [B, S, H]: (y [B, S, H], Context), or (y, None) in evaluation.
 
         mask: float32 [B, S] or [B, 1, 1, S], added to the scores of each key: 0 to keep, -inf or a large negative
@@ -128,13 +139,18 @@ class Stack:
         the stack's config says. layers: (begin, end), None for all. out: an array of y's shape and type from
         Client.empty; y is then that array. x may be changed as soon as the call is back.
 
-        InvalidArgument: a shape, or layers. FailedPrecondition: training of a stack whose training is off.
+        cumulative_lengths: int [n + 1], instead of a mask or lengths: x is a packed batch [T, H] without padding, whose
+        sequence i is tokens cumulative_lengths[i] to cumulative_lengths[i + 1] (lamina.packing makes both). T is at most
+        batch_size * max_seq_length and n may be above batch_size; y, dy and dx are [T, H] too.
+
+        InvalidArgument: a shape, layers, or cumulative lengths that fall, stand still or do not end at T.
+        FailedPrecondition: training of a stack whose training is off; normalize_invertible and a gamma too small.
         ResourceExhausted: no room for another context (says the numbers). NotFound: the stack.
         """
         session = self._client.session
         session.release_garbage()
-        if mask is not None and lengths is not None:
-            raise ValueError("give a mask or lengths, not both")
+        if sum(a is not None for a in (mask, lengths, cumulative_lengths)) > 1:
+            raise ValueError("give one of mask, lengths, cumulative_lengths")
         training = bool(self.config.training if training is None else training)
         given = np.asarray(x)
         values = dtypes.as_stack_type(given, self.dtype)
@@ -145,19 +161,23 @@ class Stack:
         if mask is not None:
             keep.append(session.tensor(np.asarray(mask, np.float32), "fp32", request.mask))
         if lengths is not None:
-            keep.append(session.tensor(_integers(lengths), "int32", request.lengths))
+            keep.append(session.tensor(_integers("lengths", lengths), "int32", request.lengths))
+        if cumulative_lengths is not None:
+            offsets = _integers("cumulative_lengths", cumulative_lengths)
+            keep.append(session.tensor(offsets, "int32", request.cumulative_lengths))
         y = session.target(values.shape, self.dtype, out, request.output)
         if y is not None:
             keep.append(y)
         layer = self._client._stubs.layer
         answer = (session.mutate_with_room if training else session.read)(layer.Forward, request, keep)
         self.last_timing = StepTiming.from_proto(answer.timing)
+        self.last_attention_path = _ATTENTION_PATHS.get(answer.attention_path)
         context = Context(session, self.name, answer.context_id, values.shape) if answer.context_id else None
         return _typed_like(given, session.result(answer.output, y, out)), context
 
     def backward(self, context: Context, dy: Any, input_grad: bool = True,
                  out: Optional[np.ndarray] = None) -> Optional[np.ndarray]:
-        """Adds the gradients of the context's layers; returns dx [B, S, H], or None without input_grad.
+        """Adds the gradients of the context's layers; returns dx, shaped like the forward's x, or None without input_grad.
 
         dy: gradient of the loss by the forward's output, of its shape. out: as in forward. The context is spent; after
         an error that the daemon answered it is not, and the gradients are as they were.
@@ -183,22 +203,32 @@ class Stack:
     def apply_gradients(self, lr: float, beta1: Optional[float] = None, beta2: Optional[float] = None,
                         eps: Optional[float] = None, weight_decay: Optional[float] = None,
                         max_grad_norm: Optional[float] = None, loss_scale: Optional[float] = None,
-                        decay_biases_and_norms: bool = False, zero_gradients: bool = False) -> Applied:
-        """One AdamW step from the accumulated gradients; returns Applied.
+                        decay_biases_and_norms: bool = False, zero_gradients: bool = False, optimizer: str = "adamw",
+                        adapt_biases_and_norms: bool = False, min_trust_ratio: Optional[float] = None,
+                        max_trust_ratio: Optional[float] = None) -> Applied:
+        """One step of AdamW or LAMB from the accumulated gradients; returns Applied.
 
         Defaults as torch.optim.AdamW's, but weight_decay 0 (decoupled; biases and norms are left out of it unless
-        asked). max_grad_norm: clip the global L2 norm. loss_scale: what the loss was multiplied by. zero_gradients:
-        zero them afterwards, also when the step was skipped.
+        asked). max_grad_norm: clip the global L2 norm. loss_scale: what the loss was multiplied by; None: the stack's
+        own where its config has dynamic_loss_scale, else 1. zero_gradients: zero them afterwards, also when the step was
+        skipped. optimizer: "adamw", or "lamb", which scales each tensor's update by ||w|| / ||update|| within
+        min_trust_ratio and max_trust_ratio (None: no bound), that of biases and norms only with adapt_biases_and_norms.
 
-        InvalidArgument: a value outside its range. FailedPrecondition: training is off.
+        InvalidArgument: a value outside its range, or one of LAMB's with another optimizer. FailedPrecondition: training
+        is off.
         """
+        if optimizer not in _OPTIMIZERS:
+            raise ValueError(f"optimizer: {optimizer!r} must be one of {', '.join(_OPTIMIZERS)}")
         request = pb.ApplyGradientsRequest(
             stack=self.name, learning_rate=lr, beta1=beta1, beta2=beta2, epsilon=eps, weight_decay=weight_decay,
             max_grad_norm=max_grad_norm, loss_scale=loss_scale, decay_biases_and_norms=decay_biases_and_norms,
-            zero_gradients=zero_gradients)
+            zero_gradients=zero_gradients, optimizer=_OPTIMIZERS[optimizer],
+            adapt_biases_and_norms=adapt_biases_and_norms, min_trust_ratio=min_trust_ratio,
+            max_trust_ratio=max_trust_ratio)
         answer = self._client.session.mutate(self._client._stubs.layer.ApplyGradients, request)
         self.last_timing = StepTiming.from_proto(answer.timing)
-        return Applied(answer.applied, answer.grad_norm, answer.step)
+        self.loss_scale = answer.next_loss_scale
+        return Applied(answer.applied, answer.grad_norm, answer.step, answer.loss_scale, answer.next_loss_scale)
 
     def zero_gradients(self) -> None:
         """Sets all gradients to zero. FailedPrecondition: training is off."""
@@ -291,10 +321,12 @@ class Stack:
     # --- life ---
 
     def update(self, **changes: Any) -> StackInfo:
-        """Changes attn_dropout_ratio, hidden_dropout_ratio or training on the live stack; returns StackInfo.
+        """Changes settings of the live stack, all or none; returns StackInfo. Settings: attn_dropout_ratio,
+        hidden_dropout_ratio, training, stochastic_mode, and the memory flags normalize_invertible, gelu_checkpoint,
+        attn_dropout_checkpoint, activation_checkpointing.
 
-        InvalidArgument: a ratio outside [0, 1). FailedPrecondition: training off while contexts are outstanding.
-        ResourceExhausted: training on does not fit.
+        InvalidArgument: a ratio outside [0, 1). FailedPrecondition: training goes off, or a memory flag changes, while
+        contexts are outstanding. ResourceExhausted: the new plan does not fit (says the numbers).
         """
         self._client.session.release_garbage()
         with translated():
@@ -314,15 +346,16 @@ class Stack:
         """Loads a checkpoint into this stack: weights, optimizer, counters. NotFound, DataLoss, InvalidArgument (another
         shape)."""
         request = config_pb.LoadCheckpointRequest(stack=self.name, name=name or "")
-        call_with_retries(self._client._stubs.config.LoadCheckpoint, request, self._client.timeout)
+        answer = call_with_retries(self._client._stubs.config.LoadCheckpoint, request, self._client.timeout)
+        self.loss_scale = answer.stack.loss_scale
 
 
-def _integers(lengths: Any) -> np.ndarray:
-    values = np.asarray(lengths)
+def _integers(name: str, given: Any) -> np.ndarray:
+    values = np.asarray(given)
     if values.dtype.kind not in "iu":
-        raise TypeError(f"lengths: an array of {values.dtype}, must be of integers")
+        raise TypeError(f"{name}: an array of {values.dtype}, must be of integers")
     if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
-        raise ValueError("lengths: beyond 32 bits")
+        raise ValueError(f"{name}: beyond 32 bits")
     return values.astype(np.int32)
 
 

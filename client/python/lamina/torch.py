@@ -11,6 +11,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import numpy as np
 import torch
 
+from lamina import packing
 from lamina.stack import Applied, Context, Stack
 
 # torch.compile is to run what is around the module, not trace the calls to the daemon; PyTorch 1 has no such thing.
@@ -33,6 +34,34 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def pack(x: torch.Tensor, lengths: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    """lamina.packing.pack for tensors, with autograd: x [B, S, ...] and lengths [B], each 1..S, as ([T, ...], int32
+    [B + 1]), for RemoteStack's cumulative_lengths.
+
+    >>> packed, cumulative_lengths = pack(torch.tensor([[1., 2.], [3., 0.]]), [2, 1])
+    >>> packed, cumulative_lengths
+    (tensor([1., 2., 3.]), tensor([0, 2, 3], dtype=torch.int32))
+    """
+    offsets = packing.offsets_of(torch.as_tensor(lengths).cpu().numpy())
+    kept = packing.kept(packing.lengths_of(offsets), x.shape[0], x.shape[1])
+    return x[torch.from_numpy(kept).to(x.device)], torch.from_numpy(offsets)
+
+
+def unpack(packed: torch.Tensor, cumulative_lengths: Any, seq: Optional[int] = None) -> torch.Tensor:
+    """lamina.packing.unpack for tensors, with autograd: [T, ...] as [B, seq, ...] with zeros for padding; seq None: the
+    longest sequence's length.
+
+    >>> unpack(torch.tensor([1., 2., 3.]), [0, 2, 3])
+    tensor([[1., 2.],
+            [3., 0.]])
+    """
+    lengths = packing.lengths_of(torch.as_tensor(cumulative_lengths).cpu().numpy(), packed.shape[0])
+    seq = int(lengths.max()) if seq is None else seq
+    kept = torch.from_numpy(packing.kept(lengths, len(lengths), seq)).to(packed.device)
+    padded = packed.new_zeros((len(lengths), seq, *packed.shape[1:]))
+    return padded.index_put(kept.nonzero(as_tuple=True), packed)
+
+
 class _RemoteForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, module: RemoteStack,
@@ -53,7 +82,8 @@ class _RemoteForward(torch.autograd.Function):
 
 
 class RemoteStack(torch.nn.Module):
-    """Runs a lamina.Stack as a module: [B, S, H] -> [B, S, H], with autograd through the daemon.
+    """Runs a lamina.Stack as a module: [B, S, H] -> [B, S, H], or packed [T, H] -> [T, H], with autograd through the
+    daemon.
 
     The weights live in the daemon: parameters() and state_dict() are empty here. Train them with `step` (or
     Stack.apply_gradients); read and write them with `weights` and `load_weights`, keep them with Stack.save. Each
@@ -93,11 +123,13 @@ class RemoteStack(torch.nn.Module):
 
     @_not_compiled
     def forward(self, x: torch.Tensor, mask: Optional[torch.Tensor] = None, lengths: Optional[torch.Tensor] = None,
-                attention_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+                attention_mask: Optional[torch.Tensor] = None,
+                cumulative_lengths: Optional[torch.Tensor] = None) -> torch.Tensor:
         """x: [B, S, H]. At most one of: mask, additive [B, S] or [B, 1, 1, S]; lengths, [B], 1..S; attention_mask, [B, S]
-        with 1 (True) for tokens and 0 for padding. The result has x's dtype and device. LaminaError."""
-        if sum(a is not None for a in (mask, lengths, attention_mask)) > 1:
-            raise ValueError("give one of mask, lengths, attention_mask")
+        with 1 (True) for tokens and 0 for padding; cumulative_lengths, [n + 1], of a packed x [T, H] (see pack). The
+        result has x's shape, dtype and device. LaminaError."""
+        if sum(a is not None for a in (mask, lengths, attention_mask, cumulative_lengths)) > 1:
+            raise ValueError("give one of mask, lengths, attention_mask, cumulative_lengths")
         attention: Dict[str, np.ndarray] = {}
         if attention_mask is not None:
             hidden = torch.zeros(attention_mask.shape, dtype=torch.float32)
@@ -106,6 +138,8 @@ class RemoteStack(torch.nn.Module):
             attention["mask"] = mask.detach().to("cpu", torch.float32).contiguous().numpy()
         if lengths is not None:
             attention["lengths"] = torch.as_tensor(lengths).detach().cpu().numpy()
+        if cumulative_lengths is not None:
+            attention["cumulative_lengths"] = torch.as_tensor(cumulative_lengths).detach().cpu().numpy()
         if self.training and torch.is_grad_enabled():
             return _RemoteForward.apply(x, self._anchor, self, attention)
         return self._run(x, training=False, **attention)[0]
@@ -124,7 +158,7 @@ class RemoteStack(torch.nn.Module):
         return as_tensor(y).to(x.device, x.dtype), context
 
     def step(self, lr: float, **options: Any) -> Applied:
-        """One AdamW step in the daemon: Stack.apply_gradients with its options."""
+        """One optimizer step in the daemon: Stack.apply_gradients with its options."""
         return self.stack.apply_gradients(lr, **options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,6 +2,9 @@
 // product with the values; backward recomputes the probabilities from what Forward saved, with the
 // same bits.
 //
+// Causal: a block of queries works on the keys up to its last query alone, so half of the work is
+// never done; within the block each row ends at its own key, with zeros up to the block's.
+//
 // Scratch, in fp32: scores [block, S]; the head's keys and values transposed in panels of 64 keys
 // (so that scores come in vectors of keys) or row by row, padded with zeros to 16 columns.
 #pragma once
@@ -91,6 +94,18 @@ LAMINA_INLINE SoftmaxRow ExponentiateRow(float* row, int64_t keys, float scale, 
   return result;
 }
 
+// The keys that some query of [q, q + rows) sees, and those that one query sees.
+LAMINA_INLINE int64_t KeysOfBlock(const AttentionHead& a, int64_t q, int64_t rows) {
+  return a.causal && q + rows < a.keys ? q + rows : a.keys;
+}
+LAMINA_INLINE int64_t KeysOfQuery(const AttentionHead& a, int64_t q) {
+  return KeysOfBlock(a, q, 1);
+}
+
+LAMINA_INLINE void Zero(float* row, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) row[j] = 0.0f;
+}
+
 template <typename E>
 void AttentionForward(const AttentionHead& a, int64_t begin, int64_t end, bool pack) {
   const int64_t dp = Up16(a.d), row_stride = ScoreRow(a.s);
@@ -106,9 +121,10 @@ void AttentionForward(const AttentionHead& a, int64_t begin, int64_t end, bool p
   }
   for (int64_t q = begin; q < end; q += kQueryBlock) {
     const int64_t rows = end - q < kQueryBlock ? end - q : kQueryBlock;
+    const int64_t block_keys = KeysOfBlock(a, q, rows);
     PackRows(static_cast<const E*>(a.q) + q * a.qkv_stride, a.qkv_stride, rows, a.d, queries);
     Multiply({.m = rows,
-              .n = Up16(a.keys),
+              .n = Up16(block_keys),
               .k = a.d,
               .a = queries,
               .a_row = dp,
@@ -120,21 +136,23 @@ void AttentionForward(const AttentionHead& a, int64_t begin, int64_t end, bool p
     float normalise[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
       float* row = scores + r * row_stride;
-      const SoftmaxRow softmax = ExponentiateRow(row, a.keys, a.scale, a.mask);
+      const int64_t row_keys = KeysOfQuery(a, q + r);
+      const SoftmaxRow softmax = ExponentiateRow(row, row_keys, a.scale, a.mask);
+      Zero(row, row_keys, block_keys);
       normalise[r] = softmax.inverse_sum;
       if (a.saved != nullptr) {
         a.saved[2 * (q + r)] = softmax.largest;
         a.saved[2 * (q + r) + 1] = softmax.inverse_sum;
       }
       if (!a.dropout.on) continue;
-      FactorRow(a.dropout, a.first_row + static_cast<uint64_t>(q + r), a.keys, factors);
-      Lanes(a.keys, [&](int64_t j, auto part) {
+      FactorRow(a.dropout, a.first_row + static_cast<uint64_t>(q + r), row_keys, factors);
+      Lanes(row_keys, [&](int64_t j, auto part) {
         Store(row + j, Load(row + j, part) * Load(factors + j, part), part);
       });
     }
     Multiply({.m = rows,
               .n = dp,
-              .k = a.keys,
+              .k = block_keys,
               .a = scores,
               .a_row = row_stride,
               .b = values,
@@ -164,13 +182,16 @@ void AttentionBackward(const AttentionHead& a) {
   PackTransposed(static_cast<const E*>(a.k), a.qkv_stride, a.keys, a.d, keys_t);
   PackTransposed(static_cast<const E*>(a.v), a.qkv_stride, a.keys, a.d, values_t);
   PackRows(static_cast<const E*>(a.k), a.qkv_stride, a.keys, a.d, keys);
+  Zero(dk, 0, a.keys * dp);
+  Zero(dv, 0, a.keys * dp);
   for (int64_t q = 0; q < a.s; q += kQueryBlock) {
     const int64_t rows = a.s - q < kQueryBlock ? a.s - q : kQueryBlock;
+    const int64_t block_keys = KeysOfBlock(a, q, rows);
     PackRows(static_cast<const E*>(a.q) + q * a.qkv_stride, a.qkv_stride, rows, a.d, queries);
     PackRows(static_cast<const E*>(a.dout) + q * a.out_stride, a.out_stride, rows, a.d, dout);
     // scores = q k^T;  dprobs = dout v^T
     SmallProduct by_keys{.m = rows,
-                         .n = Up16(a.keys),
+                         .n = Up16(block_keys),
                          .k = a.d,
                          .a = queries,
                          .a_row = dp,
@@ -189,10 +210,11 @@ void AttentionBackward(const AttentionHead& a) {
       float* dp_row = dprobs + r * row_stride;
       float* dropped_row = dropped + r * row_stride;
       const float largest = a.saved[2 * (q + r)], inverse_sum = a.saved[2 * (q + r) + 1];
+      const int64_t row_keys = KeysOfQuery(a, q + r);
       if (a.dropout.on)
-        FactorRow(a.dropout, a.first_row + static_cast<uint64_t>(q + r), a.keys, factors);
+        FactorRow(a.dropout, a.first_row + static_cast<uint64_t>(q + r), row_keys, factors);
       F dot{};  // sum of prob * dprob
-      Lanes(a.keys, [&](int64_t j, auto part) {
+      Lanes(row_keys, [&](int64_t j, auto part) {
         F v = Load(p_row + j, part) * a.scale;
         if (a.mask != nullptr) v += Load(a.mask + j, part);
         const F p = Exp(v - largest) * inverse_sum;
@@ -209,12 +231,14 @@ void AttentionBackward(const AttentionHead& a) {
       });
       // prob = softmax(score): dscore = prob * (dprob - dot)
       const float sum = Sum(dot);
-      Lanes(a.keys, [&](int64_t j, auto part) {
+      Lanes(row_keys, [&](int64_t j, auto part) {
         Store(p_row + j, Load(p_row + j, part) * (Load(dp_row + j, part) - sum) * a.scale, part);
       });
+      Zero(p_row, row_keys, block_keys);
+      Zero(dropped_row, row_keys, block_keys);
     }
     // dv += dropped^T dout;  dk += dscores^T q
-    SmallProduct to_keys{.m = a.keys,
+    SmallProduct to_keys{.m = block_keys,
                          .n = dp,
                          .k = rows,
                          .a = dropped,
@@ -224,7 +248,7 @@ void AttentionBackward(const AttentionHead& a) {
                          .b_row = dp,
                          .c = dv,
                          .c_row = dp,
-                         .accumulate = q > 0};
+                         .accumulate = true};
     Multiply(to_keys);
     to_keys.a = probs;
     to_keys.b = queries;
@@ -233,7 +257,7 @@ void AttentionBackward(const AttentionHead& a) {
     // dq = dscores k
     Multiply({.m = rows,
               .n = dp,
-              .k = a.keys,
+              .k = block_keys,
               .a = probs,
               .a_row = row_stride,
               .b = keys,

@@ -33,7 +33,10 @@ void BiasGelu(const BiasGeluRows& a, int64_t begin, int64_t end) {
       Lanes(a.n, [&](int64_t j, auto part) {
         F v = Load(x + j, part);
         if (bias != nullptr) v += Load(bias + j, part);
-        if (pre != nullptr) Store(pre + j, v, part);
+        if (pre != nullptr) {
+          Store(pre + j, v, part);
+          v = Load(pre + j, part);  // as Gelu will see it: a recomputed gelu has the same bits
+        }
         Store(y + j, a.gelu ? gelu.Value(v) : v, part);
       });
     }
@@ -96,13 +99,14 @@ inline void Add(const float* src, float* dst, int64_t n) {
   });
 }
 
-// In double precision: squares of finite floats neither overflow nor vanish there, so the sum is
-// finite exactly where every element is.
-inline double SumSquares(const float* x, int64_t n) {
+// A sum of squares in double precision: squares of finite floats neither overflow nor vanish there,
+// so the sum is finite exactly where every element is.
+struct Squares {
   D sum[2] = {};
-  Lanes(n, [&](int64_t j, auto part) {
+
+  LAMINA_INLINE void Add(F v) {
     float lane[kLanes];
-    Store(lane, Load(x + j, part));
+    Store(lane, v);
     LAMINA_UNROLL
     for (int h = 0; h < 2; ++h) {
       HalfF half;
@@ -110,11 +114,19 @@ inline double SumSquares(const float* x, int64_t n) {
       const D d = __builtin_convertvector(half, D);
       sum[h] += d * d;
     }
-  });
-  const D both = sum[0] + sum[1];
-  double total = 0.0;
-  for (int i = 0; i < kLanes / 2; ++i) total += both[i];
-  return total;
+  }
+  LAMINA_INLINE double Total() const {
+    const D both = sum[0] + sum[1];
+    double total = 0.0;
+    for (int i = 0; i < kLanes / 2; ++i) total += both[i];
+    return total;
+  }
+};
+
+inline double SumSquares(const float* x, int64_t n) {
+  Squares squares;
+  Lanes(n, [&](int64_t j, auto part) { squares.Add(Load(x + j, part)); });
+  return squares.Total();
 }
 
 template <typename E>
@@ -130,6 +142,40 @@ void AdamW(const AdamWElements& a, int64_t begin, int64_t end) {
     w = w - a.lr * (a.weight_decay * w + step);
     Store(a.m + j, m, part);
     Store(a.v + j, v, part);
+    Store(a.master + j, w, part);
+    if (weights != nullptr) Store(weights + j, w, part);
+  });
+}
+
+// LAMB's update before the trust ratio. Both passes compute it, with the same bits: it is not
+// stored.
+LAMINA_INLINE F LambUpdate(const LambElements& a, F m, F v, F w) {
+  return (m / a.correction1) / (Sqrt(v / a.correction2) + a.eps) + a.weight_decay * w;
+}
+
+inline LambSquares LambMoments(const LambElements& a, int64_t begin, int64_t end) {
+  Squares weight, update;
+  Lanes(end - begin, [&](int64_t i, auto part) {
+    const int64_t j = begin + i;
+    const F g = Load(a.grad + j, part) * a.grad_scale;
+    const F m = Load(a.m + j, part) * a.beta1 + g * (1.0f - a.beta1);
+    const F v = Load(a.v + j, part) * a.beta2 + g * g * (1.0f - a.beta2);
+    const F w = Load(a.master + j, part);
+    Store(a.m + j, m, part);
+    Store(a.v + j, v, part);
+    weight.Add(w);
+    update.Add(Keep(LambUpdate(a, m, v, w), 0.0f, part));  // beyond the part it may be 0/0
+  });
+  return LambSquares{weight.Total(), update.Total()};
+}
+
+template <typename E>
+void LambStep(const LambElements& a, int64_t begin, int64_t end, float step) {
+  E* weights = static_cast<E*>(a.weights);
+  Lanes(end - begin, [&](int64_t i, auto part) {
+    const int64_t j = begin + i;
+    F w = Load(a.master + j, part);
+    w = w - step * LambUpdate(a, Load(a.m + j, part), Load(a.v + j, part), w);
     Store(a.master + j, w, part);
     if (weights != nullptr) Store(weights + j, w, part);
   });

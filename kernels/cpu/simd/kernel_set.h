@@ -21,6 +21,7 @@ constexpr ActKernels MakeActKernels() {
       .to_f32 = ToF32<E>,
       .from_f32 = FromF32<E>,
       .adamw = AdamW<E>,
+      .lamb_step = LambStep<E>,
   };
 }
 
@@ -31,6 +32,7 @@ constexpr KernelSet MakeKernelSet(const char* isa) {
       .bf16 = MakeActKernels<BF16>(),
       .f16 = MakeActKernels<F16>(),
       .sum_squares = SumSquares,
+      .lamb_moments = LambMoments,
       .add = Add,
   };
 }

@@ -68,7 +68,10 @@ struct DropoutAddNormRows {
 struct DropoutAddNormBackwardRows {
   const void* dy;    // act [rows, h]; null: no norm
   const void* dsum;  // act [rows, h]; null: zero
+  // The normalised values: (sum - mean) * rstd; or, where sum is null, (y - beta) / gamma.
   const void* sum;
+  const void* y;     // act [rows, h]
+  const void* beta;  // act [h]
   const void* gamma;
   const float* mean;
   const float* rstd;
@@ -90,10 +93,11 @@ struct AttentionHead {
   int64_t qkv_stride;
   int64_t s, d;
   int64_t keys;       // keys at and after this one are masked out; in [0, s]
+  bool causal;        // query i sees no key after i
   const float* mask;  // [s], added to the scores; null: none
   float scale;
   DropoutKey dropout;
-  uint64_t first_row;  // of the dropout matrix: (b*A + a)*S
+  uint64_t first_row;  // of the dropout matrix: (b*A + a)*S, or where the head's rows are packed
   float* saved;        // [s, 2]: each query's largest score and one over its sum of exponentials
   // Forward: `saved` is written and may be null. Backward: it is read.
   void* out;  // act [s, d], row stride out_stride
@@ -126,6 +130,20 @@ struct AdamWElements {
   float lr, beta1, beta2, eps, weight_decay, correction1, correction2;
 };
 
+// Elements of one segment: `weight_decay` is zero where the segment has none.
+struct LambElements {
+  float* master;
+  void* weights;  // act; null: none
+  const float* grad;
+  float* m;
+  float* v;
+  float grad_scale;
+  float beta1, beta2, eps, weight_decay, correction1, correction2;
+};
+struct LambSquares {
+  double weight = 0.0, update = 0.0;  // sums of w^2 and of u^2
+};
+
 // What depends on the stack's dtype.
 struct ActKernels {
   // pre = x + bias; y = gelu(pre), or pre itself. x is act.
@@ -135,7 +153,7 @@ struct ActKernels {
   void (*gelu_backward)(const GeluBackwardRows&, int64_t begin, int64_t end);
   // scratch: 2 * Padded(h) floats.
   void (*dropout_add_norm)(const DropoutAddNormRows&, int64_t begin, int64_t end, float* scratch);
-  // scratch: Padded(h) floats.
+  // scratch: 2 * Padded(h) floats.
   void (*dropout_add_norm_backward)(const DropoutAddNormBackwardRows&, int64_t begin, int64_t end,
                                     float* scratch);
   // out[n] receives the column sums of rows [begin, end) of x [*, n].
@@ -146,6 +164,8 @@ struct ActKernels {
   void (*to_f32)(const void* src, float* dst, int64_t n);
   void (*from_f32)(const float* src, void* dst, int64_t n);
   void (*adamw)(const AdamWElements&, int64_t begin, int64_t end);
+  // w -= step * u, from the m and v that lamb_moments left.
+  void (*lamb_step)(const LambElements&, int64_t begin, int64_t end, float step);
 };
 
 struct KernelSet {
@@ -155,6 +175,8 @@ struct KernelSet {
     return t == DType::kBF16 ? bf16 : t == DType::kF16 ? f16 : f32;
   }
   double (*sum_squares)(const float* x, int64_t n);
+  // m and v of a LAMB step; master stays.
+  LambSquares (*lamb_moments)(const LambElements&, int64_t begin, int64_t end);
   // dst[0, n) += src[0, n)
   void (*add)(const float* src, float* dst, int64_t n);
 };

@@ -62,6 +62,13 @@ void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, 
   const int64_t h = a.h;
   const float per_h = 1.0f / static_cast<float>(h);
   const E* gamma = static_cast<const E*>(a.gamma);
+  const E* beta = static_cast<const E*>(a.beta);
+  float* factors = scratch;
+  float* per_gamma = scratch + Padded(h);
+  const bool from_output = a.dy != nullptr && a.sum == nullptr;
+  if (from_output)
+    Lanes(h,
+          [&](int64_t j, auto part) { Store(per_gamma + j, 1.0f / Load(gamma + j, part), part); });
   float* const columns[] = {a.dbias, a.dgamma, a.dbeta};
   for (float* column : columns)
     if (column != nullptr)
@@ -70,21 +77,25 @@ void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, 
     const E* dy = Row<E>(a.dy, r, h);
     const E* dsum = Row<E>(a.dsum, r, h);
     const E* x = Row<E>(a.sum, r, h);
+    const E* y = Row<E>(a.y, r, h);
     E* dresidual = Row<E>(a.dresidual, r, h);
     E* dx = Row<E>(a.dx, r, h);
-    if (a.dropout.on) FactorRow(a.dropout, static_cast<uint64_t>(r), h, scratch);
-    // With xhat = (x - mean) * rstd and g = dy * gamma:
+    if (a.dropout.on) FactorRow(a.dropout, static_cast<uint64_t>(r), h, factors);
+    // With xhat the normalised values and g = dy * gamma:
     //   d(LayerNorm)/dx . dy = rstd * (g - average(g) - xhat * average(g * xhat))
     float mean = 0.0f, rstd = 0.0f, average_g = 0.0f, average_gx = 0.0f;
+    const auto normalised = [&](int64_t j, auto part) {
+      return from_output ? (Load(y + j, part) - Load(beta + j, part)) * Load(per_gamma + j, part)
+                         : (Load(x + j, part) - mean) * rstd;
+    };
     if (dy != nullptr) {
-      mean = a.mean[r];
+      if (!from_output) mean = a.mean[r];
       rstd = a.rstd[r];
       F sum_g{}, sum_gx{};
       Lanes(h, [&](int64_t j, auto part) {
         const F g = Load(dy + j, part) * Load(gamma + j, part);  // zero beyond the row
-        const F xhat = (Load(x + j, part) - mean) * rstd;
         sum_g += g;
-        sum_gx += g * Keep(xhat, 0.0f, part);
+        sum_gx += g * Keep(normalised(j, part), 0.0f, part);
       });
       average_g = Sum(sum_g) * per_h;
       average_gx = Sum(sum_gx) * per_h;
@@ -93,13 +104,13 @@ void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, 
       F ds = dsum != nullptr ? Load(dsum + j, part) : F{};
       if (dy != nullptr) {
         const F d = Load(dy + j, part);
-        const F xhat = (Load(x + j, part) - mean) * rstd;
+        const F xhat = normalised(j, part);
         ds += rstd * (d * Load(gamma + j, part) - average_g - xhat * average_gx);
         if (a.dgamma != nullptr) Store(a.dgamma + j, Load(a.dgamma + j, part) + d * xhat, part);
         if (a.dbeta != nullptr) Store(a.dbeta + j, Load(a.dbeta + j, part) + d, part);
       }
       if (dresidual != nullptr) Store(dresidual + j, ds, part);
-      if (a.dropout.on) ds *= Load(scratch + j, part);
+      if (a.dropout.on) ds *= Load(factors + j, part);
       if (dx != nullptr) Store(dx + j, ds, part);
       if (a.dbias != nullptr) Store(a.dbias + j, Load(a.dbias + j, part) + ds, part);
     });

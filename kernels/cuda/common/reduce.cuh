@@ -1,4 +1,4 @@
-// Purpose: sums over a warp and over a group of whole warps, always in the same order.
+// Purpose: sums over a warp, a group of whole warps and a block, always in the same order.
 #pragma once
 
 namespace lamina::cuda {
@@ -36,6 +36,25 @@ __device__ __forceinline__ void GroupSum(float (&v)[kCount], int warps, float* s
     float total = 0.0f;
     for (int w = 0; w < warps; ++w) total += scratch[i * 32 + first + w];
     v[i] = total;
+  }
+}
+
+// Sums each v[i] over the block of kWarps warps; thread 0 alone receives the totals. All threads
+// must call it, once: a second call of the same kind would need a barrier in between.
+template <int kWarps, int kCount>
+__device__ __forceinline__ void BlockSum(double (&v)[kCount]) {
+  __shared__ double shared[kCount][kWarps];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = WarpSum(v[i]);
+    if ((threadIdx.x & 31u) == 0) shared[i][threadIdx.x >> 5] = v[i];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = 0.0;
+    for (int w = 0; w < kWarps; ++w) v[i] += shared[i][w];
   }
 }
 

@@ -162,6 +162,128 @@ INSTANTIATE_TEST_SUITE_P(DTypes, RoundTrip,
                          ::testing::Values(DType::kF32, DType::kBF16, DType::kF16),
                          [](const auto& test) { return Name(test.param); });
 
+// --- the loss scale ---
+
+class LossScaleCheckpoint : public CheckpointTest {
+ protected:
+  static StackConfig Config() {
+    StackConfig config = TinyConfig(DType::kF16);
+    config.causal = true;
+    config.gelu_checkpoint = true;
+    config.dynamic_loss_scale = true;
+    config.initial_loss_scale = 4096;
+    config.loss_scale_growth_interval = 3;
+    config.loss_scale_growth_factor = 1.7;  // so that the scale has all of a double's digits
+    config.loss_scale_backoff_factor = 0.3;
+    config.loss_scale_hysteresis = 2;
+    return config;
+  }
+  // One with an infinite gradient: a step of it is skipped.
+  static void Overflow(Rig& rig) {
+    const std::string id = rig.Forward("s", kSession, 1);
+    OwnedTensor grad = Noise(2, DType::kF16, {3, 8, 16});
+    const uint16_t infinity = 0x7C00;
+    std::memcpy(grad.bytes.data(), &infinity, sizeof(infinity));
+    Value(rig.engine().Backward(
+        {.stack = "s", .session = kSession, .context_id = id, .output_grad = grad.view()}, {}));
+    EXPECT_FALSE(
+        Value(rig.engine().ApplyGradients("s", {.learning_rate = 1e-3}, true, {})).result.applied);
+  }
+  // Steps, one of them skipped; what the stack is afterwards.
+  static std::string GoOn(Rig& rig) {
+    std::string all = rig.Step("s", kSession, 40);
+    Overflow(rig);
+    all += rig.Step("s", kSession, 50) + rig.Step("s", kSession, 60) + rig.Step("s", kSession, 70);
+    return all + rig.Snapshot("s");
+  }
+};
+
+TEST_F(LossScaleCheckpoint, GoesOnBitForBit) {
+  rig_.Create("s", Config());
+  for (uint64_t seed = 10; seed < 50; seed += 10) rig_.Step("s", kSession, seed);
+  Overflow(rig_);
+  const StackCounters counters = Value(engine().GetStack("s")).counters;
+  EXPECT_EQ(counters.loss_scale, 4096 * 1.7) << "three clean steps";
+  EXPECT_EQ(counters.skipped_steps, 1);
+  Save("s");
+  const std::string saved = rig_.Snapshot("s");
+  const std::string end = GoOn(rig_);
+
+  Rig fresh({.checkpoint_dir = folder_.path()});
+  EXPECT_EQ(Value(fresh.engine().LoadCheckpoint("s", "", true, {})).loss_scale, 4096 * 1.7);
+  EXPECT_EQ(fresh.Snapshot("s"), saved);
+  EXPECT_EQ(GoOn(fresh), end);
+  ASSERT_OK(Load("s", ""));
+  EXPECT_EQ(rig_.Snapshot("s"), saved);
+  EXPECT_EQ(GoOn(rig_), end);
+}
+
+TEST_F(LossScaleCheckpoint, BeginsAnewWhereTheFileHasNone) {
+  StackConfig plain = Config();
+  plain.dynamic_loss_scale = false;
+  rig_.Create("s", plain);
+  Save("s", "plain");
+  ASSERT_OK(engine().DeleteStack("s", {}));
+  rig_.Create("s", Config());
+  const std::string initial = rig_.Snapshot("s");
+  Overflow(rig_);
+  Overflow(rig_);
+  EXPECT_LT(Value(engine().GetStack("s")).loss_scale, 4096);
+  ASSERT_OK(Load("s", "plain"));
+  EXPECT_EQ(rig_.Snapshot("s"), initial);
+  // And a stack without one takes none.
+  Save("s", "dynamic");
+  ASSERT_OK(engine().DeleteStack("s", {}));
+  rig_.Create("s", plain);
+  const std::string before = rig_.Snapshot("s");
+  ASSERT_OK(Load("s", "dynamic"));
+  EXPECT_EQ(rig_.Snapshot("s"), before);
+}
+
+TEST_F(LossScaleCheckpoint, StaysWithinTheStacksBounds) {
+  rig_.Create("s", Config());
+  Overflow(rig_);
+  Overflow(rig_);
+  Save("s");
+  ASSERT_OK(engine().DeleteStack("s", {}));
+  StackConfig config = Config();
+  config.min_loss_scale = 2048;
+  config.loss_scale_hysteresis = 1;
+  rig_.Create("s", config);
+  ASSERT_OK(Load("s", ""));
+  const StackCounters counters = Value(engine().GetStack("s")).counters;
+  EXPECT_EQ(counters.loss_scale, 2048) << "1228.8 in the file";
+  EXPECT_LE(counters.overflows_tolerated, 1);
+}
+
+// What the version before dynamic loss scaling wrote: no loss scale, none of the new settings.
+TEST_F(CheckpointTest, FilesOfTheVersionBeforeLoad) {
+  rig_.Create("s", TinyConfig());
+  rig_.Step("s", kSession, 1);
+  Save("s");
+  const std::string saved = rig_.Snapshot("s");
+  const std::string file = ReadFile(Path("s"));
+  Json header = HeaderOf(file);
+  Json& metadata = header["__metadata__"];
+  for (const char* key : {"lamina.loss_scale", "lamina.clean_steps", "lamina.overflows_tolerated"})
+    EXPECT_EQ(metadata.erase(key), 1u) << key;
+  Json config = Json::parse(metadata["lamina.config"].get<std::string>());
+  for (const char* key :
+       {"activation_checkpointing", "causal", "dynamic_loss_scale", "initial_loss_scale",
+        "loss_scale_growth_interval", "loss_scale_growth_factor", "loss_scale_backoff_factor",
+        "loss_scale_hysteresis", "min_loss_scale"})
+    EXPECT_EQ(config.erase(key), 1u) << key;
+  metadata["lamina.config"] = config.dump();
+  WriteFile(Path("s"), Assemble(header, DataOf(file)));
+  const std::string continued = rig_.Step("s", kSession, 5);
+  ASSERT_OK(Load("s", ""));
+  EXPECT_EQ(rig_.Snapshot("s"), saved);
+  ASSERT_OK(engine().DeleteStack("s", {}));
+  ASSERT_OK(Load("s", "", true));
+  EXPECT_EQ(rig_.Snapshot("s"), saved);
+  EXPECT_EQ(rig_.Step("s", kSession, 5), continued);
+}
+
 TEST_F(CheckpointTest, GradientsThatAreZeroTakeNoSpace) {
   rig_.Create("s", TinyConfig());
   rig_.Step("s", kSession, 1);
@@ -431,6 +553,13 @@ TEST_F(Damage, FilesOfOthers) {
   EXPECT_THAT(metadata("lamina.rng_counter", "many"), IsStatus(kInvalid, "counters"));
   EXPECT_THAT(metadata("lamina.optimizer_step", "-1"), IsStatus(kInvalid, "counters"));
   EXPECT_THAT(metadata("lamina.skipped_steps", 3), IsStatus(kInvalid, "counters"));
+  for (const char* scale : {"0", "-1", "inf", "nan", "1e999", "much", ""})
+    EXPECT_THAT(metadata("lamina.loss_scale", scale), IsStatus(kInvalid, "loss scale")) << scale;
+  EXPECT_THAT(metadata("lamina.loss_scale", 1.0), IsStatus(kInvalid, "loss scale"));
+  EXPECT_THAT(metadata("lamina.clean_steps", "-1"), IsStatus(kInvalid, "loss scale"));
+  EXPECT_THAT(metadata("lamina.overflows_tolerated", "-1"), IsStatus(kInvalid, "loss scale"));
+  EXPECT_THAT(LoadChanged([](Json& h) { h["__metadata__"].erase("lamina.clean_steps"); }),
+              IsStatus(kInvalid, "loss scale"));
 }
 
 TEST_F(Damage, TensorsThatDoNotFit) {
@@ -488,12 +617,17 @@ TEST_F(CheckpointTest, OtherStacksAreRefused) {
   refused("config.heads: is 2", [](StackConfig& c) { c.heads = 4; });
   refused("config.pre_layer_norm", [](StackConfig& c) { c.pre_layer_norm = false; });
   refused("config.gelu", [](StackConfig& c) { c.gelu = GeluKind::kTanh; });
+  refused("config.causal: is false in checkpoint \"s\" and true in the stack",
+          [](StackConfig& c) { c.causal = true; });
   refused("config.layer_norm_eps", [](StackConfig& c) { c.layer_norm_eps = 1e-5; });
   // What does not decide the function may differ, and stays the stack's.
   StackConfig config = TinyConfig();
   config.seed = 99;
   config.batch_size = 1;
   config.hidden_dropout_ratio = 0.5;
+  config.gelu_checkpoint = true;
+  config.activation_checkpointing = true;
+  config.stochastic_mode = true;
   rig_.Create("other", config);
   EXPECT_OK(Load("other", "s"));
   EXPECT_EQ(Value(engine().GetStack("other")).config.seed, 99);

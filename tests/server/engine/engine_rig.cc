@@ -85,6 +85,44 @@ OwnedTensor Zeros(DType dtype, const Shape& shape) {
                      dtype, shape};
 }
 
+OwnedTensor Integers(const std::vector<int32_t>& values) {
+  OwnedTensor tensor = Zeros(DType::kI32, {static_cast<int64_t>(values.size())});
+  std::memcpy(tensor.bytes.data(), values.data(), tensor.bytes.size());
+  return tensor;
+}
+
+std::vector<double> ToDoubles(absl::string_view bytes, DType dtype) {
+  std::vector<double> values(bytes.size() / SizeOf(dtype));
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t word = 0;
+    std::memcpy(&word, bytes.data() + i * SizeOf(dtype), SizeOf(dtype));
+    if (dtype == DType::kF16) {
+      const int exponent = static_cast<int>(word >> 10 & 0x1F);
+      const double fraction = static_cast<double>(word & 0x3FF) / 1024.0;
+      const double magnitude = exponent == 31 ? std::numeric_limits<double>::infinity()
+                                              : std::ldexp((exponent > 0 ? 1.0 : 0.0) + fraction,
+                                                           std::max(exponent, 1) - 15);
+      values[i] = (word & 0x8000) != 0 ? -magnitude : magnitude;
+      continue;
+    }
+    if (dtype == DType::kBF16) word <<= 16;
+    float value = 0;
+    std::memcpy(&value, &word, sizeof(value));
+    values[i] = value;
+  }
+  return values;
+}
+
+double RelativeError(const std::vector<double>& a, const std::vector<double>& b) {
+  if (a.size() != b.size() || a.empty()) throw std::runtime_error("RelativeError: sizes");
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += (a[i] - b[i]) * (a[i] - b[i]);
+    norm += b[i] * b[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
 Rig::Rig(const RigOptions& options)
     : metrics_({.version = "0", .commit = "", .backend = "cpu", .device = "test"}) {
   // One thread: the same bits everywhere, and nothing that a thread checker can't see.
@@ -134,6 +172,15 @@ std::string Rig::Step(const std::string& stack, SessionKey session, uint64_t see
                       apply.result.grad_norm);
 }
 
+std::string Rig::Gradients(const std::string& stack) {
+  const StackInfo info = Value(engine_->GetStack(stack));
+  std::string bytes(static_cast<size_t>(info.parameter_count) * sizeof(float), '\0');
+  const absl::Status read =
+      engine_->ReadParameters(stack, {}, DType::kF32, true, bytes.data(), bytes.size(), {});
+  if (!read.ok()) throw std::runtime_error(read.ToString());
+  return bytes;
+}
+
 std::string Rig::Snapshot(const std::string& stack) {
   const StackInfo info = Value(engine_->GetStack(stack));
   std::string bytes(static_cast<size_t>(info.parameter_count) * sizeof(float), '\0');
@@ -147,7 +194,9 @@ std::string Rig::Snapshot(const std::string& stack) {
   }
   return absl::StrCat(all, ToJson(info.config), info.counters.optimizer_step, " ",
                       info.counters.rng_counter, " ", info.counters.skipped_steps, " ",
-                      info.outstanding_contexts);
+                      info.counters.loss_scale, " ", info.counters.clean_steps, " ",
+                      info.counters.overflows_tolerated, " ", info.loss_scale, " ",
+                      info.plan.Total(), " ", info.outstanding_contexts);
 }
 
 double Rig::Metric(const std::string& line) {

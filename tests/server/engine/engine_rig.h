@@ -82,6 +82,11 @@ struct OwnedTensor {
 };
 OwnedTensor Noise(uint64_t seed, DType dtype, const Shape& shape);
 OwnedTensor Zeros(DType dtype, const Shape& shape);
+OwnedTensor Integers(const std::vector<int32_t>& values);
+// The values of fp32, bf16 or fp16 bytes.
+std::vector<double> ToDoubles(absl::string_view bytes, DType dtype);
+// ||a - b|| / ||b||, for tolerances.
+double RelativeError(const std::vector<double>& a, const std::vector<double>& b);
 
 struct RigOptions {
   bool host_memory = true;  // false: the engine stages every tensor, as on a card
@@ -102,6 +107,8 @@ class Rig {
   // Noise [B, S, H] in the stack's dtype through a training Forward; the context's id.
   std::string Forward(const std::string& stack, SessionKey session, uint64_t seed,
                       int64_t batch = 3, int64_t seq = 8);
+  // All parameters' gradients as fp32 bytes, one after another.
+  std::string Gradients(const std::string& stack);
   // Forward, Backward: the output's and the input gradient's bytes.
   std::string ForwardBackward(const std::string& stack, SessionKey session, uint64_t seed);
   // A step: two of these, then AdamW with zeroing. What it gave, as bytes.

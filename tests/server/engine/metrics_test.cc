@@ -60,6 +60,21 @@ TEST_F(MetricsTest, StepsLandInTheirSeries) {
   EXPECT_TRUE(Has(bucket + "\"total\",le=\"+Inf\"} 1"));
 }
 
+TEST_F(MetricsTest, OptimizerStepsTellTheLossScale) {
+  EXPECT_TRUE(Has("lamina_loss_scale 0"));
+  EXPECT_TRUE(Has("lamina_loss_scale_changes_total{change=\"growth\"} 0"));
+  metrics_.GradientsApplied({.norm = 2, .next_loss_scale = 2048, .scale_grew = true});
+  EXPECT_TRUE(Has("lamina_loss_scale 2048"));
+  EXPECT_TRUE(Has("lamina_gradient_norm 2"));
+  EXPECT_TRUE(Has("lamina_skipped_steps_total 0"));
+  metrics_.GradientsApplied({.skipped = true, .next_loss_scale = 1024, .scale_backed_off = true});
+  metrics_.GradientsApplied({.skipped = true, .next_loss_scale = 1024});
+  EXPECT_TRUE(Has("lamina_loss_scale 1024"));
+  EXPECT_TRUE(Has("lamina_skipped_steps_total 2"));
+  EXPECT_TRUE(Has("lamina_loss_scale_changes_total{change=\"growth\"} 1"));
+  EXPECT_TRUE(Has("lamina_loss_scale_changes_total{change=\"backoff\"} 1"));
+}
+
 TEST_F(MetricsTest, BucketsAreAboutOnePointSixApart) {
   metrics_.StepDone(StepDirection::kApply, {});
   std::vector<double> bounds;

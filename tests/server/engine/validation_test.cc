@@ -110,7 +110,7 @@ const std::vector<ForwardCase>& ForwardCases() {
          f.call.mask = f.mask.view();
          f.call.lengths = f.lengths.view();
        },
-       kInvalid, "mask, lengths: both"},
+       kInvalid, "mask, lengths, cumulative_lengths: more than one is given"},
       {"LengthsDtype",
        [](F& f) {
          f.call.lengths = f.lengths.view();
@@ -281,22 +281,34 @@ TEST(ApplyValidation, EachHyperParameterHasItsRange) {
   rig.Create("s", TinyConfig());
   rig.ForwardBackward("s", kSession, 3);
   const std::string before = rig.Snapshot("s");
-  const AdamWOptions good{.learning_rate = 1e-3};
-  const auto expect = [&](const char* text, const std::function<void(AdamWOptions&)>& spoil) {
-    AdamWOptions options = good;
+  const OptimizerOptions good{.learning_rate = 1e-3};
+  const auto expect = [&](const char* text, const std::function<void(OptimizerOptions&)>& spoil) {
+    OptimizerOptions options = good;
     spoil(options);
     EXPECT_THAT(rig.engine().ApplyGradients("s", options, true, {}).status(),
                 IsStatus(kInvalid, text));
   };
-  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-  expect("learning_rate", [](AdamWOptions& o) { o.learning_rate = -1; });
-  expect("learning_rate", [](AdamWOptions& o) { o.learning_rate = HUGE_VAL; });
-  expect("beta1", [](AdamWOptions& o) { o.beta1 = 1; });
-  expect("beta2", [](AdamWOptions& o) { o.beta2 = kNan; });
-  expect("epsilon", [](AdamWOptions& o) { o.epsilon = 0; });
-  expect("weight_decay", [](AdamWOptions& o) { o.weight_decay = -0.1; });
-  expect("max_grad_norm", [](AdamWOptions& o) { o.max_grad_norm = kNan; });
-  expect("loss_scale", [](AdamWOptions& o) { o.loss_scale = 0; });
+  static constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  expect("learning_rate", [](OptimizerOptions& o) { o.learning_rate = -1; });
+  expect("learning_rate", [](OptimizerOptions& o) { o.learning_rate = HUGE_VAL; });
+  expect("beta1", [](OptimizerOptions& o) { o.beta1 = 1; });
+  expect("beta2", [](OptimizerOptions& o) { o.beta2 = kNan; });
+  expect("epsilon", [](OptimizerOptions& o) { o.epsilon = 0; });
+  expect("weight_decay", [](OptimizerOptions& o) { o.weight_decay = -0.1; });
+  expect("max_grad_norm", [](OptimizerOptions& o) { o.max_grad_norm = kNan; });
+  expect("loss_scale", [](OptimizerOptions& o) { o.loss_scale = -1; });
+  expect("loss_scale", [](OptimizerOptions& o) { o.loss_scale = kNan; });
+  const auto lamb = [](double low, double high) {
+    return [low, high](OptimizerOptions& o) {
+      o.kind = OptimizerKind::kLamb;
+      o.min_trust_ratio = low;
+      o.max_trust_ratio = high;
+    };
+  };
+  expect("min_trust_ratio", lamb(-0.5, 0));
+  expect("min_trust_ratio", lamb(kNan, 0));
+  expect("max_trust_ratio", lamb(2, 1));
+  expect("max_trust_ratio", lamb(0, kNan));
   EXPECT_THAT(rig.engine().ApplyGradients("none", good, true, {}).status(),
               IsStatus(kNotFound, "none"));
   EXPECT_EQ(rig.Snapshot("s"), before) << "gradients are there still: a refusal zeroes nothing";

@@ -68,6 +68,15 @@ TEST_F(ConfigServiceTest, CreateStackFillsTheDefaultsIn) {
   EXPECT_TRUE(c.adjust_init_range());
   EXPECT_TRUE(c.training());
   EXPECT_FALSE(c.fp16());
+  EXPECT_FALSE(c.causal());
+  EXPECT_FALSE(c.dynamic_loss_scale());
+  EXPECT_EQ(c.initial_loss_scale(), 65536);
+  EXPECT_EQ(c.loss_scale_growth_interval(), 1000);
+  EXPECT_EQ(c.loss_scale_growth_factor(), 2);
+  EXPECT_EQ(c.loss_scale_backoff_factor(), 0.5);
+  EXPECT_EQ(c.loss_scale_hysteresis(), 2);
+  EXPECT_EQ(c.min_loss_scale(), 1);
+  EXPECT_EQ(stack.loss_scale(), 1);
   EXPECT_GE(c.seed(), 0) << "drawn, and reported";
   EXPECT_EQ(stack.parameter_count(), 4 * 8 * 8 + 2 * 8 * 32 + 9 * 8 + 32);
   uint64_t sum = 0;
@@ -89,9 +98,23 @@ TEST_F(ConfigServiceTest, EverySettingComesBack) {
   c.set_dtype(v1::DATA_TYPE_BFLOAT16);
   c.set_gelu(v1::GELU_TANH);
   c.set_max_contexts(5);
+  c.set_normalize_invertible(true);
+  c.set_gelu_checkpoint(true);
+  c.set_attn_dropout_checkpoint(true);
+  c.set_activation_checkpointing(true);
+  c.set_stochastic_mode(true);
+  c.set_causal(true);
+  c.set_dynamic_loss_scale(true);
+  c.set_initial_loss_scale(512);
+  c.set_loss_scale_growth_interval(7);
+  c.set_loss_scale_growth_factor(1.5);
+  c.set_loss_scale_backoff_factor(0.25);
+  c.set_loss_scale_hysteresis(3);
+  c.set_min_loss_scale(0.5);
   v1::StackConfig got = client.Do(request).stack().config();
   c.set_local_rank(got.local_rank());
   EXPECT_EQ(got.SerializeAsString(), c.SerializeAsString());
+  EXPECT_EQ(client.Describe().loss_scale(), 512);
   request = CreateRequest("h");
   request.mutable_config()->set_fp16(true);
   got = client.Do(request).stack().config();
@@ -127,6 +150,15 @@ TEST_F(ConfigServiceTest, CreateStackNamesTheFieldAtFault) {
   refused("local_rank", &C::set_local_rank, 7);
   refused("seed", &C::set_seed, int64_t{-2});
   for (const int64_t bad : {0, -1, 1025}) refused("max_contexts", &C::set_max_contexts, bad);
+  for (const double bad : {0.0, -1.0, nan, 3.0, 0x1p25})
+    refused("initial_loss_scale", &C::set_initial_loss_scale, bad);
+  refused("loss_scale_growth_interval", &C::set_loss_scale_growth_interval, int64_t{0});
+  for (const double bad : {1.0, 0.5, nan})
+    refused("loss_scale_growth_factor", &C::set_loss_scale_growth_factor, bad);
+  for (const double bad : {0.0, 1.0, nan})
+    refused("loss_scale_backoff_factor", &C::set_loss_scale_backoff_factor, bad);
+  refused("loss_scale_hysteresis", &C::set_loss_scale_hysteresis, int64_t{0});
+  for (const double bad : {0.0, -1.0, nan}) refused("min_loss_scale", &C::set_min_loss_scale, bad);
   refused("dtype", &C::set_dtype, v1::DATA_TYPE_INT32);
   refused("dtype", &C::set_dtype, static_cast<v1::DataType>(42));
   refused("gelu", &C::set_gelu, static_cast<v1::Gelu>(42));
@@ -139,15 +171,7 @@ TEST_F(ConfigServiceTest, CreateStackNamesTheFieldAtFault) {
   EXPECT_EQ(Stacks(), 0);
 }
 
-TEST_F(ConfigServiceTest, CreateStackRefusesWhatItCant) {
-  using C = v1::StackConfig;
-  for (const auto set : {&C::set_normalize_invertible, &C::set_gelu_checkpoint,
-                         &C::set_attn_dropout_checkpoint, &C::set_stochastic_mode}) {
-    v1::CreateStackRequest request = CreateRequest();
-    (request.mutable_config()->*set)(true);
-    const absl::Status status = client.Send(request);
-    EXPECT_EQ(status.code(), kUnimplemented) << status;
-  }
+TEST_F(ConfigServiceTest, CreateStackRefusesANameThatIsTaken) {
   client.Create();
   EXPECT_THAT(client.Send(CreateRequest()), IsStatus(kExists, "s"));
   EXPECT_EQ(Stacks(), 1);
@@ -205,12 +229,37 @@ TEST_F(ConfigServiceTest, UpdateStack) {
   }
   update.Clear();
   update.set_name("s");
-  update.set_gelu_checkpoint(true);
-  EXPECT_THAT(client.Send(update), IsStatus(kUnimplemented, "gelu_checkpoint"));
-  update.clear_gelu_checkpoint();
+  using U = v1::UpdateStackRequest;
+  using C = v1::StackConfig;
+  const std::vector<std::pair<void (U::*)(bool), bool (C::*)() const>> flags = {
+      {&U::set_normalize_invertible, &C::normalize_invertible},
+      {&U::set_gelu_checkpoint, &C::gelu_checkpoint},
+      {&U::set_attn_dropout_checkpoint, &C::attn_dropout_checkpoint},
+      {&U::set_activation_checkpointing, &C::activation_checkpointing},
+      {&U::set_stochastic_mode, &C::stochastic_mode}};
+  for (const auto& [set, get] : flags)
+    for (const bool on : {true, false}) {
+      update.Clear();
+      update.set_name("s");
+      (update.*set)(on);
+      const v1::Stack updated = client.Do(update).stack();
+      EXPECT_EQ((updated.config().*get)(), on);
+      v1::PlanMemoryRequest plan;
+      *plan.mutable_config() = updated.config();
+      EXPECT_EQ(client.Do(plan).plan().SerializeAsString(), updated.plan().SerializeAsString());
+    }
+  update.Clear();
+  update.set_name("s");
   update.set_training(false);
   const std::string context = client.Train();
   EXPECT_THAT(client.Send(update), IsStatus(kPrecondition, "context"));
+  v1::UpdateStackRequest flag;
+  flag.set_name("s");
+  flag.set_attn_dropout_ratio(0.125);
+  flag.set_activation_checkpointing(true);
+  const std::string before = client.Describe().SerializeAsString();
+  EXPECT_THAT(client.Send(flag), IsStatus(kPrecondition, "context"));
+  EXPECT_EQ(client.Describe().SerializeAsString(), before) << "all or none";
   client.Back(context);
   EXPECT_FALSE(client.Do(update).stack().config().training());
   service.backend().free_bytes = 1;

@@ -217,6 +217,111 @@ TEST_F(LayerServiceTest, MaskAndLengthsAgree) {
   }
 }
 
+TEST_F(LayerServiceTest, APackedStepIsItsSequencesSteps) {
+  constexpr int64_t kTokens = 11;
+  const std::vector<int32_t> cumulative = {0, 8, 9, 11};
+  const MappedRegion region = client.Region();
+  constexpr size_t kRow = kH * sizeof(float);
+  v1::ForwardRequest packed = client.TrainRequest();
+  *packed.mutable_input() = InlineNoise(1, {kTokens, kH});
+  *packed.mutable_cumulative_lengths() = InlineIntegers(cumulative);
+  *packed.mutable_output() = TargetOf(region.id, 0, kTokens * kRow);
+  const v1::ForwardResponse answer = client.Do(packed);
+  client.Took();
+  EXPECT_EQ(answer.attention_path(), v1::ATTENTION_PATH_PLAIN) << "fp32";
+  EXPECT_THAT(answer.output().shape(), ::testing::ElementsAre(kTokens, kH));
+  v1::BackwardRequest backward = client.BackwardRequestFor(answer.context_id());
+  *backward.mutable_output_grad() = InlineNoise(2, {kTokens, kH});
+  backward.mutable_input_grad()->mutable_inline_();
+  const v1::BackwardResponse back = client.Do(backward);
+  client.Took();
+  EXPECT_THAT(back.input_grad().shape(), ::testing::ElementsAre(kTokens, kH));
+  const std::string gradients = client.Parameters(true);
+  client.Do(client.ZeroRequest());
+  client.Took();
+
+  std::string output, input_grad;
+  for (size_t i = 0; i + 1 < cumulative.size(); ++i) {
+    const size_t begin = static_cast<size_t>(cumulative[i]) * kRow;
+    const int64_t length = cumulative[i + 1] - cumulative[i];
+    const size_t bytes = static_cast<size_t>(length) * kRow;
+    v1::ForwardRequest one = client.TrainRequest();
+    *one.mutable_input() = InlineNoise(1, {1, length, kH});
+    one.mutable_input()->set_inline_data(packed.input().inline_data().substr(begin, bytes));
+    const v1::ForwardResponse forward = client.Do(one);
+    client.Took();
+    output += forward.output().inline_data();
+    v1::BackwardRequest its = client.BackwardRequestFor(forward.context_id());
+    *its.mutable_output_grad() = InlineNoise(2, {1, length, kH});
+    its.mutable_output_grad()->set_inline_data(
+        backward.output_grad().inline_data().substr(begin, bytes));
+    its.mutable_input_grad()->mutable_inline_();
+    input_grad += client.Do(its).input_grad().inline_data();
+    client.Took();
+  }
+  const auto error = [](const std::string& a, const std::string& b) {
+    return RelativeError(ToDoubles(a, DType::kF32), ToDoubles(b, DType::kF32));
+  };
+  // fp32 sums in another order.
+  EXPECT_LT(error(std::string(region.data, kTokens * kRow), output), 2e-6);
+  EXPECT_LT(error(back.input_grad().inline_data(), input_grad), 2e-6);
+  EXPECT_LT(error(gradients, client.Parameters(true)), 2e-6);
+}
+
+TEST_F(LayerServiceTest, PackedBatchesAreChecked) {
+  Remember();
+  const MappedRegion region = client.Region(16384);
+  const auto with = [&](auto change) {
+    v1::ForwardRequest request = client.TrainRequest();
+    *request.mutable_input() = InlineNoise(1, {11, kH});
+    *request.mutable_cumulative_lengths() = InlineIntegers({0, 8, 11});
+    change(request);
+    return client.Send(request);
+  };
+  using R = v1::ForwardRequest;
+  const auto lengths = [&](const std::vector<int32_t>& values) {
+    return with([&](R& r) { *r.mutable_cumulative_lengths() = InlineIntegers(values); });
+  };
+  EXPECT_THAT(lengths({0, 8, 7, 11}),
+              IsStatus(kInvalid, "cumulative_lengths[2]: is 7; it must be in 9..16"));
+  EXPECT_THAT(lengths({0, 8, 8, 11}), IsStatus(kInvalid, "cumulative_lengths[2]: is 8"));
+  EXPECT_THAT(lengths({0, 9, 11}),
+              IsStatus(kInvalid, "cumulative_lengths[1]: is 9; it must be in 1..8"));
+  EXPECT_THAT(lengths({0, 8, 10}),
+              IsStatus(kInvalid, "cumulative_lengths[2]: is 10; the last must be 11"));
+  EXPECT_THAT(lengths({2, 8, 11}), IsStatus(kInvalid, "cumulative_lengths[0]: is 2"));
+  EXPECT_THAT(lengths({0}), IsStatus(kInvalid, "cumulative_lengths.shape"));
+  EXPECT_THAT(lengths(std::vector<int32_t>(13, 0)), IsStatus(kInvalid, "cumulative_lengths.shape"));
+  EXPECT_THAT(with([](R& r) { *r.mutable_cumulative_lengths() = InlineNoise(1, {3}); }),
+              IsStatus(kInvalid, "cumulative_lengths.dtype"));
+  EXPECT_THAT(with([](R& r) { r.mutable_cumulative_lengths()->clear_inline_data(); }),
+              IsStatus(kInvalid, "cumulative_lengths"));
+  EXPECT_THAT(with([&](R& r) {
+                *r.mutable_cumulative_lengths() = SliceOf("none", 0, 12, {3});
+                r.mutable_cumulative_lengths()->set_dtype(v1::DATA_TYPE_INT32);
+              }),
+              IsStatus(kNotFound, "cumulative_lengths.slice.region_id"));
+  EXPECT_THAT(with([](R& r) {
+                *r.mutable_input() = InlineNoise(1, {1, 8, kH});
+              }),
+              IsStatus(kInvalid, "input.shape: is [1, 8, 16]; with cumulative_lengths"));
+  EXPECT_THAT(with([](R& r) {
+                *r.mutable_input() = InlineNoise(1, {kB * kS + 1, kH});
+              }),
+              IsStatus(kInvalid, "T in 1..24"));
+  EXPECT_THAT(with([](R& r) { r.clear_cumulative_lengths(); }), IsStatus(kInvalid, "input.shape"));
+  EXPECT_THAT(with([&](R& r) {
+                const int32_t values[] = {0, 8, 11};
+                std::memcpy(region.data + 64, values, sizeof(values));
+                *r.mutable_cumulative_lengths() = SliceOf(region.id, 64, 12, {3});
+                r.mutable_cumulative_lengths()->set_dtype(v1::DATA_TYPE_INT32);
+                *r.mutable_output() = TargetOf(region.id, 0, 11 * kH * 4);
+              }),
+              IsStatus(kInvalid, "output: overlaps cumulative_lengths"));
+  ExpectUnchanged();
+  EXPECT_TRUE(with([](R&) {}).ok());
+}
+
 TEST_F(LayerServiceTest, ForwardRefusesWhatDoesNotFit) {
   Remember();
   const MappedRegion region = client.Region(16384);
@@ -380,7 +485,101 @@ TEST_F(LayerServiceTest, ApplyGradientsNamesTheFieldAndItsValue) {
   refused("weight_decay", &R::set_weight_decay, {-0.1, nan, inf});
   refused("max_grad_norm", &R::set_max_grad_norm, {-1, nan});
   refused("loss_scale", &R::set_loss_scale, {0, -1, nan, inf});
+  const auto lamb = [&](const char* field, double low, double high) {
+    v1::ApplyGradientsRequest request = client.ApplyRequest();
+    request.set_optimizer(v1::OPTIMIZER_KIND_LAMB);
+    request.set_min_trust_ratio(low);
+    request.set_max_trust_ratio(high);
+    EXPECT_THAT(client.Send(request), IsStatus(kInvalid, field)) << low << " " << high;
+  };
+  lamb("min_trust_ratio", -1, 1);
+  lamb("min_trust_ratio", nan, 1);
+  lamb("max_trust_ratio", 0, 0);
+  lamb("max_trust_ratio", 2, 1);
+  lamb("max_trust_ratio", 0, nan);
+  v1::ApplyGradientsRequest request = client.ApplyRequest();
+  request.set_optimizer(static_cast<v1::OptimizerKind>(7));
+  EXPECT_THAT(client.Send(request), IsStatus(kInvalid, "optimizer: 7"));
+  // LAMB's settings say nothing to AdamW.
+  request = client.ApplyRequest();
+  request.set_adapt_biases_and_norms(true);
+  EXPECT_THAT(client.Send(request), IsStatus(kInvalid, "adapt_biases_and_norms: is LAMB's"));
+  request = client.ApplyRequest();
+  request.set_min_trust_ratio(0.5);
+  EXPECT_THAT(client.Send(request), IsStatus(kInvalid, "min_trust_ratio: is LAMB's"));
+  request = client.ApplyRequest();
+  request.set_optimizer(v1::OPTIMIZER_KIND_ADAMW);
+  request.set_max_trust_ratio(2);
+  EXPECT_THAT(client.Send(request), IsStatus(kInvalid, "max_trust_ratio: is LAMB's"));
   ExpectUnchanged();
+}
+
+TEST_F(LayerServiceTest, LambWithoutTrustRatiosIsAdamW) {
+  const auto step = [&](auto change) {
+    v1::DeleteStackRequest remove;
+    remove.set_name("s");
+    client.Do(remove);
+    client.Create();
+    client.Back(client.Train());
+    v1::ApplyGradientsRequest request = client.ApplyRequest();
+    request.set_weight_decay(0.1);
+    change(request);
+    EXPECT_TRUE(client.Do(request).applied());
+    client.Took();
+    return ToDoubles(client.Parameters(), DType::kF32);
+  };
+  using R = v1::ApplyGradientsRequest;
+  const std::vector<double> adamw = step([](R&) {});
+  const auto lamb = [](double low, double high) {
+    return [=](R& request) {
+      request.set_optimizer(v1::OPTIMIZER_KIND_LAMB);
+      request.set_min_trust_ratio(low);
+      request.set_max_trust_ratio(high);
+    };
+  };
+  EXPECT_LT(RelativeError(step(lamb(1, 1)), adamw), 1e-6) << "every ratio is 1";
+  EXPECT_GT(RelativeError(step(lamb(0, 1e9)), adamw), 1e-3);
+}
+
+TEST_F(LayerServiceTest, ADynamicLossScaleIsToldAndRepeatedAsItWas) {
+  v1::DeleteStackRequest remove;
+  remove.set_name("s");
+  client.Do(remove);
+  v1::StackConfig config = TinyProto();
+  config.set_dynamic_loss_scale(true);
+  config.set_initial_loss_scale(256);
+  config.set_loss_scale_growth_interval(1);
+  config.set_loss_scale_hysteresis(1);
+  client.Create("s", config);
+  EXPECT_EQ(client.Describe().loss_scale(), 256);
+  client.Back(client.Train());
+  v1::ApplyGradientsRequest apply = client.ApplyRequest();
+  const v1::ApplyGradientsResponse grown = client.Do(apply);
+  EXPECT_TRUE(grown.applied());
+  EXPECT_EQ(grown.loss_scale(), 256);
+  EXPECT_EQ(grown.next_loss_scale(), 512);
+  EXPECT_EQ(client.Do(apply).SerializeAsString(), grown.SerializeAsString());
+  client.Took();
+  EXPECT_EQ(client.Describe().loss_scale(), 512) << "a repeat grows nothing";
+
+  v1::BackwardRequest overflow = client.BackwardRequestFor(client.Train());
+  *overflow.mutable_mutation() = client.Next();
+  const float inf = std::numeric_limits<float>::infinity();
+  overflow.mutable_output_grad()->mutable_inline_data()->replace(
+      0, sizeof(inf), std::string(reinterpret_cast<const char*>(&inf), sizeof(inf)));
+  client.Do(overflow);
+  client.Took();
+  const std::string weights = client.Parameters();
+  apply = client.ApplyRequest();
+  const v1::ApplyGradientsResponse skipped = client.Do(apply);
+  EXPECT_FALSE(skipped.applied());
+  EXPECT_EQ(skipped.loss_scale(), 512);
+  EXPECT_EQ(skipped.next_loss_scale(), 256);
+  EXPECT_EQ(client.Do(apply).SerializeAsString(), skipped.SerializeAsString());
+  EXPECT_EQ(client.Describe().loss_scale(), 256);
+  EXPECT_EQ(client.Describe().skipped_steps(), 1);
+  EXPECT_EQ(client.Parameters(), weights);
+  EXPECT_EQ(service.Metric("lamina_loss_scale"), 256);
 }
 
 TEST_F(LayerServiceTest, AGradientThatIsNotFiniteSkipsTheStep) {

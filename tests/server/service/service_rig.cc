@@ -115,6 +115,14 @@ v1::Tensor InlineNoise(uint64_t seed, const std::vector<int64_t>& shape) {
   return tensor;
 }
 
+v1::Tensor InlineIntegers(const std::vector<int32_t>& values) {
+  v1::Tensor tensor;
+  tensor.set_dtype(v1::DATA_TYPE_INT32);
+  tensor.add_shape(static_cast<int64_t>(values.size()));
+  tensor.set_inline_data(values.data(), values.size() * sizeof(int32_t));
+  return tensor;
+}
+
 v1::Tensor SliceOf(const std::string& region, uint64_t offset, uint64_t size,
                    const std::vector<int64_t>& shape) {
   v1::Tensor tensor;

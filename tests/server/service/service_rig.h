@@ -80,6 +80,8 @@ inline constexpr size_t kBytes = kB * kS * kH * sizeof(float);
 
 // Noise of this shape, inline, fp32.
 v1::Tensor InlineNoise(uint64_t seed, const std::vector<int64_t>& shape = {kB, kS, kH});
+// int32 [n], inline.
+v1::Tensor InlineIntegers(const std::vector<int32_t>& values);
 v1::Tensor SliceOf(const std::string& region, uint64_t offset, uint64_t size = kBytes,
                    const std::vector<int64_t>& shape = {kB, kS, kH});
 v1::TensorTarget TargetOf(const std::string& region, uint64_t offset, uint64_t size = kBytes);

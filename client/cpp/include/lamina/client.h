@@ -63,13 +63,13 @@ class Client {
 
   // --- stacks ---
   // INVALID_ARGUMENT: the name or a field of the config, with its value and range. ALREADY_EXISTS:
-  // the name. UNIMPLEMENTED: a setting that the daemon lacks. RESOURCE_EXHAUSTED: the plan does not
-  // fit; says what it needs and what is free.
+  // the name. RESOURCE_EXHAUSTED: the plan does not fit; says what it needs and what is free.
   absl::StatusOr<StackInfo> CreateStack(const std::string& name, const StackConfig& config) const;
   absl::StatusOr<StackInfo> GetStack(const std::string& name) const;  // NOT_FOUND
   absl::StatusOr<std::vector<StackInfo>> ListStacks() const;          // by name
-  // INVALID_ARGUMENT: a ratio, or nothing to change. FAILED_PRECONDITION: training off while
-  // contexts are outstanding. NOT_FOUND.
+  // All or none. INVALID_ARGUMENT: a ratio, or nothing to change. FAILED_PRECONDITION: training
+  // goes off, or a memory flag changes, while contexts are outstanding. RESOURCE_EXHAUSTED: the new
+  // plan does not fit. NOT_FOUND.
   absl::StatusOr<StackInfo> UpdateStack(const std::string& name, const StackUpdate& update) const;
   absl::Status DeleteStack(const std::string& name) const;  // NOT_FOUND
   // What the config would allocate; allocates nothing. Errors as CreateStack.

@@ -53,7 +53,8 @@ struct Workspace {
   void* data = nullptr;
   size_t bytes = 0;
   // Sums over tokens may be added in any order (DeepSpeed's stochastic_mode): parameter gradients
-  // may then differ in their last bits from run to run. A backend that gains nothing ignores it.
+  // may then differ in their last bits from run to run. A backend that gains nothing ignores it:
+  // the CPU's does, whose ordered sums are the fastest.
   bool unordered = false;
 };
 
@@ -85,7 +86,8 @@ struct LinearArgs {
   TensorView y;     // act [T, N]
   bool apply_gelu = false;
   GeluKind gelu = GeluKind::kErf;
-  TensorView pre;  // act [T, N], only with apply_gelu: receives x w^T + bias for GeluBackward
+  TensorView pre;  // act [T, N], only with apply_gelu: receives x w^T + bias for GeluBackward; y is
+                   // then gelu of it as stored, so that Gelu of it gives y's bits
 };
 
 // dx = dy w
@@ -207,7 +209,8 @@ struct AttentionArgs {
   float scale = 1.0f;     // 1/sqrt(D)
   Dropout dropout;        // mask over [B*A*S, S], or [A*T, S] where packed
   TensorView out;         // act [T, H]
-  TensorView saved;       // uint8 [AttentionSavedBytes]: what Backward needs; absent in evaluation
+  TensorView saved;  // uint8 [AttentionSavedBytes], aligned to 16: what Backward needs; absent in
+                     // evaluation
 };
 
 struct AttentionBackwardArgs {
@@ -269,7 +272,8 @@ struct LambSegment {
 // 2020, Algorithm 2), for each segment:
 //   g = grad * grad_scale;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
 //   u = (m / correction1) / (sqrt(v / correction2) + eps) + weight_decay * w
-//   w = w - lr * ratio * u,  ratio = ||w|| / ||u||, clamped; 1 where either norm is 0 or adapt is 0
+//   w = w - lr * ratio * u,  ratio = ||w|| / ||u||, clamped; 1, whatever the clamps, where either
+//   norm is 0 or adapt is 0
 // Elements outside every segment stay as they are.
 struct LambArgs {
   TensorView master;                      // fp32 [n]

@@ -47,13 +47,17 @@ class Context {
 
 // Here and below '{}' lets a caller name some members alone without its compiler's complaint.
 struct ForwardOptions {
-  // Where the output [B, S, H] goes, in the stack's dtype; may not overlap the input. Absent: it
-  // comes inside the answer, which the daemon's inline cap limits.
+  // Where the output goes, shaped like the input, in the stack's dtype; may not overlap the input.
+  // Absent: it comes inside the answer, which the daemon's inline cap limits.
   Tensor output{};
   Tensor mask{};     // fp32 [B, 1, 1, S] or [B, S], added to the scores of each key
   Tensor lengths{};  // int32 [B], each 1..S; not together with mask
   std::optional<LayerRange> layers{};  // absent: all
   std::optional<bool> training{};      // absent: as the stack was configured
+  // A packed batch, without padding: int32 [n + 1], 0 first, T last; sequence i is tokens
+  // [c[i], c[i + 1]), of 1..max_seq_length tokens. Input and output are [T, H] then, T at most
+  // batch_size * max_seq_length; n may be above batch_size. Not together with mask or lengths.
+  Tensor cumulative_lengths{};
 };
 
 struct ForwardResult {
@@ -62,10 +66,11 @@ struct ForwardResult {
   StepTiming timing;
   Transport input_transport = Transport::kNone;
   Transport output_transport = Transport::kNone;
+  AttentionPath attention_path = AttentionPath::kNone;  // which attention kernel ran
 };
 
 struct BackwardOptions {
-  // Where the gradient by the Forward's input goes, [B, S, H] in the stack's dtype.
+  // Where the gradient by the Forward's input goes, of its shape in the stack's dtype.
   Tensor input_grad{};
   // With no input_grad tensor: ask for the gradient inside the answer.
   bool want_input_grad = false;
@@ -78,8 +83,8 @@ struct BackwardResult {
   Transport output_transport = Transport::kNone;
 };
 
-// One AdamW step with decoupled decay.
-struct AdamW {
+// One optimizer step: AdamW with decoupled decay, or LAMB.
+struct OptimizerOptions {
   double learning_rate = 0;  // >= 0 and finite
   double beta1 = 0.9;        // [0, 1)
   double beta2 = 0.999;      // [0, 1)
@@ -87,15 +92,24 @@ struct AdamW {
   double weight_decay = 0;   // >= 0
   bool decay_biases_and_norms = false;
   double max_grad_norm = 0;     // clip the global L2 norm to this; 0: no clipping
-  double loss_scale = 1;        // what the loss was multiplied by, > 0
+  double loss_scale = 0;        // what the loss was multiplied by, > 0; 0: the stack's own where
+                                // config().dynamic_loss_scale, else 1
   bool zero_gradients = false;  // zero the gradients afterwards, also when skipped
+  OptimizerKind kind = OptimizerKind::kAdamW;
+  // LAMB's alone.
+  bool adapt_biases_and_norms = false;  // trust ratios for these too
+  double min_trust_ratio = 0;           // ratios below are raised to this, >= 0
+  double max_trust_ratio = 0;  // ratios above are lowered to this, >= min_trust_ratio; 0: no bound
 };
+using AdamW = OptimizerOptions;
 
 struct ApplyResult {
   bool applied = false;  // false: a gradient was not finite and nothing was changed
   double grad_norm = 0;  // L2 norm of the unscaled gradients before clipping
   int64_t step = 0;      // optimizer steps that the stack has applied
   StepTiming timing;
+  double loss_scale = 1;       // what the gradients were divided by
+  double next_loss_scale = 1;  // what to multiply the next loss by
 };
 
 struct ParameterOptions {
@@ -110,21 +124,23 @@ struct ParameterOptions {
 class Stack {
  public:
   const std::string& name() const { return name_; }
-  // As it was when this handle was made; config, shapes and names do not change after that.
+  // As it was when this handle was made; of the config, UpdateStack can change dropout ratios,
+  // training, memory flags and stochastic_mode after that.
   const StackInfo& info() const { return *info_; }
   const StackConfig& config() const { return info_->config; }
   // As it is now.
   absl::StatusOr<StackInfo> Describe() const;
 
-  // Runs layers over input [B, S, H] in the stack's dtype. In training it draws dropout masks and
-  // keeps a context. RESOURCE_EXHAUSTED: no room for the context.
+  // Runs layers over input [B, S, H] in the stack's dtype, or a packed [T, H]. In training it draws
+  // dropout masks and keeps a context. RESOURCE_EXHAUSTED: no room for the context.
+  // FAILED_PRECONDITION: normalize_invertible with a gamma too small to divide by.
   absl::StatusOr<ForwardResult> Forward(const Tensor& input,
                                         const ForwardOptions& options = {}) const;
   // Adds to the gradients of the context's layers and spends the context; on an error both are as
-  // they were. `output_grad` [B, S, H] in the stack's dtype.
+  // they were. `output_grad` is shaped like the Forward's output, in the stack's dtype.
   absl::StatusOr<BackwardResult> Backward(Context& context, const Tensor& output_grad,
                                           const BackwardOptions& options = {}) const;
-  absl::StatusOr<ApplyResult> ApplyGradients(const AdamW& options) const;
+  absl::StatusOr<ApplyResult> ApplyGradients(const OptimizerOptions& options) const;
   absl::Status ZeroGradients() const;
 
   // `names` as "layers.<i>.<name>"; empty: all stored ones. The results are in that order.

@@ -27,6 +27,16 @@ enum class Gelu : int { kErf = 1, kTanh = 2 };
 const char* Name(Gelu gelu);  // "erf", "tanh"
 std::optional<Gelu> ParseGelu(std::string_view name);
 
+// Which attention kernel a call ran: on the matrix units, or the one for every dtype and head dim.
+enum class AttentionPath : int { kNone = 0, kFused = 1, kPlain = 2 };
+const char* Name(AttentionPath path);  // "none", "fused", "plain"
+
+// The optimizer's rule: Adam with decoupled weight decay, or that scaled for each tensor by
+// ||w|| / ||update||.
+enum class OptimizerKind : int { kAdamW = 1, kLamb = 2 };
+const char* Name(OptimizerKind kind);  // "adamw", "lamb"
+std::optional<OptimizerKind> ParseOptimizer(std::string_view name);
+
 // Extents, outermost first; each >= 1, at most four.
 using Shape = std::vector<int64_t>;
 std::string ToString(const Shape& shape);  // "[8, 128, 256]"
@@ -49,14 +59,26 @@ struct StackConfig {
   bool fp16 = false;                  // DeepSpeed's name for dtype = kFloat16
   DType dtype = DType::kFloat32;      // weights and activations: fp32, bf16 or fp16
   bool pre_layer_norm = true;         // norm before each sub-layer, or after the residual sum
-  bool normalize_invertible = false;
-  bool gelu_checkpoint = false;
-  bool attn_dropout_checkpoint = false;
-  bool stochastic_mode = false;
-  bool adjust_init_range = true;  // the two output matrices' deviation is range / sqrt(2L)
-  bool training = true;           // false: no gradients, optimizer state or contexts are kept
+  // Memory flags: less is kept for Backward, which computes it again. Any combination.
+  bool normalize_invertible = false;     // not the norms' inputs
+  bool gelu_checkpoint = false;          // not the GELU's output
+  bool attn_dropout_checkpoint = false;  // no effect: fused attention keeps nothing of it anyway
+  bool stochastic_mode = false;          // sums over tokens may be added in any order
+  bool adjust_init_range = true;         // the two output matrices' deviation is range / sqrt(2L)
+  bool training = true;  // false: no gradients, optimizer state or contexts are kept
   Gelu gelu = Gelu::kErf;
-  int64_t max_contexts = 2;  // contexts at full batch_size x max_seq_length that fit
+  int64_t max_contexts = 2;               // contexts at full batch_size x max_seq_length that fit
+  bool activation_checkpointing = false;  // a memory flag: nothing but each layer's input
+  bool causal = false;                    // token s attends to tokens 0..s alone
+  // The daemon finds the loss scale: multiply each loss by StackInfo::loss_scale or by the last
+  // ApplyResult::next_loss_scale.
+  bool dynamic_loss_scale = false;
+  double initial_loss_scale = 65536.0;        // a power of two in [min_loss_scale, 2^24]
+  int64_t loss_scale_growth_interval = 1000;  // clean steps before it grows, >= 1
+  double loss_scale_growth_factor = 2.0;      // > 1
+  double loss_scale_backoff_factor = 0.5;     // in (0, 1)
+  int64_t loss_scale_hysteresis = 2;          // overflows until it backs off, >= 1
+  double min_loss_scale = 1.0;                // where backing off ends, > 0
 };
 
 // What memory is for.
@@ -110,6 +132,7 @@ struct StackInfo {
   int64_t skipped_steps = 0;              // steps skipped because a gradient was not finite
   uint64_t forward_count = 0;             // training Forwards so far
   int64_t outstanding_contexts = 0;       // contexts that wait for their Backward
+  double loss_scale = 1;                  // what to multiply the next loss by
   std::vector<ParameterInfo> parameters;  // stored ones; filled by GetStack and OpenStack alone
 };
 
@@ -118,6 +141,12 @@ struct StackUpdate {
   std::optional<double> attn_dropout_ratio{};    // p in [0, 1)
   std::optional<double> hidden_dropout_ratio{};  // p in [0, 1)
   std::optional<bool> training{};
+  // The memory flags and stochastic_mode: see StackConfig.
+  std::optional<bool> normalize_invertible{};
+  std::optional<bool> gelu_checkpoint{};
+  std::optional<bool> attn_dropout_checkpoint{};
+  std::optional<bool> activation_checkpointing{};
+  std::optional<bool> stochastic_mode{};
 };
 
 // What a daemon is and offers.

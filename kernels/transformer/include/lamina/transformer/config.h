@@ -45,7 +45,7 @@ struct StackConfig {
   int64_t loss_scale_growth_interval = 1000;  // clean steps before the scale doubles, >= 1
   double loss_scale_growth_factor = 2.0;      // > 1
   double loss_scale_backoff_factor = 0.5;     // in (0, 1)
-  int64_t loss_scale_hysteresis = 2;  // overflows in a row's budget before it backs off, >= 1
+  int64_t loss_scale_hysteresis = 2;  // overflows until it backs off, >= 1; each growth renews them
   double min_loss_scale = 1.0;        // > 0
   int64_t max_contexts = 2;  // activation contexts at full batch_size x max_seq_length, 1..1024
 
@@ -55,6 +55,7 @@ struct StackConfig {
   static constexpr int64_t kMaxHiddenSize = 65536;
   static constexpr int64_t kMaxIntermediateSize = 262144;
   static constexpr int64_t kMaxLayers = 1024;
+  static constexpr double kMaxLossScale = 0x1p24;  // growth ends here
 
   int64_t head_dim() const { return hidden_size / heads; }
   // Dimensions of a call of `batch` sequences of `seq` tokens; packed: `packed_tokens` in all, and

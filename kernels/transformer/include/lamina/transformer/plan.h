@@ -27,14 +27,17 @@ const char* Name(MemoryKind kind);  // "weights", "master_weights", ...
 
 struct PlanEntry {
   MemoryKind kind;
-  std::string name;       // what it is: "attn_qkvw", "layer.qkv", "workspace.ops", ...
-  size_t bytes = 0;       // all instances together, alignment padding included
+  std::string name;  // what it is: "weights", "layer.qkv", "workspace.ops", ...
+  // All instances together, alignment padding included. 0 for "layer.attn_dropout": attention keeps
+  // neither its probabilities nor what dropout leaves of them, with attn_dropout_checkpoint or
+  // without.
+  size_t bytes = 0;
   int64_t instances = 1;  // e.g. L layers x max_contexts
 };
 
 struct MemoryPlan {
   std::vector<PlanEntry> entries;
-  size_t context_bytes = 0;  // one full-size context of all layers
+  size_t context_bytes = 0;  // one context of all layers that any call, packed or not, fits into
   size_t Bytes(MemoryKind kind) const;
   size_t Total() const;
 };

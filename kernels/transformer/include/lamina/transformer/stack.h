@@ -14,8 +14,9 @@
 //
 // Memory: everything is allocated in Create (and in Update, where that needs it); Forward, Backward
 // and ApplyGradients allocate no device memory. A Stack is not thread-safe: the engine's device
-// thread owns it. All tensors are in the backend's memory; all calls but the Read*/Write* ones and
-// ApplyGradients only enqueue.
+// thread owns it. All tensors are in the backend's memory; all calls but the Read*/Write* ones,
+// ApplyGradients and Update only enqueue; with normalize_invertible the first training Forward
+// after a Write* of weights waits too, to look at the norms.
 #pragma once
 
 #include <cstddef>
@@ -43,8 +44,8 @@ enum class ParameterPart : uint8_t {
   kMaster = 0,    // fp32 master weights; writing them also rounds into the weights
   kWeights = 1,   // in the stack's dtype; writing them also sets the master
   kGradient = 2,  // fp32, accumulated since the last ZeroGradients
-  kMoment1 = 3,   // fp32, AdamW's m
-  kMoment2 = 4,   // fp32, AdamW's v
+  kMoment1 = 3,   // fp32, the optimizer's m
+  kMoment2 = 4,   // fp32, the optimizer's v
 };
 
 struct ParameterInfo {
@@ -91,7 +92,8 @@ struct OptimizerOptions {
   bool decay_biases_and_norms = false;
   double max_grad_norm = 0.0;  // global L2 norm to clip to; 0: no clipping
   double loss_scale = 0.0;     // > 0: what the loss was multiplied by; 0: the stack's own
-                               // (loss_scale()) where it is dynamic, else 1
+                               // (loss_scale()) where it is dynamic, else 1. Any other value
+                               // than the stack's own leaves a dynamic scale as it is
   // LAMB alone.
   bool adapt_biases_and_norms = false;
   double min_trust_ratio = 0.0, max_trust_ratio = 0.0;  // 0 <= min <= max; max 0: no clamp above
@@ -145,7 +147,9 @@ class Stack {
   virtual absl::StatusOr<std::unique_ptr<Context>> ForwardTraining(const ForwardArgs& args) = 0;
   // Adds to the gradients of the context's layers. output_grad: act [B, S, H]; input_grad: act
   // [B, S, H] or absent; the two may not overlap. The context is spent afterwards: a second
-  // Backward on it is FAILED_PRECONDITION.
+  // Backward on it is FAILED_PRECONDITION. So is a Backward after the weights have changed since
+  // its Forward, with normalize_invertible or activation_checkpointing, which compute from them
+  // what was not kept; the context stays as it is then.
   virtual absl::Status Backward(Context& context, const TensorView& output_grad,
                                 const TensorView& input_grad) = 0;
 
@@ -155,7 +159,10 @@ class Stack {
 
   // All or none. The new plan is checked before anything changes: RESOURCE_EXHAUSTED with the
   // numbers. INVALID_ARGUMENT: a ratio outside [0, 1). FAILED_PRECONDITION: contexts are
-  // outstanding and training goes off or a memory flag changes (their arena is laid out anew).
+  // outstanding and training goes off or a memory flag changes (their arena is laid out anew;
+  // attn_dropout_checkpoint, which drops nothing, may change at any time). INTERNAL: the device
+  // refused the new arena and then the old one too; training Forwards are refused until an Update
+  // succeeds.
   virtual absl::Status Update(const StackChanges& changes) = 0;
 
   // Stored parameters in order, fused ones only: what a checkpoint holds.

@@ -1,0 +1,64 @@
+#include "cuda_sizes.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "kernel_limits.h"
+
+namespace lamina {
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+constexpr size_t RoundUp(size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+class Sizes final : public OpSizes {
+ public:
+  explicit Sizes(int multiprocessors) : multiprocessors_(static_cast<size_t>(multiprocessors)) {}
+
+  size_t AttentionSavedBytes(const LayerDims& dims) const override {
+    return AttentionRows(dims) * cuda::kSoftmaxRowBytes;
+  }
+
+  size_t WorkspaceBytes(const LayerDims& dims) const override {
+    // Ops run one after another on one stream, so each may have all of it.
+    const size_t delta = AttentionRows(dims) * sizeof(float);
+    // Slices times columns is bounded: so many blocks a multiprocessor, so many columns each, plus
+    // what rounding adds to the slices and to the columns.
+    const size_t wide_columns =
+        static_cast<size_t>(std::max(3 * dims.hidden, dims.intermediate)) * sizeof(float);
+    const size_t column_sums =
+        multiprocessors_ * cuda::kColumnSumBlocks * cuda::kColumnSumWidth * sizeof(float) +
+        2 * wide_columns;
+    const size_t norms = multiprocessors_ * cuda::kRowNormBackwardBlocks *
+                         cuda::kRowNormBackwardArrays * static_cast<size_t>(dims.hidden) *
+                         sizeof(float);
+    return RoundUp(std::max({cuda::kProductWorkspaceBytes, delta, column_sums, norms,
+                             cuda::kGradientStatsWorkspaceBytes, cuda::kLambWorkspaceBytes}));
+  }
+
+  bool host_memory() const override { return false; }
+
+  bool FusedAttention(const LayerDims& dims) const override {
+    return dims.heads > 0 && dims.hidden % dims.heads == 0 &&
+           cuda::HasTensorCoreAttention(dims.dtype, dims.head_dim());
+  }
+
+ private:
+  // Softmax rows: each head of each token has one.
+  static size_t AttentionRows(const LayerDims& dims) {
+    return static_cast<size_t>(dims.tokens()) * static_cast<size_t>(dims.heads);
+  }
+
+  size_t multiprocessors_;
+};
+
+}  // namespace
+
+std::unique_ptr<const OpSizes> CudaOpSizes(int multiprocessors) {
+  return std::make_unique<const Sizes>(std::max(multiprocessors, 1));
+}
+
+}  // namespace lamina

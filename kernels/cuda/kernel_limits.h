@@ -1,0 +1,40 @@
+// What the kernels take and how much scratch they ask for. No CUDA header: the sizes are computed
+// on machines without a device too (cuda_sizes.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lamina/kernels/dtype.h"
+
+namespace lamina::cuda {
+
+// What an algorithm of a product may use; more is of no use.
+constexpr size_t kProductWorkspaceBytes = size_t{32} << 20;
+
+// GradientStats: a double for each block's sum of squares.
+constexpr int kMaxGradientStatsPartials = 1024;
+constexpr size_t kGradientStatsWorkspaceBytes = kMaxGradientStatsPartials * sizeof(double);
+
+// Lamb: two sums of squares for each chunk and a ratio for each segment. The chunks grow with the
+// buffers' length so that this is enough; what bounds it is the number of segments.
+constexpr size_t kLambWorkspaceBytes = size_t{4} << 20;
+
+// What attention saves of each softmax row: a SoftmaxRow.
+constexpr size_t kSoftmaxRowBytes = 8;
+
+// Whether attention_mma.cuh has a kernel for it; its pointers must be aligned to 16 bytes too,
+// which the arena's are.
+constexpr bool HasTensorCoreAttention(DType dtype, int64_t head_dim) {
+  return (dtype == DType::kBF16 || dtype == DType::kF16) && head_dim > 0 && head_dim % 8 == 0 &&
+         head_dim <= 128;
+}
+
+// Blocks of a multiprocessor that column reductions are cut for (column_sum.cuh), the columns that
+// a block of them covers at most, and the blocks of a norm's backward, which has three such sums.
+constexpr int kColumnSumBlocks = 8;
+constexpr int kColumnSumWidth = 256;
+constexpr int kRowNormBackwardBlocks = 2;
+constexpr int kRowNormBackwardArrays = 3;
+
+}  // namespace lamina::cuda
