@@ -2,11 +2,14 @@
 // run: consumer TARGET CHECK; prints what went wrong and exits 1, or exits 0.
 #include <lamina/client.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -344,6 +347,140 @@ void CheckThreads(const Client& client) {
   OK(client.DeleteStack("threads"));
 }
 
+double RelativeError(std::span<const float> a, std::span<const float> b) {
+  REQUIRE(a.size() == b.size());
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double error = double{a[i]} - b[i];
+    difference += error * error;
+    norm += double{b[i]} * b[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+// A packed batch gives what its sequences give one by one.
+void CheckPacked(const Client& client) {
+  const Session session = VALUE(client.OpenSession());
+  StackConfig config = Config();
+  config.attn_dropout_ratio = config.hidden_dropout_ratio = 0;
+  config.causal = true;
+  const Stack stack = VALUE(session.CreateStack("packed", config));
+  const std::vector<int32_t> ends = {0, 3, 20, 21, 30, 41};  // more sequences than batch_size
+  const int64_t tokens = ends.back();
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, {tokens, 32}));
+  const Tensor y = VALUE(session.NewTensor(DType::kFloat32, {tokens, 32}));
+  const Tensor dx = VALUE(session.NewTensor(DType::kFloat32, {tokens, 32}));
+  const Tensor offsets =
+      VALUE(session.NewTensor(DType::kInt32, {static_cast<int64_t>(ends.size())}));
+  std::copy(ends.begin(), ends.end(), offsets.ints().begin());
+  Fill(x, 0.7);
+  ForwardResult forward = VALUE(stack.Forward(x, {.output = y, .cumulative_lengths = offsets}));
+  REQUIRE(forward.attention_path == AttentionPath::kFused);  // all that the CPU has
+  VALUE(stack.Backward(forward.context, x, {.input_grad = dx}));
+  const std::vector<float> gradients = Flatten(VALUE(stack.GetGradients()));
+  OK(stack.ZeroGradients());
+  std::vector<float> single_y, single_dx;
+  for (size_t i = 0; i + 1 < ends.size(); ++i) {
+    const Shape shape = {1, ends[i + 1] - ends[i], 32};
+    const Tensor one =
+        VALUE(x.View(DType::kFloat32, shape, static_cast<size_t>(ends[i]) * 32 * sizeof(float)));
+    ForwardResult its = VALUE(stack.Forward(one));
+    const BackwardResult back = VALUE(stack.Backward(its.context, one, {.want_input_grad = true}));
+    for (const float value : its.output.floats()) single_y.push_back(value);
+    for (const float value : back.input_grad.floats()) single_dx.push_back(value);
+  }
+  // fp32 sums in another order.
+  REQUIRE(RelativeError(y.floats(), single_y) < 2e-6);
+  REQUIRE(RelativeError(dx.floats(), single_dx) < 2e-6);
+  REQUIRE(RelativeError(gradients, Flatten(VALUE(stack.GetGradients()))) < 2e-6);
+
+  const auto refused = [&](int32_t value, const char* words) {
+    offsets.ints()[2] = value;
+    return Says(stack.Forward(x, {.cumulative_lengths = offsets}).status(),
+                absl::StatusCode::kInvalidArgument, words);
+  };
+  REQUIRE(refused(2, "cumulative_lengths[2]: is 2; it must be in 4..23"));
+  REQUIRE(refused(24, "cumulative_lengths[2]: is 24; it must be in 4..23"));
+  const Tensor lengths = VALUE(session.NewTensor(DType::kInt32, {4}));
+  REQUIRE(Says(stack.Forward(x, {.lengths = lengths, .cumulative_lengths = offsets}).status(),
+               absl::StatusCode::kInvalidArgument, "one of them"));
+  OK(client.DeleteStack("packed"));
+}
+
+// Every setting there and back, and what a live stack may change.
+void CheckSettings(const Client& client) {
+  StackConfig config = Config();
+  config.normalize_invertible = config.gelu_checkpoint = config.attn_dropout_checkpoint = true;
+  config.activation_checkpointing = config.stochastic_mode = config.causal = true;
+  config.dynamic_loss_scale = true;
+  config.initial_loss_scale = 512;
+  config.loss_scale_growth_interval = 7;
+  config.loss_scale_growth_factor = 1.5;
+  config.loss_scale_backoff_factor = 0.25;
+  config.loss_scale_hysteresis = 3;
+  config.min_loss_scale = 0.5;
+  const StackInfo made = VALUE(client.CreateStack("settings", config));
+  REQUIRE(made.config.normalize_invertible && made.config.gelu_checkpoint);
+  REQUIRE(made.config.attn_dropout_checkpoint && made.config.activation_checkpointing);
+  REQUIRE(made.config.stochastic_mode && made.config.causal && made.config.dynamic_loss_scale);
+  REQUIRE(made.config.initial_loss_scale == 512 && made.config.loss_scale_growth_interval == 7);
+  REQUIRE(made.config.loss_scale_growth_factor == 1.5);
+  REQUIRE(made.config.loss_scale_backoff_factor == 0.25 && made.config.loss_scale_hysteresis == 3);
+  REQUIRE(made.config.min_loss_scale == 0.5 && made.loss_scale == 512);
+
+  const StackInfo plain = VALUE(client.UpdateStack("settings", {.normalize_invertible = false,
+                                                                .gelu_checkpoint = false,
+                                                                .attn_dropout_checkpoint = false,
+                                                                .activation_checkpointing = false,
+                                                                .stochastic_mode = false}));
+  REQUIRE(!plain.config.normalize_invertible && !plain.config.gelu_checkpoint);
+  REQUIRE(!plain.config.attn_dropout_checkpoint && !plain.config.activation_checkpointing);
+  REQUIRE(!plain.config.stochastic_mode);
+  REQUIRE(plain.plan.Bytes(MemoryKind::kActivations) > made.plan.Bytes(MemoryKind::kActivations));
+  const Session session = VALUE(client.OpenSession());
+  const Stack stack = VALUE(session.OpenStack("settings"));
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  const ForwardResult forward = VALUE(stack.Forward(x));
+  REQUIRE(Says(client.UpdateStack("settings", {.gelu_checkpoint = true}).status(),
+               absl::StatusCode::kFailedPrecondition, "context"));
+  OK(client.DeleteStack("settings"));
+}
+
+void CheckOptimizers(const Client& client) {
+  const Session session = VALUE(client.OpenSession());
+  StackConfig config = Config();
+  config.dynamic_loss_scale = true;
+  config.initial_loss_scale = 256;
+  config.loss_scale_growth_interval = 1;
+  config.loss_scale_hysteresis = 1;
+  const Stack stack = VALUE(session.CreateStack("optimizers", config));
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  Fill(x, 0.7);
+  const auto step = [&](const Tensor& output_grad, const OptimizerOptions& options) {
+    ForwardResult forward = VALUE(stack.Forward(x));
+    VALUE(stack.Backward(forward.context, output_grad));
+    return VALUE(stack.ApplyGradients(options));
+  };
+  const OptimizerOptions lamb{.learning_rate = 1e-3,
+                              .zero_gradients = true,
+                              .kind = OptimizerKind::kLamb,
+                              .adapt_biases_and_norms = true,
+                              .min_trust_ratio = 0.01,
+                              .max_trust_ratio = 10};
+  ApplyResult applied = step(x, lamb);
+  REQUIRE(applied.applied && applied.loss_scale == 256 && applied.next_loss_scale == 512);
+  const Tensor infinite = VALUE(session.NewTensor(DType::kFloat32, kShape));
+  infinite.floats()[0] = std::numeric_limits<float>::infinity();
+  applied = step(infinite, lamb);
+  REQUIRE(!applied.applied && applied.loss_scale == 512 && applied.next_loss_scale == 256);
+  REQUIRE(VALUE(stack.Describe()).loss_scale == 256);
+  applied = step(x, AdamW{.learning_rate = 1e-3, .loss_scale = 4, .zero_gradients = true});
+  REQUIRE(applied.applied && applied.loss_scale == 4 && applied.step == 2);
+  REQUIRE(Says(stack.ApplyGradients({.learning_rate = 1e-3, .min_trust_ratio = 0.5}).status(),
+               absl::StatusCode::kInvalidArgument, "min_trust_ratio: is LAMB's"));
+  OK(client.DeleteStack("optimizers"));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -372,6 +509,12 @@ int main(int argc, char** argv) {
     CheckLoss(client);
   } else if (check == "threads") {
     CheckThreads(client);
+  } else if (check == "packed") {
+    CheckPacked(client);
+  } else if (check == "settings") {
+    CheckSettings(client);
+  } else if (check == "optimizers") {
+    CheckOptimizers(client);
   } else {
     std::fprintf(stderr, "there is no check '%s'\n", check.c_str());
     return 2;

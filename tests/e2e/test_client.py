@@ -307,8 +307,8 @@ def test_errors_are_typed(client):
         client.stack("none")
     with pytest.raises(lamina.InvalidArgument, match="heads"):
         client.create_stack("bad", **dict(CONFIG, heads=5))
-    with pytest.raises(lamina.Unimplemented, match="gelu_checkpoint"):
-        client.create_stack("later", **CONFIG, gelu_checkpoint=True)
+    with pytest.raises(lamina.InvalidArgument, match="loss_scale_hysteresis"):
+        client.create_stack("bad", **CONFIG, loss_scale_hysteresis=0)
     stack = client.create_stack("t", **CONFIG)
     with pytest.raises(lamina.AlreadyExists):
         client.create_stack("t", **CONFIG)

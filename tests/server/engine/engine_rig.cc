@@ -192,11 +192,10 @@ std::string Rig::Snapshot(const std::string& stack) {
     if (!read.ok()) throw std::runtime_error(read.ToString());
     all += bytes;
   }
-  return absl::StrCat(all, ToJson(info.config), info.counters.optimizer_step, " ",
-                      info.counters.rng_counter, " ", info.counters.skipped_steps, " ",
-                      info.counters.loss_scale, " ", info.counters.clean_steps, " ",
-                      info.counters.overflows_tolerated, " ", info.loss_scale, " ",
-                      info.plan.Total(), " ", info.outstanding_contexts);
+  return absl::StrCat(
+      all, ToJson(info.config), info.counters.optimizer_step, " ", info.counters.rng_counter, " ",
+      info.counters.skipped_steps, " ", info.counters.loss_scale, " ", info.counters.clean_steps,
+      " ", info.counters.overflows_tolerated, " ", info.loss_scale, " ", info.outstanding_contexts);
 }
 
 double Rig::Metric(const std::string& line) {

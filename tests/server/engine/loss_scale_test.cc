@@ -14,6 +14,7 @@ class LossScale : public ::testing::Test {
  protected:
   LossScale() {
     StackConfig config = TinyConfig(DType::kF16);
+    config.attn_dropout_ratio = config.hidden_dropout_ratio = 0;  // each step has one gradient
     config.dynamic_loss_scale = true;
     config.initial_loss_scale = 1024;
     config.loss_scale_growth_interval = 2;

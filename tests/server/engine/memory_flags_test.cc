@@ -171,7 +171,7 @@ TEST(MemoryFlagUpdates, AreRefusedWhileContextsWait) {
   EXPECT_EQ(rig.Snapshot("s"), before) << "the ratio beside a flag neither";
   // What lays out no memory anew may change.
   EXPECT_OK(engine.UpdateStack("s", {.hidden_dropout_ratio = 0.5}, {}).status());
-  EXPECT_OK(engine.UpdateStack("s", {.gelu_checkpoint = false}, {}).status()) << "as it is";
+  EXPECT_OK(engine.UpdateStack("s", {.gelu_checkpoint = false}, {}).status());  // as it is
   OwnedTensor grad = Noise(2, DType::kF32, {3, 8, 16});
   EXPECT_OK(
       engine
@@ -273,7 +273,7 @@ TEST(NormalizeInvertible, RefusesAGammaThatIsTooSmall) {
   EXPECT_EQ(rig.Snapshot("s"), before);
   EXPECT_OK(rig.engine().health());
   call.training = false;
-  EXPECT_OK(rig.engine().Forward(call, {}).status()) << "an evaluation keeps nothing";
+  EXPECT_OK(rig.engine().Forward(call, {}).status());  // an evaluation keeps nothing
   // Without the flag the same weights train.
   ASSERT_OK(rig.engine().UpdateStack("s", {.normalize_invertible = false}, {}).status());
   call.training = true;

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "server/service/conversions.h"
 #include "tests/server/service/service_rig.h"
 
 namespace lamina::testing {
@@ -228,7 +229,8 @@ TEST_F(LayerServiceTest, APackedStepIsItsSequencesSteps) {
   *packed.mutable_output() = TargetOf(region.id, 0, kTokens * kRow);
   const v1::ForwardResponse answer = client.Do(packed);
   client.Took();
-  EXPECT_EQ(answer.attention_path(), v1::ATTENTION_PATH_PLAIN) << "fp32";
+  EXPECT_EQ(answer.attention_path(), v1::ATTENTION_PATH_FUSED) << "all that the CPU has";
+  EXPECT_EQ(AttentionPathOf({.fused_attention = false}), v1::ATTENTION_PATH_PLAIN);
   EXPECT_THAT(answer.output().shape(), ::testing::ElementsAre(kTokens, kH));
   v1::BackwardRequest backward = client.BackwardRequestFor(answer.context_id());
   *backward.mutable_output_grad() = InlineNoise(2, {kTokens, kH});
@@ -236,7 +238,7 @@ TEST_F(LayerServiceTest, APackedStepIsItsSequencesSteps) {
   const v1::BackwardResponse back = client.Do(backward);
   client.Took();
   EXPECT_THAT(back.input_grad().shape(), ::testing::ElementsAre(kTokens, kH));
-  const std::string gradients = client.Parameters(true);
+  const std::string packed_gradients = client.Parameters(true);
   client.Do(client.ZeroRequest());
   client.Took();
 
@@ -265,7 +267,7 @@ TEST_F(LayerServiceTest, APackedStepIsItsSequencesSteps) {
   // fp32 sums in another order.
   EXPECT_LT(error(std::string(region.data, kTokens * kRow), output), 2e-6);
   EXPECT_LT(error(back.input_grad().inline_data(), input_grad), 2e-6);
-  EXPECT_LT(error(gradients, client.Parameters(true)), 2e-6);
+  EXPECT_LT(error(packed_gradients, client.Parameters(true)), 2e-6);
 }
 
 TEST_F(LayerServiceTest, PackedBatchesAreChecked) {

@@ -27,7 +27,8 @@ enum class Gelu : int { kErf = 1, kTanh = 2 };
 const char* Name(Gelu gelu);  // "erf", "tanh"
 std::optional<Gelu> ParseGelu(std::string_view name);
 
-// Which attention kernel a call ran: on the matrix units, or the one for every dtype and head dim.
+// Which attention kernel a call ran: the fast one (on a GPU's matrix units; on the CPU always), or
+// a GPU's general one for every dtype and head dim.
 enum class AttentionPath : int { kNone = 0, kFused = 1, kPlain = 2 };
 const char* Name(AttentionPath path);  // "none", "fused", "plain"
 
