@@ -89,12 +89,12 @@ absl::StatusOr<ParameterLayout::Slot> ParameterLayout::Find(const std::string& n
       layer >= 0 && layer < layers_ && parts[1] == absl::StrCat(layer)) {
     for (int kind = 0; kind < kParametersPerLayer; ++kind)
       if (parts[2] == kParameterKinds[kind].name)
-        return Slot{{name, ShapeOf(kind)}, Offset(layer, kind)};
+        return Slot{{name, ShapeOf(kind)}, Offset(layer, kind), layer};
     for (const PartName& part : kPartNames) {
       if (parts[2] != part.name) continue;
       const Shape fused = ShapeOf(part.kind);
       const Shape shape = fused.rank() == 2 ? Shape{hidden_, hidden_} : Shape{hidden_};
-      return Slot{{name, shape}, Offset(layer, part.kind) + part.third * shape.elements()};
+      return Slot{{name, shape}, Offset(layer, part.kind) + part.third * shape.elements(), layer};
     }
   }
   std::string known;

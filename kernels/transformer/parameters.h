@@ -59,6 +59,7 @@ class ParameterLayout {
   struct Slot {
     ParameterInfo info;
     int64_t offset = 0;  // in elements
+    int64_t layer = 0;
   };
   // Takes attn_qw and the like too, which are rows of the fused ones. NOT_FOUND.
   absl::StatusOr<Slot> Find(const std::string& name) const;

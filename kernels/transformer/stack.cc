@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "arena.h"
@@ -79,7 +80,7 @@ class StackContext final : public Context {
   LayerCall call;  // the dropout ratios of Forward included: Backward must use the same
   RngState rng{};  // host copy; the enqueued copy reads it
   ContextBuffers buffers;
-  int64_t weights_version = 0;  // at Forward
+  std::vector<int64_t> weights_versions;  // of its layers, at Forward
   bool spent = false;
 };
 
@@ -89,6 +90,7 @@ class StackImpl final : public Stack {
       : backend_(backend),
         config_(config),
         parameters_(config),
+        weights_versions_(config.num_hidden_layers),
         invertible_norms_(config_, parameters_),
         optimizer_step_(backend, parameters_) {}
 
@@ -148,7 +150,7 @@ class StackImpl final : public Stack {
   absl::Status ReplaceActivations(const StackConfig& wanted);
   LayerActivations Recomputed(const LayerDims& dims) const;
   absl::Status CopyNormVectors();
-  void WeightsChanged();
+  void WeightsChanged(LayerRange layers);
   void MakeLayers();
   absl::Status InitializeWeights();
   absl::Status NeedTraining(const char* call) const;
@@ -158,7 +160,7 @@ class StackImpl final : public Stack {
   MemoryPlan plan_;
   ParameterLayout parameters_;
   StackCounters counters_;
-  int64_t weights_version_ = 0;  // counts what changed the weights
+  std::vector<int64_t> weights_versions_;  // by layer: counts what changed its weights
   InvertibleNorms invertible_norms_;
   OptimizerStep optimizer_step_;
 
@@ -503,7 +505,8 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
   c.offset = *offset;
   c.size = bytes;
   c.range = args.layers;
-  c.weights_version = weights_version_;
+  c.weights_versions.assign(weights_versions_.begin() + args.layers.begin,
+                            weights_versions_.begin() + args.layers.end);
   Placer placer(static_cast<char*>(activations_arena_.data()) + contexts_begin_ + c.offset);
   c.buffers = PlaceContext(placer, config_, layers, dims, attn_saved_bytes);
 
@@ -551,11 +554,12 @@ LayerActivations StackImpl::Recomputed(const LayerDims& dims) const {
 }
 
 absl::Status StackImpl::CheckWeightsOf(const StackContext& context) const {
-  if (context.weights_version == weights_version_ ||
+  if (std::equal(context.weights_versions.begin(), context.weights_versions.end(),
+                 weights_versions_.begin() + context.range.begin) ||
       !(config_.normalize_invertible || config_.activation_checkpointing))
     return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
-      "Backward: weights have changed since this context's Forward, and with ",
+      "Backward: weights of its layers have changed since this context's Forward, and with ",
       config_.activation_checkpointing ? "activation_checkpointing" : "normalize_invertible",
       " what was not kept is computed again from them; release the context and run Forward again"));
 }
@@ -624,7 +628,7 @@ absl::StatusOr<ApplyResult> StackImpl::ApplyGradients(const OptimizerOptions& op
                                  .v = training_.v,
                                  .control = training_.control,
                                  .segments = training_.segments};
-  WeightsChanged();  // or half of them, where a call fails
+  WeightsChanged({0, config_.num_hidden_layers});  // or half of them, where a call fails
   LAMINA_RETURN_IF_ERROR(
       optimizer_step_.Enqueue(workspace_.ops, buffers, effective, counters_.optimizer_step + 1));
   OptimizerControl control{};
@@ -647,8 +651,8 @@ absl::StatusOr<ApplyResult> StackImpl::ApplyGradients(const OptimizerOptions& op
       .next_loss_scale = config_.dynamic_loss_scale ? loss_scale() : effective.loss_scale};
 }
 
-void StackImpl::WeightsChanged() {
-  ++weights_version_;
+void StackImpl::WeightsChanged(LayerRange layers) {
+  for (int64_t i = layers.begin; i < layers.end; ++i) ++weights_versions_[i];
   invertible_norms_.MarkStale();
 }
 
@@ -731,7 +735,7 @@ absl::Status StackImpl::WriteParameter(const std::string& name, ParameterPart pa
     return absl::InvalidArgumentError(absl::StrCat(name, ": the values have ", bytes,
                                                    " bytes; the parameter has ", view.bytes()));
   const bool weights = part == ParameterPart::kWeights;
-  if (weights || part == ParameterPart::kMaster) WeightsChanged();
+  if (weights || part == ParameterPart::kMaster) WeightsChanged({slot.layer, slot.layer + 1});
   LAMINA_RETURN_IF_ERROR(backend_.CopyIn(view.data, src, bytes));
   if ((weights || part == ParameterPart::kMaster) && config_.dtype != DType::kF32) {
     LAMINA_ASSIGN_OR_RETURN(

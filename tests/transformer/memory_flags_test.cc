@@ -235,10 +235,32 @@ TEST_P(MemoryFlagsTest, BackwardNeedsTheWeightsThatItComputesFrom) {
         EXPECT_OK(status);
         continue;
       }
-      EXPECT_THAT(status, IsStatus(StatusCode::kFailedPrecondition, "weights have changed"));
+      EXPECT_THAT(status,
+                  IsStatus(StatusCode::kFailedPrecondition, "weights of its layers have changed"));
       for (const auto& [name, g] : ReadAll(*stack, ParameterPart::kGradient))
         ASSERT_EQ(MaxAbs(g), 0) << name;
     }
+}
+
+TEST_P(MemoryFlagsTest, BackwardOfSomeLayersNeedsTheirWeightsAlone) {
+  const StackConfig config = With({false, true, true}, true, DType::kF32);
+  const std::unique_ptr<Stack> stack = Make(config);
+  const CallData data = NoiseCall(config, 3, 7);
+  const DeviceCall call(*counting_, config, data, {1, 2});
+  const DeviceTensor dy(*counting_, config.dtype, call.shape, data.output_grad);
+  for (const int changed : {0, 1, 2}) {
+    SCOPED_TRACE(changed);
+    const std::unique_ptr<Context> context = Value(stack->ForwardTraining(call.args));
+    const std::string name = absl::StrCat("layers.", changed, ".attn_kw");
+    WriteFloats(*stack, name, ParameterPart::kMaster,
+                ReadFloats(*stack, name, ParameterPart::kMaster));
+    const absl::Status status = stack->Backward(*context, dy.view(), {});
+    if (changed == 1) {
+      EXPECT_THAT(status, IsStatus(StatusCode::kFailedPrecondition, "have changed"));
+    } else {
+      EXPECT_OK(status);
+    }
+  }
 }
 
 // --- norms that can't be inverted ---

@@ -147,9 +147,9 @@ class Stack {
   virtual absl::StatusOr<std::unique_ptr<Context>> ForwardTraining(const ForwardArgs& args) = 0;
   // Adds to the gradients of the context's layers. output_grad: act [B, S, H]; input_grad: act
   // [B, S, H] or absent; the two may not overlap. The context is spent afterwards: a second
-  // Backward on it is FAILED_PRECONDITION. So is a Backward after the weights have changed since
-  // its Forward, with normalize_invertible or activation_checkpointing, which compute from them
-  // what was not kept; the context stays as it is then.
+  // Backward on it is FAILED_PRECONDITION. So is a Backward after weights of the context's layers
+  // have changed since its Forward, with normalize_invertible or activation_checkpointing, which
+  // compute from them what was not kept; the context stays as it is then.
   virtual absl::Status Backward(Context& context, const TensorView& output_grad,
                                 const TensorView& input_grad) = 0;
 
