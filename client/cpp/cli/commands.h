@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/output.h"
 #include "lamina/client.h"
@@ -32,7 +33,6 @@ int ShowStack(const GlobalOptions& options, const std::string& name);
 int UpdateStack(const GlobalOptions& options, const std::string& name,
                 const client::StackUpdate& update);
 int DeleteStack(const GlobalOptions& options, const std::string& name);
-int Plan(const GlobalOptions& options, const client::StackConfig& config);
 int ListParameters(const GlobalOptions& options, const std::string& stack);
 
 // hf_bert_commands.cc
@@ -52,6 +52,15 @@ struct ExportOptions {
   std::optional<client::DType> dtype;  // without base; absent: fp32
 };
 int ExportCheckpoint(const GlobalOptions& options, const ExportOptions& to);
+
+// plan_commands.cc
+struct PlanOptions {
+  std::string model;               // whose layers, by name; empty: the flags' alone
+  std::string device;              // "cuda" or "cpu": plan here; empty: the daemon's
+  std::optional<uint64_t> memory;  // bytes: the table of micro-batches instead of one plan
+  std::vector<int64_t> seqs;       // its sequence lengths; empty: 128 and 512
+};
+int Plan(const GlobalOptions& options, PlanOptions plan, const ConfigFlags& flags);
 
 // run_command.cc
 struct RunOptions {

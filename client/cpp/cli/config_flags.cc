@@ -107,4 +107,13 @@ absl::StatusOr<client::StackConfig> ConfigFlags::ResolveOver(nlohmann::json fiel
   return ConfigFromJson(fields);
 }
 
+std::string ConfigFlags::FirstGiven(std::initializer_list<const char*> fields) const {
+  for (std::string field : fields) {
+    if (!given_->fields.contains(field)) continue;
+    for (char& c : field) c = c == '_' ? '-' : c;
+    return field;
+  }
+  return "";
+}
+
 }  // namespace lamina::cli

@@ -4,8 +4,10 @@
 #include <functional>
 
 #include "CLI/CLI.hpp"
+#include "cli/byte_size.h"
 #include "cli/commands.h"
 #include "cli/config_flags.h"
+#include "cli/offline_plan.h"
 
 namespace lamina::cli {
 namespace {
@@ -27,6 +29,7 @@ class Commands {
     AddGlobals();
     AddService();
     AddStack();
+    AddPlan();
     AddRun();
     AddCheckpoint();
     AddBench();
@@ -36,8 +39,12 @@ class Commands {
   const GlobalOptions& globals() const { return globals_; }
 
  private:
-  void Do(CLI::App* command, Action action) {
-    command->callback([this, action = std::move(action)] { action_ = action; });
+  void Do(CLI::App* command, Action action, bool prints_csv = false) {
+    command->callback([this, action = std::move(action), prints_csv] {
+      action_ = globals_.csv && !prints_csv
+                    ? [this] { return FailUsage(globals_, kCsvIsForCapacity); }
+                    : action;
+    });
   }
 
   void AddGlobals() {
@@ -48,9 +55,13 @@ class Commands {
         ->envname("LAMINA_TARGET")
         ->type_name("TARGET");
     app_->add_option_function<std::string>(
-            "--output", [this](const std::string& form) { globals_.json = form == "json"; },
-            "How results are printed: text or json [text]")
-        ->check(CLI::IsMember({"text", "json"}))
+            "--output",
+            [this](const std::string& form) {
+              globals_.json = form == "json";
+              globals_.csv = form == "csv";
+            },
+            "How results are printed: text (or table), json, or csv for plan --memory [text]")
+        ->check(CLI::IsMember({"text", "table", "json", "csv"}))
         ->type_name("")
         ->trigger_on_parse();
     app_->add_option("--timeout", globals_.timeout_seconds,
@@ -120,14 +131,39 @@ class Commands {
                 "Keep each layer's input alone, recompute it in Backward");
     memory_flag("stochastic-mode", &update_.stochastic_mode, "Allow unordered reductions");
     Do(update, [this] { return UpdateStack(globals_, stack_, update_); });
+  }
 
-    CLI::App* plan = app_->add_subcommand("plan", "What a config would allocate, to the byte");
+  void AddPlan() {
+    CLI::App* plan = app_->add_subcommand(
+        "plan",
+        "What a config would allocate, to the byte; with --memory: how large a micro-batch fits, "
+        "and which memory flags it needs.\nThe daemon plans for its own device. With --device or "
+        "--memory this command does, and needs neither a daemon nor a GPU.");
+    plan->add_option("--model", plan_.model, "Layers of a known model: " + ModelNames())
+        ->type_name("NAME");
+    plan->add_option("--device", plan_.device,
+                     "Plan here, for a Hopper card or for this machine's cores [with --memory: "
+                     "cuda]")
+        ->check(CLI::IsMember({"cuda", "cpu"}))
+        ->type_name("cuda|cpu");
+    plan->add_option_function<std::string>(
+            "--memory",
+            [this](const std::string& size) {
+              const absl::StatusOr<uint64_t> bytes = ParseByteSize(size);
+              if (!bytes.ok()) {
+                throw CLI::ValidationError("--memory", std::string(bytes.status().message()));
+              }
+              plan_.memory = *bytes;
+            },
+            "What the stack may take, such as 32GiB or 80GB: prints a row for each range of "
+            "micro-batches that needs the same flags. One context; dtype is bf16 unless given")
+        ->type_name("SIZE");
+    plan->add_option("--seq", plan_.seqs, "Sequence lengths of --memory's table [128,512]")
+        ->delimiter(',')
+        ->type_name("S,...");
     plan_config_.AddTo(plan);
-    Do(plan, [this] {
-      return WithConfig(plan_config_, [this](const client::StackConfig& config) {
-        return Plan(globals_, config);
-      });
-    });
+    Do(
+        plan, [this] { return Plan(globals_, plan_, plan_config_); }, /*prints_csv=*/true);
   }
 
   void AddRun() {
@@ -262,6 +298,7 @@ class Commands {
   CLI::App* app_;
   GlobalOptions globals_;
   ConfigFlags create_config_, plan_config_, import_config_;
+  PlanOptions plan_;
   ImportOptions import_;
   ExportOptions export_;
   client::StackUpdate update_;
