@@ -140,3 +140,10 @@ def test_refusals(daemon, stack):
     for command in (["stack", "list"], ["plan", "--device", "cpu", "--hidden-size", 8]):
         done = daemon.cli("--output", "csv", *command)
         assert done.returncode == 2 and "plan --memory" in done.stderr
+
+
+def test_the_page_shows_what_is_printed(table):
+    page = (conftest.ROOT / "docs/memory.md").read_text()
+    assert lamina(*TABLE).stdout in page
+    for seq, most in table["max_micro_batch"].items():
+        assert f'"{seq}": {most}' in page

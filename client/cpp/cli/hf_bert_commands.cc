@@ -405,8 +405,8 @@ int ImportCheckpoint(const GlobalOptions& options, const ImportOptions& from,
       PrintJson(json);
     } else {
       PrintText(absl::StrCat(StackText(*info), "\n\nimported ", import->matches.size(),
-                             " tensors (", HumanBytes(import->bytes), ") named ",
-                             Quoted(import->prefix + "layer."), " on from ", from.path));
+                             " tensors (", HumanBytes(import->bytes), ") under ",
+                             Quoted(import->prefix + "layer."), " from ", from.path));
     }
     return static_cast<int>(kOk);
   });
