@@ -16,7 +16,6 @@
 #include "absl/strings/strip.h"
 #include "cpu/cpu_backend.h"
 #include "cuda/cuda_backend.h"
-#include "cuda/cuda_sizes.h"
 
 namespace lamina {
 namespace {
@@ -312,14 +311,6 @@ void CheckAdamTensors(ArgsCheck& check, const Args& args, Extent& n) {
 }
 
 }  // namespace
-
-absl::StatusOr<std::unique_ptr<const OpSizes>> OpSizes::Of(const std::string& kind, int threads) {
-  constexpr int kHopperMultiprocessors = 132;
-  if (kind == "cpu") return CreateCpuSizes(threads);
-  if (kind == "cuda") return CudaOpSizes(kHopperMultiprocessors);
-  return absl::InvalidArgumentError(
-      absl::StrCat("kind is \"", kind, "\"; it must be \"cpu\" or \"cuda\""));
-}
 
 absl::StatusOr<std::unique_ptr<Backend>> Backend::Create(const std::string& device, int threads) {
   if (threads < 0)

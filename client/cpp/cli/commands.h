@@ -5,11 +5,14 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/output.h"
 #include "lamina/client.h"
 
 namespace lamina::cli {
+
+class ConfigFlags;
 
 // Connects and runs; where no daemon answers it says which target was tried and how to start one,
 // and returns kUnreachable.
@@ -30,8 +33,34 @@ int ShowStack(const GlobalOptions& options, const std::string& name);
 int UpdateStack(const GlobalOptions& options, const std::string& name,
                 const client::StackUpdate& update);
 int DeleteStack(const GlobalOptions& options, const std::string& name);
-int Plan(const GlobalOptions& options, const client::StackConfig& config);
 int ListParameters(const GlobalOptions& options, const std::string& stack);
+
+// hf_bert_commands.cc
+struct ImportOptions {
+  std::string path;    // a folder, or a file in one
+  std::string name;    // the new stack's; empty: the path's last part without ending
+  std::string prefix;  // what stands before "layer.<i>."; empty: the one that there is
+};
+// A stack from a model's files, which are read here; `flags` override what they tell.
+int ImportCheckpoint(const GlobalOptions& options, const ImportOptions& from,
+                     const ConfigFlags& flags);
+struct ExportOptions {
+  std::string stack;
+  std::string path;                    // a file if it ends in .safetensors, else a folder
+  std::string base;                    // a model whose other tensors are copied; empty: none
+  std::string prefix;                  // empty: the base's, or "encoder."
+  std::optional<client::DType> dtype;  // without base; absent: fp32
+};
+int ExportCheckpoint(const GlobalOptions& options, const ExportOptions& to);
+
+// plan_commands.cc
+struct PlanOptions {
+  std::string model;               // whose layers, by name; empty: the flags' alone
+  std::string device;              // "cuda" or "cpu": plan here; empty: the daemon's
+  std::optional<uint64_t> memory;  // bytes: the table of micro-batches instead of one plan
+  std::vector<int64_t> seqs;       // its sequence lengths; empty: 128 and 512
+};
+int Plan(const GlobalOptions& options, PlanOptions plan, const ConfigFlags& flags);
 
 // run_command.cc
 struct RunOptions {

@@ -1,11 +1,13 @@
 // A stack's config on the command line: --config FILE, and a flag a field that overrides it.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <string>
 
 #include "absl/status/statusor.h"
 #include "lamina/client/types.h"
+#include "nlohmann/json_fwd.hpp"
 
 namespace CLI {
 class App;
@@ -21,6 +23,11 @@ class ConfigFlags {
   void AddTo(CLI::App* command);
   // What was given. INVALID_ARGUMENT: the file, or nothing was given at all.
   absl::StatusOr<client::StackConfig> Resolve() const;
+  // The same over fields that are known already, and then nothing need be given.
+  absl::StatusOr<client::StackConfig> ResolveOver(nlohmann::json fields) const;
+  // The first of these fields that a flag gave, as the flag's name; empty: none. A file's do not
+  // count.
+  std::string FirstGiven(std::initializer_list<const char*> fields) const;
 
  private:
   struct Given;

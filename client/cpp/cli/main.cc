@@ -4,8 +4,10 @@
 #include <functional>
 
 #include "CLI/CLI.hpp"
+#include "cli/byte_size.h"
 #include "cli/commands.h"
 #include "cli/config_flags.h"
+#include "cli/offline_plan.h"
 
 namespace lamina::cli {
 namespace {
@@ -27,6 +29,7 @@ class Commands {
     AddGlobals();
     AddService();
     AddStack();
+    AddPlan();
     AddRun();
     AddCheckpoint();
     AddBench();
@@ -36,8 +39,12 @@ class Commands {
   const GlobalOptions& globals() const { return globals_; }
 
  private:
-  void Do(CLI::App* command, Action action) {
-    command->callback([this, action = std::move(action)] { action_ = action; });
+  void Do(CLI::App* command, Action action, bool prints_csv = false) {
+    command->callback([this, action = std::move(action), prints_csv] {
+      action_ = globals_.csv && !prints_csv
+                    ? [this] { return FailUsage(globals_, kCsvIsForCapacity); }
+                    : action;
+    });
   }
 
   void AddGlobals() {
@@ -48,9 +55,13 @@ class Commands {
         ->envname("LAMINA_TARGET")
         ->type_name("TARGET");
     app_->add_option_function<std::string>(
-            "--output", [this](const std::string& form) { globals_.json = form == "json"; },
-            "How results are printed: text or json [text]")
-        ->check(CLI::IsMember({"text", "json"}))
+            "--output",
+            [this](const std::string& form) {
+              globals_.json = form == "json";
+              globals_.csv = form == "csv";
+            },
+            "How results are printed: text (or table), json, or csv for plan --memory [text]")
+        ->check(CLI::IsMember({"text", "table", "json", "csv"}))
         ->type_name("")
         ->trigger_on_parse();
     app_->add_option("--timeout", globals_.timeout_seconds,
@@ -105,15 +116,54 @@ class Commands {
     update->add_flag_function(
         "--training,!--no-training", [this](int64_t count) { update_.training = count > 0; },
         "Keep gradients, optimizer state and contexts, or free them");
+    const auto memory_flag = [&](const std::string& name, std::optional<bool>* field,
+                                 const char* help) {
+      update->add_flag_function(
+          "--" + name + ",!--no-" + name, [field](int64_t count) { *field = count > 0; }, help);
+    };
+    memory_flag("normalize-invertible", &update_.normalize_invertible,
+                "Drop the norms' inputs, recover them in Backward");
+    memory_flag("gelu-checkpoint", &update_.gelu_checkpoint,
+                "Drop the GELU output, recompute it in Backward");
+    memory_flag("attn-dropout-checkpoint", &update_.attn_dropout_checkpoint,
+                "Drop the attention dropout's output, which nothing stores anyway");
+    memory_flag("activation-checkpointing", &update_.activation_checkpointing,
+                "Keep each layer's input alone, recompute it in Backward");
+    memory_flag("stochastic-mode", &update_.stochastic_mode, "Allow unordered reductions");
     Do(update, [this] { return UpdateStack(globals_, stack_, update_); });
+  }
 
-    CLI::App* plan = app_->add_subcommand("plan", "What a config would allocate, to the byte");
+  void AddPlan() {
+    CLI::App* plan = app_->add_subcommand(
+        "plan",
+        "What a config would allocate, to the byte; with --memory: how large a micro-batch fits, "
+        "and which memory flags it needs.\nThe daemon plans for its own device. With --device or "
+        "--memory this command does, and needs neither a daemon nor a GPU.");
+    plan->add_option("--model", plan_.model, "Layers of a known model: " + ModelNames())
+        ->type_name("NAME");
+    plan->add_option("--device", plan_.device,
+                     "Plan here, for a Hopper card or for this machine's cores [with --memory: "
+                     "cuda]")
+        ->check(CLI::IsMember({"cuda", "cpu"}))
+        ->type_name("cuda|cpu");
+    plan->add_option_function<std::string>(
+            "--memory",
+            [this](const std::string& size) {
+              const absl::StatusOr<uint64_t> bytes = ParseByteSize(size);
+              if (!bytes.ok()) {
+                throw CLI::ValidationError("--memory", std::string(bytes.status().message()));
+              }
+              plan_.memory = *bytes;
+            },
+            "What the stack may take, such as 32GiB or 80GB: prints a row for each range of "
+            "micro-batches that needs the same flags. One context; dtype is bf16 unless given")
+        ->type_name("SIZE");
+    plan->add_option("--seq", plan_.seqs, "Sequence lengths of --memory's table [128,512]")
+        ->delimiter(',')
+        ->type_name("S,...");
     plan_config_.AddTo(plan);
-    Do(plan, [this] {
-      return WithConfig(plan_config_, [this](const client::StackConfig& config) {
-        return Plan(globals_, config);
-      });
-    });
+    Do(
+        plan, [this] { return Plan(globals_, plan_, plan_config_); }, /*prints_csv=*/true);
   }
 
   void AddRun() {
@@ -135,7 +185,8 @@ class Commands {
   }
 
   void AddCheckpoint() {
-    CLI::App* checkpoint = app_->add_subcommand("checkpoint", "Save and load checkpoints");
+    CLI::App* checkpoint = app_->add_subcommand(
+        "checkpoint", "Save and load checkpoints; import and export pretrained models");
     checkpoint->require_subcommand(1);
     const auto name_option = [this](CLI::App* command) {
       command->add_option("--name", checkpoint_, "The file's name without ending [the stack's]")
@@ -152,6 +203,53 @@ class Commands {
     name_option(load);
     load->add_flag("--create", create_, "Make the stack from the config in the file");
     Do(load, [this] { return LoadCheckpoint(globals_, stack_, checkpoint_, create_); });
+
+    // hf-bert is the one format that there is; naming it keeps scripts right when others come.
+    const auto format_option = [](CLI::App* command) {
+      command->add_option("--format", "hf-bert: Hugging Face's BERT in safetensors [hf-bert]")
+          ->check(CLI::IsMember({"hf-bert"}))
+          ->type_name("");
+    };
+    CLI::App* import = checkpoint->add_subcommand(
+        "import",
+        "Make a stack from a pretrained model's files on this host.\nThe config comes from the "
+        "config.json beside them; batch-size is 8 and max-seq-length the model's positions unless "
+        "flags say otherwise.");
+    import
+        ->add_option("PATH", import_.path,
+                     "Its folder, or its .safetensors or .safetensors.index.json file")
+        ->required();
+    format_option(import);
+    import->add_option("--name", import_.name, "The new stack's name [PATH's last part]")
+        ->type_name("STACK");
+    import
+        ->add_option("--prefix", import_.prefix,
+                     "What tensors' names have before 'layer.', where there are several encoders")
+        ->type_name("PREFIX");
+    import_config_.AddTo(import);
+    Do(import, [this] { return ImportCheckpoint(globals_, import_, import_config_); });
+
+    CLI::App* to = AddNamed(checkpoint, "export",
+                            "Write a stack's weights as a pretrained model's files on this host",
+                            &export_.stack, "STACK");
+    to->add_option("PATH", export_.path,
+                   "A file where it ends in .safetensors, else a folder. config.json comes beside "
+                   "it unless there is one")
+        ->required();
+    format_option(to);
+    to->add_option("--base", export_.base,
+                   "The model that was imported: its other tensors, names, types and metadata are "
+                   "copied")
+        ->type_name("PATH");
+    to->add_option("--prefix", export_.prefix,
+                   "What tensors' names have before 'layer.' [the base's, else encoder.]")
+        ->type_name("PREFIX");
+    to->add_option_function<std::string>(
+          "--dtype", [this](const std::string& name) { export_.dtype = client::ParseDType(name); },
+          "Type of the tensors where there is no base [fp32]")
+        ->check(CLI::IsMember({"fp32", "bf16", "fp16"}))
+        ->type_name("fp32|bf16|fp16");
+    Do(to, [this] { return ExportCheckpoint(globals_, export_); });
   }
 
   void AddBench() {
@@ -199,7 +297,10 @@ class Commands {
 
   CLI::App* app_;
   GlobalOptions globals_;
-  ConfigFlags create_config_, plan_config_;
+  ConfigFlags create_config_, plan_config_, import_config_;
+  PlanOptions plan_;
+  ImportOptions import_;
+  ExportOptions export_;
   client::StackUpdate update_;
   RunOptions run_;
   BenchOptions bench_;

@@ -55,7 +55,8 @@ std::string Table::Text() const {
     std::string line;
     for (size_t i = 0; i < row.size(); ++i) {
       if (i > 0) line += "  ";
-      line += Padded(row[i], widths[i], /*left=*/i == 0);
+      const bool left = i == 0 || (text_last_ && i + 1 == header_.size());
+      line += Padded(row[i], widths[i], left);
     }
     text += line.substr(0, line.find_last_not_of(' ') + 1);
     text += '\n';

@@ -22,20 +22,26 @@ enum ExitCode : int {
 struct GlobalOptions {
   std::string target;  // as the library's Connect takes it; empty: the default
   bool json = false;
+  bool csv = false;             // of the one table that is printed so: plan --memory
   double timeout_seconds = 60;  // of each call; 0: none
 };
 
-// A left-aligned first column, right-aligned others; two spaces between. Rows may be shorter than
-// the header.
+inline constexpr const char* kCsvIsForCapacity =
+    "--output csv: only the table of plan --memory is printed so";
+
+// A left-aligned first column, right-aligned others, and with `text_last` a left-aligned last one;
+// two spaces between. Rows may be shorter than the header.
 class Table {
  public:
-  explicit Table(std::vector<std::string> header) : header_(std::move(header)) {}
+  explicit Table(std::vector<std::string> header, bool text_last = false)
+      : header_(std::move(header)), text_last_(text_last) {}
   void Add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
   std::string Text() const;
 
  private:
   std::vector<std::string> header_;
   std::vector<std::vector<std::string>> rows_;
+  bool text_last_;
 };
 
 // "label   value" lines, the values under one another.

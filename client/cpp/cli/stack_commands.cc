@@ -82,20 +82,6 @@ int DeleteStack(const GlobalOptions& options, const std::string& name) {
   });
 }
 
-int Plan(const GlobalOptions& options, const client::StackConfig& config) {
-  return WithClient(options, [&](const client::Client& daemon) {
-    const absl::StatusOr<client::PlanResult> result = daemon.PlanMemory(config);
-    if (!result.ok()) return Fail(options, result.status());
-    if (options.json) {
-      PrintJson(ToJson(*result));
-    } else {
-      PrintText(absl::StrCat(PlanText(result->plan), "\n", result->fits ? "fits" : "does not fit",
-                             ": ", HumanBytes(result->device_free_bytes), " free on the device"));
-    }
-    return static_cast<int>(kOk);
-  });
-}
-
 int ListParameters(const GlobalOptions& options, const std::string& stack) {
   return WithClient(options, [&](const client::Client& daemon) {
     const absl::StatusOr<client::StackInfo> info = daemon.GetStack(stack);

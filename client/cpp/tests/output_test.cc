@@ -42,5 +42,15 @@ TEST(Output, TableAligns) {
             "short");
 }
 
+TEST(Output, TextMayComeLast) {
+  Table table({"N", "COUNT", "WORDS"}, /*text_last=*/true);
+  table.Add({"a", "1", "one"});
+  table.Add({"b", "12,345", "some more"});
+  EXPECT_EQ(table.Text(),
+            "N   COUNT  WORDS\n"
+            "a       1  one\n"
+            "b  12,345  some more");
+}
+
 }  // namespace
 }  // namespace lamina::cli
