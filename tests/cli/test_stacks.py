@@ -93,9 +93,6 @@ def test_the_daemons_refusals(daemon, stack, config_file):
     error = daemon.error("stack", "create", ".x", "--config", config_file(), code=1)
     assert error["code"] == "INVALID_ARGUMENT"
     assert "name" in error["message"]
-    error = daemon.error("stack", "create", "x", "--config", config_file(), "--stochastic-mode", code=1)
-    assert error["code"] == "UNIMPLEMENTED"
-    assert "stochastic_mode" in error["message"]
     huge = config_file(hidden_size=65536, intermediate_size=-1, num_hidden_layers=1024)
     error = daemon.error("stack", "create", "x", "--config", huge, code=1)
     assert error["code"] == "RESOURCE_EXHAUSTED"
