@@ -47,6 +47,27 @@ def test_fp16_means_dtype_fp16(daemon, config_file):
     assert made["config"]["dtype"] == "fp16"
 
 
+def test_every_setting_has_its_flag(daemon, config_file):
+    flags = {"normalize_invertible": True, "gelu_checkpoint": True, "attn_dropout_checkpoint": True,
+             "activation_checkpointing": True, "stochastic_mode": True, "causal": True, "dynamic_loss_scale": True,
+             "initial_loss_scale": 512, "loss_scale_growth_interval": 7, "loss_scale_growth_factor": 4,
+             "loss_scale_backoff_factor": 0.25, "loss_scale_hysteresis": 3, "min_loss_scale": 2}
+    given = []
+    for field, value in flags.items():
+        given += ["--" + field.replace("_", "-")] + ([] if value is True else [value])
+    plain = daemon.json("plan", "--config", config_file())
+    made = daemon.json("stack", "create", "all", "--config", config_file(), *given)
+    text = daemon.cli("stack", "show", "all").stdout
+    daemon.cli("stack", "delete", "all")
+    assert {field: made["config"][field] for field in flags} == flags
+    assert made["loss_scale"] == 512
+    assert made["plan"]["context_bytes"] < plain["context_bytes"]
+    assert "512, dynamic" in text and "fp32, causal" in text
+    for flag in ("normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "activation_checkpointing",
+                 "stochastic_mode"):
+        assert flag in text
+
+
 def test_show_can_be_created_again(daemon, stack, tmp_path):
     """The config that show prints is one that create takes, and gives the same stack."""
     shown = daemon.json("stack", "show", stack)
@@ -78,6 +99,14 @@ def test_update(daemon, stack):
     assert changed["config"]["hidden_dropout_ratio"] == 0
     assert changed["config"]["training"] is False
     assert daemon.json("stack", "update", stack, "--training")["config"]["training"] is True
+    before = daemon.json("stack", "show", stack)
+    for flag in ("normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "activation_checkpointing",
+                 "stochastic_mode"):
+        name = flag.replace("_", "-")
+        on = daemon.json("stack", "update", stack, f"--{name}")
+        assert {key for key in on["config"] if on["config"][key] != before["config"][key]} == {flag}
+        off = daemon.json("stack", "update", stack, f"--no-{name}")
+        assert off["config"] == before["config"] and off["plan"] == before["plan"]
     error = daemon.error("stack", "update", stack, "--attn-dropout-ratio", "1", code=1)
     assert error["code"] == "INVALID_ARGUMENT"
     assert "attn_dropout_ratio" in error["message"]
@@ -93,9 +122,10 @@ def test_the_daemons_refusals(daemon, stack, config_file):
     error = daemon.error("stack", "create", ".x", "--config", config_file(), code=1)
     assert error["code"] == "INVALID_ARGUMENT"
     assert "name" in error["message"]
-    error = daemon.error("stack", "create", "x", "--config", config_file(), "--stochastic-mode", code=1)
-    assert error["code"] == "UNIMPLEMENTED"
-    assert "stochastic_mode" in error["message"]
+    error = daemon.error("stack", "create", "x", "--config", config_file(), "--dynamic-loss-scale",
+                         "--loss-scale-hysteresis", 0, code=1)
+    assert error["code"] == "INVALID_ARGUMENT"
+    assert "loss_scale_hysteresis" in error["message"]
     huge = config_file(hidden_size=65536, intermediate_size=-1, num_hidden_layers=1024)
     error = daemon.error("stack", "create", "x", "--config", huge, code=1)
     assert error["code"] == "RESOURCE_EXHAUSTED"

@@ -11,6 +11,7 @@ import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ.get("LAMINAD", str(ROOT / "build/release/bin/laminad"))
+ON_CPU = os.environ.get("LAMINA_TEST_DEVICE", "cpu") == "cpu"
 START_SECONDS = 60  # a sanitizer's build on a busy machine
 
 

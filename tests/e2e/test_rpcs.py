@@ -11,7 +11,7 @@ from lamina.v1 import config_service_pb2 as cpb
 from lamina.v1 import layer_service_pb2 as lpb
 from lamina.v1 import session_service_pb2 as spb
 from lamina.v1 import tensor_pb2 as tpb
-from daemon import Daemon
+from daemon import ON_CPU, Daemon
 from raw import BYTES, CONFIG, SHAPE, Raw, refused
 
 
@@ -575,7 +575,7 @@ def test_training_that_does_not_fit(raw):
 
 @pytest.mark.slow
 def test_a_call_cancelled_while_it_waits_changes_nothing(raw, daemon):
-    raw.stack("busy", batch_size=8, max_seq_length=128, hidden_size=256, heads=4, num_hidden_layers=6)
+    raw.stack("busy", batch_size=8, max_seq_length=128, hidden_size=256, heads=4, num_hidden_layers=6 if ON_CPU else 160)
     raw.stack()
     long = raw.layer.Forward.future(lpb.ForwardRequest(
         stack="busy", session_id=raw.session, training=False, input=raw.tensor(np.ones((8, 128, 256), np.float32)),

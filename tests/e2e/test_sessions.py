@@ -12,10 +12,12 @@ import grpc
 import lamina
 import numpy as np
 import pytest
-from daemon import ROOT, Daemon
+from daemon import ON_CPU, ROOT, Daemon
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=2, seed=11)
-LONG = dict(batch_size=8, max_seq_length=128, hidden_size=256, heads=4, num_hidden_layers=6, seed=1, max_contexts=3)
+# Steps of tens of milliseconds, on a card too.
+LONG = dict(batch_size=8, max_seq_length=128, hidden_size=256, heads=4, num_hidden_layers=6 if ON_CPU else 160, seed=1,
+            max_contexts=3)
 X = np.random.default_rng(5).standard_normal((4, 16, 32)).astype(np.float32)
 LONG_X = np.random.default_rng(5).standard_normal((8, 128, 256)).astype(np.float32)
 

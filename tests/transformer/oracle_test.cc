@@ -394,8 +394,7 @@ class ErringLayer {
   const ref::Keys& keys_;
   const bool invertible_;
   Errors& stored_;
-  const int64_t h_ = c_.hidden;
-  const int64_t head_dim_ = h_ / c_.heads;
+  const int64_t h_ = c_.hidden, head_dim_ = h_ / c_.heads;
   const ref::AttentionShape attention_{c_.batch, c_.seq, h_, c_.heads,
                                        1.0 / std::sqrt(static_cast<double>(head_dim_))};
   const int64_t t_ = ref::Tokens(attention_, keys_);

@@ -11,6 +11,8 @@
 
 namespace lamina::cli {
 
+class ConfigFlags;
+
 // Connects and runs; where no daemon answers it says which target was tried and how to start one,
 // and returns kUnreachable.
 int WithClient(const GlobalOptions& options, const std::function<int(const client::Client&)>& run);
@@ -32,6 +34,24 @@ int UpdateStack(const GlobalOptions& options, const std::string& name,
 int DeleteStack(const GlobalOptions& options, const std::string& name);
 int Plan(const GlobalOptions& options, const client::StackConfig& config);
 int ListParameters(const GlobalOptions& options, const std::string& stack);
+
+// hf_bert_commands.cc
+struct ImportOptions {
+  std::string path;    // a folder, or a file in one
+  std::string name;    // the new stack's; empty: the path's last part without ending
+  std::string prefix;  // what stands before "layer.<i>."; empty: the one that there is
+};
+// A stack from a model's files, which are read here; `flags` override what they tell.
+int ImportCheckpoint(const GlobalOptions& options, const ImportOptions& from,
+                     const ConfigFlags& flags);
+struct ExportOptions {
+  std::string stack;
+  std::string path;                    // a file if it ends in .safetensors, else a folder
+  std::string base;                    // a model whose other tensors are copied; empty: none
+  std::string prefix;                  // empty: the base's, or "encoder."
+  std::optional<client::DType> dtype;  // without base; absent: fp32
+};
+int ExportCheckpoint(const GlobalOptions& options, const ExportOptions& to);
 
 // run_command.cc
 struct RunOptions {

@@ -75,8 +75,18 @@ void ConfigFlags::AddTo(CLI::App* command) {
   integer("max-contexts", "Contexts at full batch-size x max-seq-length that fit [2]");
   flag("normalize-invertible", "", "Drop the norms' inputs, recover them in Backward");
   flag("gelu-checkpoint", "", "Drop the GELU output, recompute it in Backward");
-  flag("attn-dropout-checkpoint", "", "Drop the attention dropout's output");
+  flag("attn-dropout-checkpoint", "",
+       "Drop the attention dropout's output, which nothing stores anyway");
+  flag("activation-checkpointing", "", "Keep each layer's input alone, recompute it in Backward");
   flag("stochastic-mode", "", "Allow unordered reductions");
+  flag("causal", "", "Let token s attend to tokens 0..s alone");
+  flag("dynamic-loss-scale", "", "Let the daemon find the loss scale");
+  number("initial-loss-scale", "Where it begins, a power of two [65536]");
+  integer("loss-scale-growth-interval", "Clean steps before it grows [1000]");
+  number("loss-scale-growth-factor", "What it grows by, > 1 [2]");
+  number("loss-scale-backoff-factor", "What overflows multiply it by, in (0, 1) [0.5]");
+  integer("loss-scale-hysteresis", "Overflows until it backs off [2]");
+  number("min-loss-scale", "Where backing off ends, > 0 [1]");
 }
 
 absl::StatusOr<client::StackConfig> ConfigFlags::Resolve() const {
@@ -84,14 +94,17 @@ absl::StatusOr<client::StackConfig> ConfigFlags::Resolve() const {
     return absl::InvalidArgumentError(
         "no config is given: --config FILE or flags as --hidden-size");
   }
-  nlohmann::json all = nlohmann::json::object();
+  return ResolveOver(nlohmann::json::object());
+}
+
+absl::StatusOr<client::StackConfig> ConfigFlags::ResolveOver(nlohmann::json fields) const {
   if (!given_->file.empty()) {
-    absl::StatusOr<nlohmann::json> file = ReadConfigFile(given_->file);
+    const absl::StatusOr<nlohmann::json> file = ReadConfigFile(given_->file);
     if (!file.ok()) return file.status();
-    all = *std::move(file);
+    fields.update(*file);
   }
-  all.update(given_->fields);
-  return ConfigFromJson(all);
+  fields.update(given_->fields);
+  return ConfigFromJson(fields);
 }
 
 }  // namespace lamina::cli

@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "lamina/client/types.h"
+#include "nlohmann/json_fwd.hpp"
 
 namespace CLI {
 class App;
@@ -21,6 +22,8 @@ class ConfigFlags {
   void AddTo(CLI::App* command);
   // What was given. INVALID_ARGUMENT: the file, or nothing was given at all.
   absl::StatusOr<client::StackConfig> Resolve() const;
+  // The same over fields that are known already, and then nothing need be given.
+  absl::StatusOr<client::StackConfig> ResolveOver(nlohmann::json fields) const;
 
  private:
   struct Given;

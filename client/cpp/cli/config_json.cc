@@ -99,6 +99,15 @@ const std::map<std::string, Taker>& Takers() {
       {"training", Into(&StackConfig::training)},
       {"gelu", Into(&StackConfig::gelu)},
       {"max_contexts", Into(&StackConfig::max_contexts)},
+      {"activation_checkpointing", Into(&StackConfig::activation_checkpointing)},
+      {"causal", Into(&StackConfig::causal)},
+      {"dynamic_loss_scale", Into(&StackConfig::dynamic_loss_scale)},
+      {"initial_loss_scale", Into(&StackConfig::initial_loss_scale)},
+      {"loss_scale_growth_interval", Into(&StackConfig::loss_scale_growth_interval)},
+      {"loss_scale_growth_factor", Into(&StackConfig::loss_scale_growth_factor)},
+      {"loss_scale_backoff_factor", Into(&StackConfig::loss_scale_backoff_factor)},
+      {"loss_scale_hysteresis", Into(&StackConfig::loss_scale_hysteresis)},
+      {"min_loss_scale", Into(&StackConfig::min_loss_scale)},
   };
   return *takers;
 }
@@ -128,7 +137,16 @@ Json ToJson(const StackConfig& config) {
           {"adjust_init_range", config.adjust_init_range},
           {"training", config.training},
           {"gelu", client::Name(config.gelu)},
-          {"max_contexts", config.max_contexts}};
+          {"max_contexts", config.max_contexts},
+          {"activation_checkpointing", config.activation_checkpointing},
+          {"causal", config.causal},
+          {"dynamic_loss_scale", config.dynamic_loss_scale},
+          {"initial_loss_scale", config.initial_loss_scale},
+          {"loss_scale_growth_interval", config.loss_scale_growth_interval},
+          {"loss_scale_growth_factor", config.loss_scale_growth_factor},
+          {"loss_scale_backoff_factor", config.loss_scale_backoff_factor},
+          {"loss_scale_hysteresis", config.loss_scale_hysteresis},
+          {"min_loss_scale", config.min_loss_scale}};
 }
 
 absl::StatusOr<StackConfig> ConfigFromJson(const Json& json) {

@@ -25,6 +25,20 @@ std::string Ratio(double value) {
   return text;
 }
 
+// The memory flags and stochastic_mode that are on.
+std::string FlagsText(const client::StackConfig& config) {
+  std::string text;
+  const auto add = [&text](bool on, const char* name) {
+    if (on) absl::StrAppend(&text, text.empty() ? "" : ", ", name);
+  };
+  add(config.normalize_invertible, "normalize_invertible");
+  add(config.gelu_checkpoint, "gelu_checkpoint");
+  add(config.attn_dropout_checkpoint, "attn_dropout_checkpoint");
+  add(config.activation_checkpointing, "activation_checkpointing");
+  add(config.stochastic_mode, "stochastic_mode");
+  return text.empty() ? "none" : text;
+}
+
 }  // namespace
 
 Json ToJson(const client::MemoryPlan& plan) {
@@ -78,7 +92,8 @@ Json ToJson(const client::StackInfo& info) {
                {"step", info.step},
                {"skipped_steps", info.skipped_steps},
                {"forward_count", info.forward_count},
-               {"outstanding_contexts", info.outstanding_contexts}};
+               {"outstanding_contexts", info.outstanding_contexts},
+               {"loss_scale", info.loss_scale}};
   return json;
 }
 
@@ -114,12 +129,16 @@ std::string StackText(const client::StackInfo& info) {
       {"layers", absl::StrCat(config.num_hidden_layers, " x (H ", config.hidden_size, ", I ",
                               config.intermediate_size, ", ", config.heads, " heads), ",
                               config.pre_layer_norm ? "Pre-LN" : "Post-LN", ", GELU ",
-                              client::Name(config.gelu), ", ", client::Name(config.dtype))},
+                              client::Name(config.gelu), ", ", client::Name(config.dtype),
+                              config.causal ? ", causal" : "")},
       {"limits", absl::StrCat("B ", config.batch_size, ", S ", config.max_seq_length, ", ",
                               config.max_contexts, " contexts")},
       {"dropout", absl::StrCat("attention ", Ratio(config.attn_dropout_ratio), ", hidden ",
                                Ratio(config.hidden_dropout_ratio))},
       {"training", config.training ? "on" : "off"},
+      {"flags", FlagsText(config)},
+      {"loss scale",
+       absl::StrCat(Ratio(info.loss_scale), config.dynamic_loss_scale ? ", dynamic" : "")},
       {"seed", std::to_string(config.seed)},
       {"parameters", HumanCount(info.parameter_count)},
       {"memory", absl::StrCat(HumanBytes(info.plan.total_bytes), " (",

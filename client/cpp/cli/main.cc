@@ -105,6 +105,20 @@ class Commands {
     update->add_flag_function(
         "--training,!--no-training", [this](int64_t count) { update_.training = count > 0; },
         "Keep gradients, optimizer state and contexts, or free them");
+    const auto memory_flag = [&](const std::string& name, std::optional<bool>* field,
+                                 const char* help) {
+      update->add_flag_function(
+          "--" + name + ",!--no-" + name, [field](int64_t count) { *field = count > 0; }, help);
+    };
+    memory_flag("normalize-invertible", &update_.normalize_invertible,
+                "Drop the norms' inputs, recover them in Backward");
+    memory_flag("gelu-checkpoint", &update_.gelu_checkpoint,
+                "Drop the GELU output, recompute it in Backward");
+    memory_flag("attn-dropout-checkpoint", &update_.attn_dropout_checkpoint,
+                "Drop the attention dropout's output, which nothing stores anyway");
+    memory_flag("activation-checkpointing", &update_.activation_checkpointing,
+                "Keep each layer's input alone, recompute it in Backward");
+    memory_flag("stochastic-mode", &update_.stochastic_mode, "Allow unordered reductions");
     Do(update, [this] { return UpdateStack(globals_, stack_, update_); });
 
     CLI::App* plan = app_->add_subcommand("plan", "What a config would allocate, to the byte");
@@ -135,7 +149,8 @@ class Commands {
   }
 
   void AddCheckpoint() {
-    CLI::App* checkpoint = app_->add_subcommand("checkpoint", "Save and load checkpoints");
+    CLI::App* checkpoint = app_->add_subcommand(
+        "checkpoint", "Save and load checkpoints; import and export pretrained models");
     checkpoint->require_subcommand(1);
     const auto name_option = [this](CLI::App* command) {
       command->add_option("--name", checkpoint_, "The file's name without ending [the stack's]")
@@ -152,6 +167,53 @@ class Commands {
     name_option(load);
     load->add_flag("--create", create_, "Make the stack from the config in the file");
     Do(load, [this] { return LoadCheckpoint(globals_, stack_, checkpoint_, create_); });
+
+    // hf-bert is the one format that there is; naming it keeps scripts right when others come.
+    const auto format_option = [](CLI::App* command) {
+      command->add_option("--format", "hf-bert: Hugging Face's BERT in safetensors [hf-bert]")
+          ->check(CLI::IsMember({"hf-bert"}))
+          ->type_name("");
+    };
+    CLI::App* import = checkpoint->add_subcommand(
+        "import",
+        "Make a stack from a pretrained model's files on this host.\nThe config comes from the "
+        "config.json beside them; batch-size is 8 and max-seq-length the model's positions unless "
+        "flags say otherwise.");
+    import
+        ->add_option("PATH", import_.path,
+                     "Its folder, or its .safetensors or .safetensors.index.json file")
+        ->required();
+    format_option(import);
+    import->add_option("--name", import_.name, "The new stack's name [PATH's last part]")
+        ->type_name("STACK");
+    import
+        ->add_option("--prefix", import_.prefix,
+                     "What tensors' names have before 'layer.', where there are several encoders")
+        ->type_name("PREFIX");
+    import_config_.AddTo(import);
+    Do(import, [this] { return ImportCheckpoint(globals_, import_, import_config_); });
+
+    CLI::App* to = AddNamed(checkpoint, "export",
+                            "Write a stack's weights as a pretrained model's files on this host",
+                            &export_.stack, "STACK");
+    to->add_option("PATH", export_.path,
+                   "A file where it ends in .safetensors, else a folder. config.json comes beside "
+                   "it unless there is one")
+        ->required();
+    format_option(to);
+    to->add_option("--base", export_.base,
+                   "The model that was imported: its other tensors, names, types and metadata are "
+                   "copied")
+        ->type_name("PATH");
+    to->add_option("--prefix", export_.prefix,
+                   "What tensors' names have before 'layer.' [the base's, else encoder.]")
+        ->type_name("PREFIX");
+    to->add_option_function<std::string>(
+          "--dtype", [this](const std::string& name) { export_.dtype = client::ParseDType(name); },
+          "Type of the tensors where there is no base [fp32]")
+        ->check(CLI::IsMember({"fp32", "bf16", "fp16"}))
+        ->type_name("fp32|bf16|fp16");
+    Do(to, [this] { return ExportCheckpoint(globals_, export_); });
   }
 
   void AddBench() {
@@ -199,7 +261,9 @@ class Commands {
 
   CLI::App* app_;
   GlobalOptions globals_;
-  ConfigFlags create_config_, plan_config_;
+  ConfigFlags create_config_, plan_config_, import_config_;
+  ImportOptions import_;
+  ExportOptions export_;
   client::StackUpdate update_;
   RunOptions run_;
   BenchOptions bench_;

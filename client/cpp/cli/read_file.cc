@@ -10,7 +10,7 @@
 
 namespace lamina::cli {
 
-absl::StatusOr<std::string> ReadFile(const std::string& path) {
+absl::StatusOr<std::string> ReadFile(const std::string& path, uint64_t most) {
   const auto failed = [&path] {
     return absl::InvalidArgumentError(absl::StrCat("'", path, "': ", std::strerror(errno)));
   };
@@ -22,6 +22,10 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
   size_t got = 0;
   while ((got = std::fread(chunk.data(), 1, chunk.size(), file.get())) > 0) {
     content.append(chunk, 0, got);
+    if (content.size() > most) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("'", path, "': has more than ", most, " bytes"));
+    }
   }
   if (std::ferror(file.get()) != 0) return failed();
   return content;

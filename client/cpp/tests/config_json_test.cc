@@ -41,8 +41,17 @@ TEST(ConfigJson, EveryFieldSurvives) {
   config.training = false;
   config.gelu = client::Gelu::kTanh;
   config.max_contexts = 9;
+  config.activation_checkpointing = true;
+  config.causal = true;
+  config.dynamic_loss_scale = true;
+  config.initial_loss_scale = 1024;
+  config.loss_scale_growth_interval = 10;
+  config.loss_scale_growth_factor = 4;
+  config.loss_scale_backoff_factor = 0.25;
+  config.loss_scale_hysteresis = 3;
+  config.min_loss_scale = 2;
   const Json json = ToJson(config);
-  EXPECT_EQ(json.size(), 23u);
+  EXPECT_EQ(json.size(), 32u);
   const auto back = ConfigFromJson(json);
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(ToJson(*back), json);
