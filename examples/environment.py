@@ -15,6 +15,10 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _ENTERED = "LAMINA_INTEROP_ENTERED"
 
+# For PyTorch, which is imported after this: worker threads that spin between loops slow everything down where the
+# machine is busy with other things.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def enter(*modules):
     """Goes on if these modules can be imported; else starts this program anew in build/interop's Python, which
@@ -44,7 +48,7 @@ def binary(name):
 class OwnDaemon:
     """with OwnDaemon() as d: a laminad of this program's own, on a socket in a temporary folder.
 
-    target: where it listens; checkpoints: its checkpoint folder. It ends with the program.
+    target: where it listens. It ends with the program.
     """
 
     def __init__(self, device="auto"):
@@ -53,16 +57,12 @@ class OwnDaemon:
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory(prefix="lamina-example-")
         folder = pathlib.Path(self._folder.name)
-        self.checkpoints = folder / "checkpoints"
-        self.checkpoints.mkdir()
         self.target = f"unix:{folder}/laminad.sock"
         log = folder / "log"
         with open(log, "wb") as file:
-            # Worker threads that spin between loops slow everything down where the machine is busy with other things.
             self._process = subprocess.Popen(
                 [binary("laminad"), "--listen", self.target, "--broker", f"{folder}/broker.sock", "--metrics", "127.0.0.1:0",
-                 "--device", self._device, "--checkpoints", self.checkpoints],
-                stdout=file, stderr=file, env={"OMP_WAIT_POLICY": "passive", **os.environ})
+                 "--device", self._device], stdout=file, stderr=file)
         until = time.monotonic() + 60
         while not re.search("event=ready", log.read_text(errors="replace")):
             if self._process.poll() is not None or time.monotonic() > until:

@@ -8,7 +8,7 @@ same start with the same batches, all in PyTorch. Prints held-out accuracies bef
 loss curves are apart. No dropout, fp32, so that they can be one curve.
 
 Exits 1 if accuracy did not improve by 2 points or the curves differ by more than 1e-3 (relative, any step).
-Starts a daemon of its own, or takes the one at --target, which needs --checkpoints, its checkpoint folder.
+Starts a daemon of its own, or takes the one at --target.
 """
 
 import argparse
@@ -39,20 +39,16 @@ DECAY, EPSILON = 0.01, 1e-8
 def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", help="a running daemon, unix:PATH or HOST:PORT (default: one of its own)")
-    p.add_argument("--checkpoints", help="that daemon's checkpoint folder")
     p.add_argument("--device", default="auto", help="for a daemon of its own")
-    p.add_argument("--train", type=int, default=1600, help="sentences to train on")
-    p.add_argument("--held-out", type=int, default=1000, help="sentences to judge by")
-    p.add_argument("--epochs", type=int, default=2)
+    p.add_argument("--train", type=int, default=2400, help="sentences to train on")
+    p.add_argument("--held-out", type=int, default=2000, help="sentences to judge by")
+    p.add_argument("--epochs", type=int, default=1)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--longest", type=int, default=32, help="tokens of a sentence, at most")
-    p.add_argument("--lr", type=float, default=5e-5)
+    p.add_argument("--lr", type=float, default=1e-4)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--report", type=pathlib.Path, help="write accuracies and both curves there, as JSON")
-    args = p.parse_args()
-    if bool(args.target) != bool(args.checkpoints):
-        p.error("--target and --checkpoints go together")
-    return args
+    return p.parse_args()
 
 
 def labelled(count, seed):
@@ -107,7 +103,7 @@ def fit_head(model, tokenizer, texts, labels, size):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(model.head(features), labels) + 1e-4 * model.head.weight.square().sum()
+        loss = F.cross_entropy(model.head(features), labels) + 1e-2 * model.head.weight.square().sum()
         loss.backward()
         return loss
 
@@ -155,15 +151,11 @@ def main():
     weights = minilm.weights()
 
     with contextlib.ExitStack() as stack:
-        if args.target:
-            target, folder = args.target, args.checkpoints
-        else:
-            own = stack.enter_context(environment.OwnDaemon(args.device))
-            target, folder = own.target, own.checkpoints
+        target = args.target or stack.enter_context(environment.OwnDaemon(args.device)).target
         name = "minilm-finetune"
-        minilm.import_checkpoint(folder, name, args.batch, args.longest)
+        minilm.import_encoder(target, name, args.batch, args.longest)
         client = stack.enter_context(lamina.connect(target))
-        remote = lamina.torch.RemoteStack(client.load_checkpoint(name))
+        remote = lamina.torch.RemoteStack(client.stack(name))
         ours = Classifier(weights, remote)
         fit_head(ours, tokenizer, texts, labels, args.batch)
         theirs = Classifier(weights, minilm.PlainEncoder(weights))

@@ -107,12 +107,12 @@ def mean_token(y, attention_mask):
     return (y * m).sum(1) / m.sum(1)
 
 
-def import_checkpoint(folder, name, batch_size, max_seq_length):
-    """Writes the encoder's weights as checkpoint `name` into a daemon's checkpoint folder, with the CLI."""
-    command = [binary("lamina"), "checkpoint", "import", "--format", "hf-bert", MODEL, "--out",
-               pathlib.Path(folder) / f"{name}.safetensors", "--batch-size", str(batch_size), "--max-seq-length",
-               str(max_seq_length)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def import_encoder(target, name, batch_size, max_seq_length):
+    """Makes stack `name` of the model's encoder, without dropout, in the daemon at `target`, with the CLI."""
+    command = [binary("lamina"), "--target", target, "checkpoint", "import", "--format", "hf-bert", MODEL, "--name", name,
+               "--batch-size", batch_size, "--max-seq-length", max_seq_length, "--attn-dropout-ratio", 0,
+               "--hidden-dropout-ratio", 0]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
 def reviews():

@@ -8,6 +8,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent / "e2e"), str(HERE.parent / "support"), str(ROOT / "client/python")]
 
+# As in examples/environment.py, before PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import lamina  # noqa: E402
 import lamina.deepspeed  # noqa: E402
 from daemon import Daemon  # noqa: E402

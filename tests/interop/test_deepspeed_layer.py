@@ -1,6 +1,7 @@
 """The drop-in's forms, names, state and training: what DeepSpeed's users do with their layers besides computing."""
 
 import copy
+import doctest
 import gc
 import json
 import pickle
@@ -13,6 +14,7 @@ from torch import nn
 
 import encoder
 import lamina
+import lamina.deepspeed
 from layers import config_of, layers_of, run
 
 pytestmark = pytest.mark.usefixtures("client")
@@ -289,6 +291,56 @@ def test_ratios_follow_the_config():
     config.hidden_dropout_ratio = 0.0
     assert torch.equal(run(layers, batch()), run(layers, batch()))
     assert layers[0].stack.info().config.hidden_dropout_ratio == 0.0
+
+
+# --- memory flags, causal attention ---
+
+
+def gradients_with(**settings):
+    torch.manual_seed(7)
+    layers = layers_of(config_of(hidden_dropout_ratio=0.2, attn_dropout_ratio=0.2, seed=3, **settings))
+    x = batch(requires_grad=True)
+    run(layers, x).square().sum().backward()
+    return layers, [x.grad, *(p.grad for p in layers.parameters())]
+
+
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+@pytest.mark.parametrize("flags", [["gelu_checkpoint"], ["normalize_invertible"], ["attn_dropout_checkpoint"],
+                                   ["activation_checkpointing"],
+                                   ["normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint"]], ids=" ".join)
+def test_memory_flags_change_memory_and_not_gradients(flags, pre_layer_norm):
+    plain, wanted = gradients_with(pre_layer_norm=pre_layer_norm)
+    saving, found = gradients_with(pre_layer_norm=pre_layer_norm, **dict.fromkeys(flags, True))
+    config, plan = saving[0].stack.info().config, saving[0].stack.info().plan
+    assert all(getattr(config, flag) for flag in flags)
+    if flags != ["attn_dropout_checkpoint"]:  # fused attention keeps nothing of it anyway
+        assert plan.context_bytes < plain[0].stack.info().plan.context_bytes
+    for a, b in zip(found, wanted):
+        assert encoder.relative_error(a, b) < 1e-4
+
+
+def test_memory_flags_follow_the_config():
+    config = config_of()
+    layers = layers_of(config)
+    run(layers, batch()).sum().backward()
+    before = layers[0].stack.info().plan.context_bytes
+    config.gelu_checkpoint = config.activation_checkpointing = True
+    run(layers, batch()).sum().backward()
+    assert layers[0].stack.info().plan.context_bytes < before
+
+
+def test_causal_layers_do_not_look_ahead():
+    layers = layers_of(config_of(causal=True)).eval()
+    x = batch()
+    changed = x.clone()
+    changed[:, 10:] += 1
+    before, after = run(layers, x), run(layers, changed)
+    assert torch.equal(before[:, :10], after[:, :10]) and not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_the_modules_docstrings():
+    result = doctest.testmod(lamina.deepspeed)
+    assert result.attempted > 8 and result.failed == 0
 
 
 # --- training with PyTorch's optimizers ---

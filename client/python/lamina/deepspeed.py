@@ -447,6 +447,18 @@ class DeepSpeedTransformerLayer(nn.Module):
     The parameters bear DeepSpeed's names. They are ordinary ones of this process; what changed of them goes to the daemon
     before the next forward, and their gradients come back with each backward. A copy (copy.deepcopy) is a layer of its
     own, of the same config. See stack_of for weights that stay in the daemon.
+
+    >>> config = DeepSpeedTransformerConfig(batch_size=2, max_seq_length=8, hidden_size=16, heads=2, num_hidden_layers=2,
+    ...                                     attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1, initializer_range=0.02)
+    >>> layers = nn.ModuleList([DeepSpeedTransformerLayer(i, config) for i in range(config.num_hidden_layers)])
+    >>> optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)
+    >>> hidden_states, attention_mask = torch.randn(2, 8, 16), torch.zeros(2, 1, 1, 8)
+    >>> for layer in layers:
+    ...     hidden_states = layer(hidden_states, attention_mask)
+    >>> hidden_states.square().mean().backward()
+    >>> optimizer.step()
+    >>> layers[1].layer_range, layers[1].attn_qkvw.grad.shape
+    ((1, 2), torch.Size([48, 16]))
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
