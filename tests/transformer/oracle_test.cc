@@ -185,19 +185,6 @@ using Tensors = std::map<std::string, Vec>;
 
 Vec ToVec(const std::vector<float>& values) { return Vec(values.begin(), values.end()); }
 
-// `values` as a tensor of the stack's dtype holds them: rounded to nearest, ties to even.
-Vec Rounded(DType dtype, const std::vector<float>& values) {
-  const int smallest_exponent = dtype == DType::kF16 ? -14 : -126;  // subnormals share it
-  Vec rounded;
-  rounded.reserve(values.size());
-  for (const float value : values) {
-    const int exponent = value == 0 ? 0 : std::max(std::ilogb(value), smallest_exponent);
-    const double spacing = std::ldexp(2 * UnitRoundoff(dtype), exponent);
-    rounded.push_back(std::nearbyint(static_cast<double>(value) / spacing) * spacing);
-  }
-  return rounded;
-}
-
 // The stack's next training step.
 Problem ProblemOf(Stack& stack, const CallData& data) {
   const StackConfig& config = stack.config();
@@ -219,7 +206,7 @@ Problem ProblemOf(Stack& stack, const CallData& data) {
     LayerParameters& p = problem.parameters.emplace_back();
     for (const Named& named : kParameters) {
       const std::string name = ParameterName(problem.parameters.size() - 1, named);
-      p.*named.member = Rounded(config.dtype, ReadFloats(stack, name, ParameterPart::kMaster));
+      p.*named.member = Round(config.dtype, ToVec(ReadFloats(stack, name, ParameterPart::kMaster)));
     }
   }
   problem.keys = {.mask = ToVec(data.mask),
@@ -227,8 +214,8 @@ Problem ProblemOf(Stack& stack, const CallData& data) {
                   .cu_seqlens = data.cu_seqlens,
                   .causal = config.causal};
   problem.normalize_invertible = config.normalize_invertible;
-  problem.input = Rounded(config.dtype, data.input);
-  problem.output_grad = Rounded(config.dtype, data.output_grad);
+  problem.input = Round(config.dtype, ToVec(data.input));
+  problem.output_grad = Round(config.dtype, ToVec(data.output_grad));
   return problem;
 }
 

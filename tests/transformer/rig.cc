@@ -219,15 +219,4 @@ double MaxAbsDifference(const std::vector<float>& a, const std::vector<float>& b
   return largest;
 }
 
-double UnitRoundoff(DType dtype) {
-  switch (dtype) {
-    case DType::kBF16:
-      return 0x1p-8;
-    case DType::kF16:
-      return 0x1p-11;
-    default:
-      return 0x1p-24;
-  }
-}
-
 }  // namespace lamina::testing

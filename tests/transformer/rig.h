@@ -15,35 +15,10 @@
 #include "absl/status/statusor.h"
 #include "lamina/kernels/backend.h"
 #include "lamina/transformer/stack.h"
+#include "support/rounding.h"
+#include "support/status.h"
 
 namespace lamina::testing {
-
-#define ASSERT_OK(expr)                                 \
-  do {                                                  \
-    const absl::Status status_of_expr = (expr);         \
-    ASSERT_TRUE(status_of_expr.ok()) << status_of_expr; \
-  } while (false)
-#define EXPECT_OK(expr)                                 \
-  do {                                                  \
-    const absl::Status status_of_expr = (expr);         \
-    EXPECT_TRUE(status_of_expr.ok()) << status_of_expr; \
-  } while (false)
-
-// Code and a part of the message.
-MATCHER_P2(IsStatus, code, text,
-           absl::StrCat("is ", absl::StatusCodeToString(code), " with \"", text, "\"")) {
-  *result_listener << arg.ToString();
-  return arg.code() == code && ::testing::HasSubstr(std::string(text))
-                                   .impl()
-                                   .MatchAndExplain(std::string(arg.message()), result_listener);
-}
-
-// The value, or a test failure and an exception that ends the test.
-template <typename T>
-T Value(absl::StatusOr<T> value) {
-  if (!value.ok()) throw std::runtime_error(value.status().ToString());
-  return *std::move(value);
-}
 
 // Creates the device that the parameter names, "cpu" or "cuda:0"; skips the test visibly where
 // there is none.
@@ -126,8 +101,5 @@ void Perturb(Stack& stack, uint64_t seed);
 
 double MaxAbs(const std::vector<float>& values);
 double MaxAbsDifference(const std::vector<float>& a, const std::vector<float>& b);
-
-// Unit roundoff: the largest relative error of one rounding to nearest.
-double UnitRoundoff(DType dtype);
 
 }  // namespace lamina::testing

@@ -231,15 +231,4 @@ void Blocker::Release() {
   if (thread_.joinable()) thread_.join();
 }
 
-void WaitUntil(const std::function<bool()>& condition) {
-  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > limit) {
-      ADD_FAILURE() << "ten seconds have passed";
-      return;
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-}
-
 }  // namespace lamina::testing

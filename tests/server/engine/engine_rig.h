@@ -16,41 +16,11 @@
 #include "absl/status/statusor.h"
 #include "server/engine/engine.h"
 #include "server/metrics/metrics.h"
+#include "tests/support/status.h"
+#include "tests/support/wait.h"
 #include "tests/transformer/counting_backend.h"
 
 namespace lamina::testing {
-
-#define ASSERT_OK(expr)                                 \
-  do {                                                  \
-    const absl::Status status_of_expr = (expr);         \
-    ASSERT_TRUE(status_of_expr.ok()) << status_of_expr; \
-  } while (false)
-#define EXPECT_OK(expr)                                 \
-  do {                                                  \
-    const absl::Status status_of_expr = (expr);         \
-    EXPECT_TRUE(status_of_expr.ok()) << status_of_expr; \
-  } while (false)
-
-// A code and a part of the message.
-MATCHER_P2(IsStatus, code, text, "") {
-  *result_listener << arg.ToString();
-  return arg.code() == code &&
-         std::string(arg.message()).find(std::string(text)) != std::string::npos;
-}
-// Names of the codes, short.
-inline constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
-inline constexpr auto kNotFound = absl::StatusCode::kNotFound;
-inline constexpr auto kExists = absl::StatusCode::kAlreadyExists;
-inline constexpr auto kPrecondition = absl::StatusCode::kFailedPrecondition;
-inline constexpr auto kExhausted = absl::StatusCode::kResourceExhausted;
-inline constexpr auto kUnavailable = absl::StatusCode::kUnavailable;
-
-// The value, or an exception that ends the test.
-template <typename T>
-T Value(absl::StatusOr<T> value) {
-  if (!value.ok()) throw std::runtime_error(value.status().ToString());
-  return *std::move(value);
-}
 
 // A folder of its own, removed with all that is in it.
 class TemporaryFolder {
@@ -137,8 +107,5 @@ class Blocker {
   bool begun_ = false, released_ = false;  // guarded by mutex_
   std::thread thread_;
 };
-
-// Until `condition` holds; a test failure after ten seconds.
-void WaitUntil(const std::function<bool()>& condition);
 
 }  // namespace lamina::testing

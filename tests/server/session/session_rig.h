@@ -18,39 +18,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "server/session/session_manager.h"
+#include "tests/support/status.h"
+#include "tests/support/wait.h"
 
 namespace lamina::testing {
-
-// A code and a part of the message.
-MATCHER_P2(IsStatus, code, text, "") {
-  *result_listener << arg.ToString();
-  return arg.code() == code &&
-         std::string(arg.message()).find(std::string(text)) != std::string::npos;
-}
-inline constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
-inline constexpr auto kNotFound = absl::StatusCode::kNotFound;
-inline constexpr auto kExists = absl::StatusCode::kAlreadyExists;
-inline constexpr auto kExhausted = absl::StatusCode::kResourceExhausted;
-inline constexpr auto kUnavailable = absl::StatusCode::kUnavailable;
-
-// The value, or an exception that ends the test.
-template <typename T>
-T Value(absl::StatusOr<T> value) {
-  if (!value.ok()) throw std::runtime_error(value.status().ToString());
-  return *std::move(value);
-}
-
-// Until `condition` holds; a test failure after ten seconds.
-inline void WaitUntil(const std::function<bool()>& condition) {
-  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > limit) {
-      ADD_FAILURE() << "ten seconds have passed";
-      return;
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-}
 
 class SessionRig {
  public:
