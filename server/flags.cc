@@ -83,7 +83,8 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
   app.add_option("--device", f.device, "auto (a GPU if there is one), cpu, or cuda:N")
       ->envname("LAMINA_DEVICE")
       ->capture_default_str();
-  app.add_option("--threads", f.threads, "Worker threads of the CPU backend; 0: one a core")
+  app.add_option("--threads", f.threads,
+                 "Worker threads of the CPU backend; 0: one a core, OMP_NUM_THREADS at most")
       ->envname("LAMINA_THREADS")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();

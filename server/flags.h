@@ -15,7 +15,7 @@ struct Flags {
   std::string broker;               // empty: beside the first Unix socket; "none": no broker
   std::string metrics;              // "HOST:PORT"; empty: none
   std::string device;               // "auto", "cpu", "cuda:N"
-  int threads = 0;                  // CPU worker threads, 0: one a core
+  int threads = 0;                  // CPU worker threads, 0: one a core, OMP_NUM_THREADS at most
   std::string checkpoints;          // folder; empty: no checkpoints
   bool final_checkpoint = false;
   uint64_t inline_cap_bytes = 0;

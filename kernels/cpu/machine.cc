@@ -1,5 +1,6 @@
 #include "machine.h"
 
+#include <omp.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -133,7 +134,7 @@ int CoresByAffinity() {
 
 int AvailableCores() {
   const int cores = CoresByAffinity();
-  return std::min(cores, CoresByQuota().value_or(cores));
+  return std::min({cores, CoresByQuota().value_or(cores), omp_get_max_threads()});
 }
 
 std::string ProcessorName() {

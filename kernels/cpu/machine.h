@@ -7,7 +7,7 @@
 namespace lamina::cpu {
 
 // Cores that the process may use: those of its affinity mask, or its control group's CPU quota
-// rounded up where that is less. At least 1.
+// rounded up, or OMP_NUM_THREADS, where those are less. At least 1.
 int AvailableCores();
 
 // The processor's own name ("model name" in /proc/cpuinfo); "unknown" where there is none.

@@ -292,7 +292,7 @@ struct LambArgs {
 class OpSizes {
  public:
   // "cpu", or "cuda": a Hopper card of 132 multiprocessors. INVALID_ARGUMENT for anything else.
-  // `threads`: CPU worker threads, 0 for one a core.
+  // `threads`: CPU worker threads, 0 for one a core (OMP_NUM_THREADS at most).
   static absl::StatusOr<std::unique_ptr<const OpSizes>> Of(const std::string& kind,
                                                            int threads = 0);
   virtual ~OpSizes() = default;
@@ -310,7 +310,8 @@ class OpSizes {
 class Backend {
  public:
   // `device` is "cpu" or "cuda:N". UNIMPLEMENTED for cuda in a build without it; NOT_FOUND where
-  // there is no such device. `threads`: CPU worker threads, 0 for one a core.
+  // there is no such device. `threads`: CPU worker threads, 0 for one a core (OMP_NUM_THREADS at
+  // most).
   static absl::StatusOr<std::unique_ptr<Backend>> Create(const std::string& device,
                                                          int threads = 0);
 
