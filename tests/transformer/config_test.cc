@@ -13,9 +13,6 @@ namespace {
 
 using absl::StatusCode;
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
 TEST(Resolve, FillsInWhatIsLeftOpen) {
   StackConfig config = SmallConfig();
   config.intermediate_size = -1;

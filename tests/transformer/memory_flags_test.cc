@@ -19,8 +19,6 @@ namespace {
 using absl::StatusCode;
 using Gradients = std::map<std::string, std::vector<float>>;
 
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
-
 struct Flags {
   bool gelu_checkpoint, normalize_invertible, activation_checkpointing;
 

@@ -249,8 +249,6 @@ TEST_P(OptimizerTest, OptionsAreChecked) {
   const std::unique_ptr<Stack> stack = Make();
   SetGradients(*stack, NoiseGradients(*stack, 3, 1));
   const auto before = ReadAll(*stack, ParameterPart::kMaster);
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  constexpr double kInf = std::numeric_limits<double>::infinity();
   const std::pair<const char*, OptimizerOptions> cases[] = {
       {"learning_rate is -1; it must be finite and >= 0", {.learning_rate = -1}},
       {"learning_rate is nan;", {.learning_rate = kNaN}},

@@ -31,8 +31,6 @@ using ref::LayerParameters;
 using ref::LayerValues;
 using ref::Vec;
 
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
-
 // Noise of neighbouring seeds is one sequence, shifted by one: seeds that are further apart than
 // any tensor is long give independent noise.
 constexpr uint64_t kNoiseApart = uint64_t{1} << 24;

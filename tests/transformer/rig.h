@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -19,6 +20,10 @@
 #include "support/status.h"
 
 namespace lamina::testing {
+
+inline constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+inline constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // Creates the device that the parameter names, "cpu" or "cuda:0"; skips the test visibly where
 // there is none.

@@ -389,7 +389,6 @@ TEST_P(StackTest, DropoutRatiosCanChangeBetweenCalls) {
   const CallResult expected = RunTraining(*backend_, *stack, data, {0, 2});
   const CallResult none = RunTraining(*backend_, *Make(), data, {0, 2});
 
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   EXPECT_THAT(stack->Update({.attn_dropout_ratio = 1.0, .hidden_dropout_ratio = 0.1}),
               IsStatus(StatusCode::kInvalidArgument, "attn_dropout_ratio is 1;"));
   EXPECT_THAT(stack->Update({.attn_dropout_ratio = 0.1, .hidden_dropout_ratio = -0.5}),

@@ -87,7 +87,6 @@ TEST_P(UpdateTest, FlagsChangeBetweenStepsAndTheStepsGoOn) {
 }
 
 TEST_P(UpdateTest, NothingChangesWhereOnePartIsBad) {
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   for (const StackChanges& bad :
        {StackChanges{.attn_dropout_ratio = 1.0, .gelu_checkpoint = true},
         StackChanges{.attn_dropout_ratio = 0.5, .hidden_dropout_ratio = kNaN},

@@ -97,11 +97,6 @@ class FieldReader {
   absl::Status status_;
 };
 
-bool IsFolder(const std::string& path) {
-  struct stat status {};
-  return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
-}
-
 bool Exists(const std::string& path) {
   struct stat status {};
   return stat(path.c_str(), &status) == 0;
@@ -157,6 +152,11 @@ absl::StatusOr<std::map<std::string, std::string>> ReadIndex(const std::string& 
 }
 
 }  // namespace
+
+bool IsFolder(const std::string& path) {
+  struct stat status {};
+  return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+}
 
 std::vector<HfBertTensor> HfBertLayer(const client::StackConfig& config) {
   const int64_t h = config.hidden_size;

@@ -79,4 +79,7 @@ absl::StatusOr<std::vector<HfBertMatch>> MatchHfBert(const HfBertFiles& files,
 // F32, F16, BF16: the elements that MatchHfBert lets through.
 std::optional<client::DType> FloatingType(const SafetensorsTensor& tensor);
 
+// Whether there is a folder of that path.
+bool IsFolder(const std::string& path);
+
 }  // namespace lamina::cli

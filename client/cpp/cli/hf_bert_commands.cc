@@ -37,11 +37,6 @@ std::string BaseName(std::string path) {
   return path.substr(path.rfind('/') + 1);
 }
 
-bool IsFolder(const std::string& path) {
-  struct stat status {};
-  return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
-}
-
 // The elements as fp32, exactly; without a copy where they are that and lie aligned.
 absl::StatusOr<Tensor> AsFloats(const HfBertMatch& match) {
   const std::span<const std::byte> data = match.found.file->Data(*match.found.tensor);
@@ -363,12 +358,6 @@ int Print(const GlobalOptions& options, const ExportOptions& from, const client:
                            config.there ? " was there and is kept" : " written"));
   }
   return kOk;
-}
-
-// INVALID_ARGUMENT is what was given; the rest is what the daemon or the file system refused.
-int FailBy(const GlobalOptions& options, const absl::Status& status) {
-  return absl::IsInvalidArgument(status) ? FailUsage(options, std::string(status.message()))
-                                         : Fail(options, status);
 }
 
 }  // namespace

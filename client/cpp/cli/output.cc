@@ -134,4 +134,9 @@ int FailUsage(const GlobalOptions& options, const std::string& message) {
   return kUsage;
 }
 
+int FailBy(const GlobalOptions& options, const absl::Status& status) {
+  return absl::IsInvalidArgument(status) ? FailUsage(options, std::string(status.message()))
+                                         : Fail(options, status);
+}
+
 }  // namespace lamina::cli

@@ -58,5 +58,7 @@ void PrintJson(const nlohmann::json& json);  // the same, indented
 // Print what went wrong to stderr, as JSON where that was asked for, and return the exit code.
 int Fail(const GlobalOptions& options, const absl::Status& status);
 int FailUsage(const GlobalOptions& options, const std::string& message);
+// FailUsage where the status is INVALID_ARGUMENT, so about what was given, else Fail.
+int FailBy(const GlobalOptions& options, const absl::Status& status);
 
 }  // namespace lamina::cli

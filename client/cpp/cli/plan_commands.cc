@@ -17,11 +17,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-int FailBy(const GlobalOptions& options, const absl::Status& status) {
-  return absl::IsInvalidArgument(status) ? FailUsage(options, std::string(status.message()))
-                                         : Fail(options, status);
-}
-
 int PrintPlanOffline(const GlobalOptions& options, const PlanOptions& plan,
                      const client::StackConfig& config) {
   const absl::StatusOr<client::MemoryPlan> result = PlanOffline(config, plan.device);

@@ -24,7 +24,7 @@ using Json = nlohmann::json;
 
 constexpr size_t kLengthBytes = 8;
 // The reference library pads a header it writes so that elements begin aligned.
-constexpr size_t kHeaderAlignment = 8;
+constexpr size_t kAlignment = 8;
 constexpr size_t kMaxRank = 64;  // NumPy's own bound
 constexpr size_t kMaxQuotedBytes = 120;
 constexpr const char* kMetadataKey = "__metadata__";
@@ -359,7 +359,7 @@ std::string SafetensorsStart(const std::vector<NewSafetensorsTensor>& tensors,
     offset += bytes;
   }
   std::string json = header.dump();
-  json.append((kHeaderAlignment - json.size() % kHeaderAlignment) % kHeaderAlignment, ' ');
+  json.append((kAlignment - json.size() % kAlignment) % kAlignment, ' ');
   std::string start;
   for (size_t i = 0; i < kLengthBytes; ++i) {
     start += static_cast<char>((json.size() >> (8 * i)) & 0xff);

@@ -28,7 +28,6 @@ namespace lamina::testing {
 namespace {
 
 using Json = nlohmann::json;
-constexpr SessionKey kSession = 1;
 constexpr auto kDataLoss = absl::StatusCode::kDataLoss;
 
 std::string ReadFile(const std::string& path) {

@@ -22,6 +22,9 @@
 
 namespace lamina::testing {
 
+// Of tests with one session.
+inline constexpr SessionKey kSession = 1;
+
 // A folder of its own, removed with all that is in it.
 class TemporaryFolder {
  public:

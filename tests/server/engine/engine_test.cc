@@ -13,8 +13,6 @@
 namespace lamina::testing {
 namespace {
 
-constexpr SessionKey kSession = 1;
-
 // --- stacks ---
 
 TEST(Stacks, AreCreatedShownAndDeleted) {

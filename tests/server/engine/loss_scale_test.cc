@@ -8,8 +8,6 @@
 namespace lamina::testing {
 namespace {
 
-constexpr SessionKey kSession = 6;
-
 class LossScale : public ::testing::Test {
  protected:
   LossScale() {

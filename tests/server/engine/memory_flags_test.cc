@@ -10,8 +10,6 @@
 namespace lamina::testing {
 namespace {
 
-constexpr SessionKey kSession = 4;
-
 struct FlagCase {
   const char* name;
   StackChanges on, off;

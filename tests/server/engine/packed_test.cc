@@ -11,7 +11,6 @@
 namespace lamina::testing {
 namespace {
 
-constexpr SessionKey kSession = 3;
 // Five sequences in a stack of batch_size 3: of 3, 8, 1, 8 and 4 tokens, T = 24 = 3 * 8.
 const std::vector<int32_t> kCumulative = {0, 3, 11, 12, 20, 24};
 constexpr int64_t kTokens = 24;

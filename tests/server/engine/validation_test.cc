@@ -11,8 +11,6 @@
 namespace lamina::testing {
 namespace {
 
-constexpr SessionKey kSession = 5;
-
 // A Forward that would succeed; each case spoils one thing.
 struct ForwardFixture {
   OwnedTensor input = Noise(1, DType::kF32, {3, 8, 16});
