@@ -7,7 +7,11 @@ target_compile_options(lamina_flags INTERFACE
                             # Args structs leave optional members to their defaults.
                             -Wno-missing-field-initializers>)
 if(LAMINA_SANITIZE)
+  # At -O1 a file compiles in a third of the time of -O2, and the vptr check, of little use without casts down a
+  # hierarchy, costs half of that again.
+  set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O1 -g1 -DNDEBUG")
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LAMINA_SANITIZE}>
+                      $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize=vptr>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer>)
   add_link_options(-fsanitize=${LAMINA_SANITIZE})
 endif()
@@ -27,6 +31,10 @@ function(lamina_test name)
   endif()
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE lamina_flags ${ARG_LIBS} GTest::gmock GTest::gtest_main)
+  if(LAMINA_SANITIZE MATCHES undefined)
+    # What is tested is checked for it; checking the tests' own code doubles their time to compile.
+    target_compile_options(${name} PRIVATE -fno-sanitize=undefined)
+  endif()
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
 endfunction()
