@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""What the memory flags cost and what they let in: a training step's time under each flag, and the largest micro-batches
+that `lamina plan --memory` promises for this device, each run forward and backward, and one sample more, which must be
+refused.
+
+Starts a laminad of its own. Figures are milliseconds of forward+backward on the device (median), bytes of the plan.
+Exits 1 if a promised micro-batch did not run or one too many was not refused with RESOURCE_EXHAUSTED.
+
+Needs the release build (scripts/build release); on a GPU machine, `gpu-check --bench` runs it from the bundle.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests/e2e"), str(ROOT / "client/python")]
+
+import numpy as np  # noqa: E402
+
+import lamina  # noqa: E402
+from daemon import Daemon  # noqa: E402
+
+CLI = os.environ.get("LAMINA_CLI", str(ROOT / "build/release/bin/lamina"))
+FLAGS = ["normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "activation_checkpointing"]
+# What is timed against the plain step: each flag alone, DeepSpeed's three, all four, and unordered sums.
+SETS = [(), ("gelu_checkpoint",), ("normalize_invertible",), ("attn_dropout_checkpoint",), tuple(FLAGS[:3]),
+        ("activation_checkpointing",), tuple(FLAGS), ("stochastic_mode",)]
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--json", type=pathlib.Path, help="write the figures here too")
+    p.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    p.add_argument("--shapes", default="64,128;16,512", help="B,S;... of the flags' timing; each S also gets its largest micro-batch")
+    p.add_argument("--layers", type=int, default=24)
+    p.add_argument("--hidden", type=int, default=1024)
+    p.add_argument("--heads", type=int, default=16)
+    p.add_argument("--dtype", default="bf16", choices=["fp32", "bf16", "fp16"])
+    p.add_argument("--dropout", type=float, default=0.1)
+    p.add_argument("--rounds", type=int, default=10, help="how often each set of flags is timed, in turn")
+    p.add_argument("--memory", type=int, help="bytes for the largest micro-batches' stacks (default: what is free on the device)")
+    return p.parse_args()
+
+
+def stack_settings(args):
+    return {"hidden_size": args.hidden, "heads": args.heads, "num_hidden_layers": args.layers, "dtype": args.dtype,
+            "attn_dropout_ratio": args.dropout, "hidden_dropout_ratio": args.dropout, "seed": 1, "max_contexts": 1}
+
+
+def batch_of(client, batch, seq, args):
+    """x and dy in shared memory, with the same values at each call."""
+    x, dy = (client.empty((batch, seq, args.hidden), args.dtype) for _ in range(2))
+    row = np.random.default_rng(0).standard_normal((seq, args.hidden)).astype(np.float32)
+    x[:], dy[:] = lamina.dtypes.as_stack_type(row, args.dtype), lamina.dtypes.as_stack_type(row * 1e-3, args.dtype)
+    return x, dy
+
+
+def step(stack, x, dy, y, dx):
+    """Forward and backward; seconds on the device."""
+    _, context = stack.forward(x, training=True, out=y)
+    seconds = stack.last_timing.compute_seconds
+    stack.backward(context, dy, out=dx)
+    return seconds + stack.last_timing.compute_seconds
+
+
+def time_flags(client, batch, seq, args):
+    """A row a set of flags; the sets take turns on one live stack, so that a drifting clock is fair to all."""
+    stack = client.create_stack("flags", batch_size=batch, max_seq_length=seq, **stack_settings(args))
+    x, dy = batch_of(client, batch, seq, args)
+    y, dx = client.empty(x.shape, args.dtype), client.empty(x.shape, args.dtype)
+    samples = {flags: [] for flags in SETS}
+    plans = {}
+    for _ in range(args.rounds):
+        for flags in SETS:
+            info = stack.update(**{f: f in flags for f in [*FLAGS, "stochastic_mode"]})
+            plans[flags] = info.plan
+            step(stack, x, dy, y, dx)  # the first at new settings
+            samples[flags] += [step(stack, x, dy, y, dx) for _ in range(2)]
+    client.delete_stack("flags")
+    plain = statistics.median(samples[()])
+    return [{"batch": batch, "seq": seq, "flags": list(flags), "ms": statistics.median(samples[flags]) * 1e3,
+             "min_ms": min(samples[flags]) * 1e3, "max_ms": max(samples[flags]) * 1e3,
+             "cost": statistics.median(samples[flags]) / plain - 1,
+             "activation_bytes": plans[flags].bytes_of("activations"), "workspace_bytes": plans[flags].bytes_of("workspace")}
+            for flags in SETS]
+
+
+def capacity(args, seqs, memory, kind):
+    """The rows that `lamina plan --memory` prints."""
+    command = [CLI, "plan", "--memory", str(memory), "--device", kind, "--seq", ",".join(map(str, seqs)), "--output", "json",
+               "--hidden-size", str(args.hidden), "--heads", str(args.heads), "--num-hidden-layers", str(args.layers),
+               "--dtype", args.dtype]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["rows"]
+
+
+def run_largest(client, row, memory, args):
+    """Runs a row's largest micro-batch once and then once more, timed; and tells whether one more sample is refused."""
+    batch, seq = row["micro_batch_to"], row["seq"]
+    settings = {**stack_settings(args), "max_seq_length": seq, **{f: True for f in row["flags"]}}
+    result = {**row, "ran": False}
+    planned = client.plan(batch_size=batch, **settings)
+    stack = client.create_stack("largest", batch_size=batch, **settings)
+    try:
+        result["bytes_as_planned"] = planned.total_bytes == row["bytes"] == stack.info().plan.total_bytes
+        x, dy = batch_of(client, batch, seq, args)
+        # The gradient's place is the output's: there is one more tensor of this size in host memory otherwise.
+        step(stack, x, dy, dy, x)
+        seconds = step(stack, x, dy, dy, x)
+        result.update(ran=True, ms=seconds * 1e3, samples_per_second=batch / seconds)
+    finally:
+        client.delete_stack("largest")
+        del x, dy
+        client.trim()
+    return result
+
+
+def refused(client, row, args):
+    """Whether a stack for one sample more than the largest micro-batch is refused; and with which words."""
+    settings = {**stack_settings(args), "max_seq_length": row["seq"], **{f: True for f in row["flags"]}}
+    try:
+        client.create_stack("too-much", batch_size=row["micro_batch_to"] + 1, **settings)
+    except lamina.ResourceExhausted as error:
+        return True, str(error)
+    client.delete_stack("too-much")
+    return False, "it was created"
+
+
+def main():
+    args = parse_arguments()
+    shapes = [tuple(map(int, s.split(","))) for s in args.shapes.split(";")]
+    flags, largest, refusals = [], [], []
+    caps = ["--region-cap-bytes", str(48 << 30), "--total-region-cap-bytes", str(48 << 30)]
+    with Daemon(*caps, device=args.device) as daemon, lamina.connect(daemon.target) as client:
+        info = client.info()
+        memory = args.memory or info.device_free_bytes
+        print(f"{info.device_name}, commit {info.build_commit}, {time.strftime('%Y-%m-%d')}\n"
+              f"{args.layers} layers, H {args.hidden}, A {args.heads}, {args.dtype}, dropout {args.dropout}\n\n"
+              f"    B     S   fwd+bwd ms     cost   activations     workspace  flags")
+        for batch, seq in shapes:
+            for row in time_flags(client, batch, seq, args):
+                flags.append(row)
+                print(f"{batch:5d} {seq:5d} {row['ms']:12.2f} {row['cost']:+8.1%} {row['activation_bytes']:13,d} "
+                      f"{row['workspace_bytes']:13,d}  {', '.join(row['flags']) or 'none'}", flush=True)
+        print(f"\nthe largest micro-batches in {memory:,d} bytes\n"
+              f"    S       B          bytes   fwd+bwd ms  samples/s  flags")
+        rows = capacity(args, [seq for _, seq in shapes], memory, info.backend)
+        for row in rows:
+            result = run_largest(client, row, memory, args)
+            largest.append(result)
+            print(f"{row['seq']:5d} {row['micro_batch_to']:7d} {row['bytes']:14,d} {result['ms']:12.1f} "
+                  f"{result['samples_per_second']:10.1f}  {', '.join(row['flags']) or 'none'}", flush=True)
+        if not args.memory:
+            for _, seq in shapes:
+                last = [row for row in rows if row["seq"] == seq][-1]
+                ok, words = refused(client, last, args)
+                refusals.append({"seq": seq, "micro_batch": last["micro_batch_to"] + 1, "refused": ok, "message": words})
+                print(f"S {seq}, B {last['micro_batch_to'] + 1}: {words}")
+
+    good = all(r["ran"] and r["bytes_as_planned"] for r in largest) and all(r["refused"] for r in refusals)
+    if args.json:
+        args.json.write_text(json.dumps({
+            "device": info.device_name, "commit": info.build_commit, "date": time.strftime("%Y-%m-%d"), "layers": args.layers,
+            "hidden": args.hidden, "heads": args.heads, "dtype": args.dtype, "dropout": args.dropout, "flags": flags,
+            "memory_bytes": memory, "largest": largest, "refused": refusals}, indent=2) + "\n")
+    print("all promised micro-batches ran" if good else "FAILED: a promise of the plan does not hold")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
