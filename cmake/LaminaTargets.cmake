@@ -7,8 +7,8 @@ target_compile_options(lamina_flags INTERFACE
                             # Args structs leave optional members to their defaults.
                             -Wno-missing-field-initializers>)
 if(LAMINA_SANITIZE)
-  # At -O1 a file compiles in a third of the time of -O2, and the vptr check, of little use without casts down a
-  # hierarchy, costs half of that again.
+  # -O2 -g and the vptr check, of little use without casts down a hierarchy, make a file's compilation take three times
+  # as long.
   set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O1 -g1 -DNDEBUG")
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LAMINA_SANITIZE}>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize=vptr>

@@ -1,5 +1,4 @@
 // Update: all or none, the new plan checked first, gradients and moments kept across flags.
-#include <limits>
 #include <map>
 #include <memory>
 #include <string>
