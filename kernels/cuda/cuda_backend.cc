@@ -44,6 +44,11 @@ static_assert(sizeof(cuda::LambRange) == sizeof(LambSegment) &&
                   offsetof(cuda::LambRange, adapt) == offsetof(LambSegment, adapt),
               "the kernels' view of LambSegment");
 
+// Of what the driver calls free, this much may be out of Allocate's reach: a block takes whole
+// pages of 2 MiB, and the rest of a page that something small lies in counts as free. A stack has
+// fewer than ten blocks.
+constexpr size_t kUnreachableBytes = size_t{32} << 20;
+
 absl::Status CudaError(cudaError_t error, const char* what) {
   return absl::InternalError(
       absl::StrCat("cuda: ", what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
@@ -203,7 +208,7 @@ absl::StatusOr<size_t> CudaBackend::FreeBytes() const {
       !status.ok()) {
     return status;
   }
-  return free_bytes;
+  return free_bytes - std::min(free_bytes, kUnreachableBytes);
 }
 
 absl::Status CudaBackend::RegisterHost(void* data, size_t bytes) {

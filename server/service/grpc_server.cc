@@ -54,6 +54,12 @@ class GrpcServerImpl final : public GrpcServer {
         static_cast<int>(state.engine.options().inline_cap_bytes + (size_t{1} << 20));
     builder.SetMaxReceiveMessageSize(largest);
     builder.SetMaxSendMessageSize(-1);
+    // gRPC's own 1 to 2 waiting threads a queue would have it start and end a thread at almost
+    // every call.
+    using Option = grpc::ServerBuilder::SyncServerOption;
+    builder.SetSyncServerOption(Option::NUM_CQS, 1);
+    builder.SetSyncServerOption(Option::MIN_POLLERS, 2);
+    builder.SetSyncServerOption(Option::MAX_POLLERS, 8);
     // Two servers must not share a port silently.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>>

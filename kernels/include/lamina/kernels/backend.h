@@ -326,7 +326,8 @@ class Backend {
   // numbers.
   virtual absl::StatusOr<void*> Allocate(size_t bytes) = 0;
   virtual void Free(void* data) = 0;
-  virtual absl::StatusOr<size_t> FreeBytes() const = 0;  // what Allocate can still give, about
+  // What Allocate can still give, in a few large blocks.
+  virtual absl::StatusOr<size_t> FreeBytes() const = 0;
   // Host memory that a copy can move by one DMA (pinned); a no-op on the CPU. Once per mapping.
   virtual absl::Status RegisterHost(void* data, size_t bytes) = 0;
   virtual void UnregisterHost(void* data) = 0;
