@@ -5,13 +5,10 @@
 //
 // Operands are not in the cache: each call takes the next of several sets. Within a layer some are,
 // so that a layer may take less than the sum of its ops.
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <ctime>
 #include <exception>
 #include <fstream>
-#include <iostream>
 #include <optional>
 #include <regex>
 #include <string>
@@ -23,6 +20,7 @@
 #include "device.h"
 #include "layer_ops.h"
 #include "nlohmann/json.hpp"
+#include "op_timer.h"
 
 namespace lamina::bench {
 namespace {
@@ -59,112 +57,6 @@ std::vector<LayerDims> ParseShapes(const std::string& text) {
         {.batch = v[0], .seq = v[1], .hidden = v[2], .heads = v[3], .intermediate = v[4]});
   }
   return shapes;
-}
-
-struct Timing {
-  double median_us = 0, min_us = 0, max_us = 0;
-  size_t moved_bytes = 0;
-};
-
-// Times calls that come one after the other on the device.
-class Timer {
- public:
-  Timer(Device& device, int repetitions)
-      : device_(device), repetitions_(repetitions), head_start_(device) {
-    if (!device.is_gpu()) return;
-    constexpr int64_t kBytes = int64_t{1} << 30;  // about 0.7 ms
-    for (TensorView* view : {&from_, &to_}) *view = head_start_.Zeros(DType::kU8, {kBytes});
-  }
-
-  Timing Time(const OpCase& op, const Workspace& workspace) {
-    // As many sets as push one another out of any cache.
-    constexpr size_t kCold = size_t{128} << 20, kMostSets = 16;
-    std::vector<Operands> operands;
-    std::vector<OpCall> calls;
-    size_t wanted = 1;
-    do {
-      calls.push_back(op.make(operands.emplace_back(device_)));
-      const size_t bytes = std::max<size_t>(operands.front().moved_bytes(), 1);
-      wanted = bytes >= 4 * kCold ? 1 : std::min(1 + (kCold + bytes - 1) / bytes, kMostSets);
-    } while (calls.size() < wanted);
-
-    for (int i = 0; i < 2; ++i) Run(calls, workspace, static_cast<int64_t>(calls.size()));
-    const double estimate =
-        Run(calls, workspace, static_cast<int64_t>(calls.size()));  // seconds a call
-    const double target = device_.is_gpu() ? 1e-3 : 5e-3;
-    const int64_t count =
-        std::clamp<int64_t>(std::llround(target / std::max(estimate, 1e-9)), 1, 100);
-    std::vector<double> us;
-    for (int i = 0; i < repetitions_; ++i) us.push_back(Run(calls, workspace, count) * 1e6);
-    std::sort(us.begin(), us.end());
-    const size_t middle = us.size() / 2;
-    return {.median_us = us.size() % 2 == 1 ? us[middle] : (us[middle - 1] + us[middle]) / 2,
-            .min_us = us.front(),
-            .max_us = us.back(),
-            .moved_bytes = operands.front().moved_bytes()};
-  }
-
- private:
-  // Seconds a call.
-  double Run(const std::vector<OpCall>& calls, const Workspace& workspace, int64_t count) {
-    Backend& backend = device_.backend();
-    // While the device copies, the host enqueues: short kernels are not timed by what a launch
-    // takes the host.
-    if (from_) Check(backend.CopyWithin(to_.data, from_.data, from_.bytes()));
-    Check(backend.RecordMark(0));
-    for (int64_t i = 0; i < count; ++i) {
-      Check(calls[next_ % calls.size()](workspace));
-      ++next_;
-    }
-    Check(backend.RecordMark(1));
-    Check(backend.Synchronize());
-    return Value(backend.SecondsBetween(0, 1)) / static_cast<double>(count);
-  }
-
-  Device& device_;
-  int repetitions_;
-  Tensors head_start_;
-  TensorView from_, to_;
-  size_t next_ = 0;
-};
-
-struct Ceilings {
-  double flops = 0, bytes = 0;  // a second
-
-  double FloorUs(double op_flops, double op_bytes) const {
-    return std::max(op_flops / flops, op_bytes / bytes) * 1e6;
-  }
-};
-
-// Scratch that is enough for ops of all these dims.
-class Scratch {
- public:
-  Scratch(Device& device, const LayerDims& dims) : tensors_(device) {
-    workspace_.bytes = device.backend().WorkspaceBytes(dims);
-    if (workspace_.bytes > 0)
-      workspace_.data = tensors_.Zeros(DType::kU8, {static_cast<int64_t>(workspace_.bytes)}).data;
-  }
-  const Workspace& workspace() const { return workspace_; }
-
- private:
-  Tensors tensors_;
-  Workspace workspace_;
-};
-
-Ceilings MeasureCeilings(Device& device, Timer& timer, DType dtype) {
-  const int64_t size = device.is_gpu() ? 8192 : 512;
-  const Scratch scratch(device, {.batch = 1,
-                                 .seq = size,
-                                 .hidden = size,
-                                 .heads = size / 64,
-                                 .intermediate = size,
-                                 .dtype = dtype});
-  const OpCase product = ProductCeiling(dtype, size);
-  const Timing p = timer.Time(product, scratch.workspace());
-  const Timing c =
-      timer.Time(CopyCeiling(int64_t{1} << (device.is_gpu() ? 30 : 26)), scratch.workspace());
-  return {.flops = product.flops / p.median_us * 1e6,
-          .bytes = static_cast<double>(c.moved_bytes) / c.median_us * 1e6};
 }
 
 // One layer's forward and backward as the sum of its ops.
@@ -318,7 +210,7 @@ class Bench {
   Options options_;
   std::regex wanted_;
   Device device_;
-  Timer timer_;
+  OpTimer timer_;
   Ceilings ceilings_;
   Json shape_, result_;
 };
