@@ -1,0 +1,245 @@
+// Times every op of a layer by itself, at a layer's shapes, through the Backend API, and sets each
+// against what this device did in the same run: a large product's FLOP/s and a copy's bytes a
+// second. An op's floor is the larger of its FLOPs and its bytes at those rates; its share is floor
+// by time.
+//
+// Operands are not in the cache: each call takes the next of several sets. Within a layer some are,
+// so that a layer may take less than the sum of its ops.
+#include <cstdio>
+#include <ctime>
+#include <exception>
+#include <fstream>
+#include <optional>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
+#include "device.h"
+#include "layer_ops.h"
+#include "nlohmann/json.hpp"
+#include "op_timer.h"
+
+namespace lamina::bench {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string device = "cpu";
+  std::string shapes =
+      "64,128,1024,16,4096;16,512,1024,16,4096;4,2048,1024,16,4096;32,384,1024,16,4096;"
+      "8,1024,1024,16,4096";
+  std::string dtypes = "bf16";
+  double dropout = 0.1;
+  int64_t layers = 24;
+  int repetitions = 20;
+  std::string json;
+  bool unordered = false;
+  std::string ops = ".*";
+};
+
+std::vector<LayerDims> ParseShapes(const std::string& text) {
+  std::vector<LayerDims> shapes;
+  for (const auto& shape : absl::StrSplit(text, ';', absl::SkipWhitespace())) {
+    std::vector<int64_t> v;
+    for (const auto& number : absl::StrSplit(shape, ',')) {
+      int64_t value = 0;
+      if (!absl::SimpleAtoi(number, &value) || value < 1) break;
+      v.push_back(value);
+    }
+    if (v.size() != 5 || v[2] % v[3] != 0)
+      throw std::runtime_error("shape \"" + std::string(shape) +
+                               "\" is not B,S,H,A,I with A a divisor of H");
+    shapes.push_back(
+        {.batch = v[0], .seq = v[1], .hidden = v[2], .heads = v[3], .intermediate = v[4]});
+  }
+  return shapes;
+}
+
+// One layer's forward and backward as the sum of its ops.
+struct LayerSum {
+  double us = 0, floor_us = 0;
+  bool complete = true;  // no op of it was left out
+};
+
+class Bench {
+ public:
+  explicit Bench(const Options& options)
+      : options_(options),
+        wanted_(options.ops),
+        device_(options.device),
+        timer_(device_, options.repetitions) {
+    char date[16];
+    const std::time_t now = std::time(nullptr);
+    std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
+    result_ = {{"device", device_.backend().info().name},
+               {"date", date},
+               {"dropout", options.dropout},
+               {"layers", options.layers},
+               {"ceilings", Json::array()},
+               {"rows", Json::array()},
+               {"layer_sums", Json::array()}};
+  }
+
+  void Run() {
+    const std::vector<LayerDims> shapes = ParseShapes(options_.shapes);
+    for (const auto& name : absl::StrSplit(options_.dtypes, ',')) {
+      const DType dtype = ParseDType(std::string(name));
+      ceilings_ = MeasureCeilings(device_, timer_, dtype);
+      std::printf("%s, %s: product %.4g TFLOP/s, copy %.4g TB/s\n",
+                  device_.backend().info().name.c_str(), Name(dtype), ceilings_.flops / 1e12,
+                  ceilings_.bytes / 1e12);
+      result_["ceilings"].push_back({{"dtype", Name(dtype)},
+                                     {"product_tflops", ceilings_.flops / 1e12},
+                                     {"copy_tbs", ceilings_.bytes / 1e12}});
+      for (LayerDims dims : shapes) {
+        dims.dtype = dtype;
+        RunShape(dims);
+      }
+    }
+  }
+
+ private:
+  void RunShape(const LayerDims& dims) {
+    shape_ = {{"batch", dims.batch},
+              {"seq", dims.seq},
+              {"hidden", dims.hidden},
+              {"heads", dims.heads},
+              {"intermediate", dims.intermediate},
+              {"dtype", Name(dims.dtype)}};
+    std::printf("\nB %ld, S %ld, H %ld, A %ld, I %ld, %s, dropout %g%s\n",
+                static_cast<long>(dims.batch), static_cast<long>(dims.seq),
+                static_cast<long>(dims.hidden), static_cast<long>(dims.heads),
+                static_cast<long>(dims.intermediate), Name(dims.dtype), options_.dropout,
+                device_.backend().sizes().FusedAttention(dims) ? "" : ", plain attention");
+    std::printf("%-48s %9s %9s %9s %9s %9s %9s %9s  %5s\n", "", "us", "min", "max", "MB", "GFLOP",
+                "GB/s", "TFLOP/s", "share");
+
+    const Scratch scratch(device_, dims);
+    LayerSum pre_norm, post_norm;
+    for (const OpCase& op : LayerOps(dims, static_cast<float>(options_.dropout), options_.layers,
+                                     scratch.workspace())) {
+      std::optional<Timing> timing;
+      if (std::regex_search(op.name, wanted_)) timing = RunOp(op, scratch.workspace());
+      if (!timing) {
+        if (op.calls_pre_norm > 0) pre_norm.complete = false;
+        if (op.calls_post_norm > 0) post_norm.complete = false;
+        continue;
+      }
+      const double floor = ceilings_.FloorUs(op.flops, static_cast<double>(timing->moved_bytes));
+      for (auto [sum, calls] :
+           {std::pair(&pre_norm, op.calls_pre_norm), std::pair(&post_norm, op.calls_post_norm)}) {
+        sum->us += calls * timing->median_us;
+        sum->floor_us += calls * floor;
+      }
+      if (!options_.unordered || !op.sums_tokens) continue;
+      Workspace unordered = scratch.workspace();
+      unordered.unordered = true;
+      RunOp(op, unordered);
+    }
+    PrintSum("Post-LN", post_norm, false);
+    PrintSum("Pre-LN", pre_norm, true);
+    WriteJson();
+  }
+
+  // Nothing where the op failed, for lack of memory say: the others are timed all the same.
+  std::optional<Timing> RunOp(const OpCase& op, const Workspace& workspace) {
+    Json row = shape_;
+    row.update({{"op", op.name}, {"unordered", workspace.unordered}});
+    Timing t;
+    try {
+      t = timer_.Time(op, workspace);
+    } catch (const std::exception& error) {
+      std::printf("%-48s %s\n", op.name.c_str(), error.what());
+      row["error"] = error.what();
+      result_["rows"].push_back(std::move(row));
+      return std::nullopt;
+    }
+    const auto bytes = static_cast<double>(t.moved_bytes);
+    const double floor = ceilings_.FloorUs(op.flops, bytes);
+    const double gbs = bytes / t.median_us * 1e-3, tflops = op.flops / t.median_us * 1e-6;
+    const std::string name = op.name + (workspace.unordered ? ", unordered" : "");
+    std::printf("%-48s %9.2f %9.2f %9.2f %9.2f", name.c_str(), t.median_us, t.min_us, t.max_us,
+                bytes * 1e-6);
+    if (op.flops > 0)
+      std::printf(" %9.3f %9.1f %9.3f", op.flops * 1e-9, gbs, tflops);
+    else
+      std::printf(" %9s %9.1f %9s", "-", gbs, "-");
+    std::printf("  %4.0f%%\n", 100 * floor / t.median_us);
+    std::fflush(stdout);
+
+    row.update({{"calls_pre_norm", op.calls_pre_norm},
+                {"calls_post_norm", op.calls_post_norm},
+                {"us", {{"median", t.median_us}, {"min", t.min_us}, {"max", t.max_us}}},
+                {"bytes", t.moved_bytes},
+                {"flops", op.flops},
+                {"gbs", gbs},
+                {"tflops", tflops},
+                {"floor_us", floor},
+                {"share", floor / t.median_us}});
+    result_["rows"].push_back(std::move(row));
+    return t;
+  }
+
+  void PrintSum(const char* order, const LayerSum& sum, bool pre_norm) {
+    if (!sum.complete) return;
+    std::printf(
+        "one layer's forward+backward, %s: sum %.1f us, floor %.1f us (%.0f%%); %ld layers "
+        "%.2f ms\n",
+        order, sum.us, sum.floor_us, 100 * sum.floor_us / sum.us,
+        static_cast<long>(options_.layers), sum.us * static_cast<double>(options_.layers) * 1e-3);
+    Json row = shape_;
+    row.update({{"pre_layer_norm", pre_norm},
+                {"us", sum.us},
+                {"floor_us", sum.floor_us},
+                {"share", sum.floor_us / sum.us}});
+    result_["layer_sums"].push_back(std::move(row));
+  }
+
+  // After every shape: a run that is cut off keeps what it has.
+  void WriteJson() const {
+    if (options_.json.empty()) return;
+    std::ofstream file(options_.json);
+    file << result_.dump(2) << '\n';
+    if (!file.flush()) throw std::runtime_error("cannot write " + options_.json);
+  }
+
+  Options options_;
+  std::regex wanted_;
+  Device device_;
+  OpTimer timer_;
+  Ceilings ceilings_;
+  Json shape_, result_;
+};
+
+int Main(int argc, char** argv) {
+  Options o;
+  CLI::App app{"Times every op of a layer by itself against this device's product and copy rates."};
+  app.option_defaults()->always_capture_default();
+  app.add_option("--device", o.device, "cpu or cuda:N");
+  app.add_option("--shapes", o.shapes, "B,S,H,A,I;...");
+  app.add_option("--dtype", o.dtypes, "fp32, bf16, fp16, or several with commas");
+  app.add_option("--dropout", o.dropout, "of all three places")->check(CLI::Range(0.0, 0.99));
+  app.add_option("--layers", o.layers, "whose parameters the optimizers' ops go over")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--reps", o.repetitions, "how often each op is timed")->check(CLI::PositiveNumber);
+  app.add_option("--json", o.json, "write the figures here too");
+  app.add_flag("--unordered", o.unordered, "also with sums over tokens in any order");
+  app.add_option("--ops", o.ops, "a regular expression: only ops with such a name");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    Bench(o).Run();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernel_bench: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace lamina::bench
+
+int main(int argc, char** argv) { return lamina::bench::Main(argc, argv); }

@@ -1,0 +1,84 @@
+#include "op_timer.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace lamina::bench {
+
+OpTimer::OpTimer(Device& device, int repetitions)
+    : device_(device), repetitions_(repetitions), head_start_(device) {
+  if (!device.is_gpu()) return;
+  constexpr int64_t kBytes = int64_t{1} << 30;  // about 0.7 ms
+  for (TensorView* view : {&from_, &to_}) *view = head_start_.Zeros(DType::kU8, {kBytes});
+}
+
+Timing OpTimer::Time(const OpCase& op, const Workspace& workspace) {
+  // As many sets of operands as push one another out of any cache.
+  constexpr size_t kCold = size_t{128} << 20, kMostSets = 16;
+  std::vector<Operands> operands;
+  std::vector<OpCall> calls;
+  size_t wanted = 1;
+  do {
+    calls.push_back(op.make(operands.emplace_back(device_)));
+    const size_t bytes = std::max<size_t>(operands.front().moved_bytes(), 1);
+    wanted = bytes >= 4 * kCold ? 1 : std::min(1 + (kCold + bytes - 1) / bytes, kMostSets);
+  } while (calls.size() < wanted);
+
+  const auto sets = static_cast<int64_t>(calls.size());
+  for (int i = 0; i < 2; ++i) Run(calls, workspace, sets);
+  const double estimate = Run(calls, workspace, sets);
+  const double target = device_.is_gpu() ? 1e-3 : 5e-3;
+  const int64_t count =
+      std::clamp<int64_t>(std::llround(target / std::max(estimate, 1e-9)), 1, 100);
+  std::vector<double> us;
+  for (int i = 0; i < repetitions_; ++i) us.push_back(Run(calls, workspace, count) * 1e6);
+  std::sort(us.begin(), us.end());
+  const size_t middle = us.size() / 2;
+  return {.median_us = us.size() % 2 == 1 ? us[middle] : (us[middle - 1] + us[middle]) / 2,
+          .min_us = us.front(),
+          .max_us = us.back(),
+          .moved_bytes = operands.front().moved_bytes()};
+}
+
+double OpTimer::Run(const std::vector<OpCall>& calls, const Workspace& workspace, int64_t count) {
+  Backend& backend = device_.backend();
+  // While the device copies, the host enqueues: short kernels are not timed by what a launch takes
+  // the host.
+  if (from_) Check(backend.CopyWithin(to_.data, from_.data, from_.bytes()));
+  Check(backend.RecordMark(0));
+  for (int64_t i = 0; i < count; ++i) {
+    Check(calls[next_ % calls.size()](workspace));
+    ++next_;
+  }
+  Check(backend.RecordMark(1));
+  Check(backend.Synchronize());
+  return Value(backend.SecondsBetween(0, 1)) / static_cast<double>(count);
+}
+
+Scratch::Scratch(Device& device, const LayerDims& dims) : tensors_(device) {
+  const size_t bytes = device.backend().WorkspaceBytes(dims);
+  if (bytes > 0)
+    workspace_ = {tensors_.Zeros(DType::kU8, {static_cast<int64_t>(bytes)}).data, bytes};
+}
+
+double Ceilings::FloorUs(double op_flops, double op_bytes) const {
+  return std::max(op_flops / flops, op_bytes / bytes) * 1e6;
+}
+
+Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype) {
+  const int64_t size = device.is_gpu() ? 8192 : 512;
+  const Scratch scratch(device, {.batch = 1,
+                                 .seq = size,
+                                 .hidden = size,
+                                 .heads = size / 64,
+                                 .intermediate = size,
+                                 .dtype = dtype});
+  const OpCase product = ProductCeiling(dtype, size);
+  const OpCase copy = CopyCeiling(int64_t{1} << (device.is_gpu() ? 30 : 26));
+  const Timing product_timing = timer.Time(product, scratch.workspace());
+  const Timing copy_timing = timer.Time(copy, scratch.workspace());
+  return {.flops = product.flops / product_timing.median_us * 1e6,
+          .bytes = static_cast<double>(copy_timing.moved_bytes) / copy_timing.median_us * 1e6};
+}
+
+}  // namespace lamina::bench

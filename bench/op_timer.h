@@ -1,0 +1,59 @@
+// Times ops on the device, and what the device can do at most.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "device.h"
+#include "lamina/kernels/backend.h"
+#include "layer_ops.h"
+
+namespace lamina::bench {
+
+struct Timing {
+  double median_us = 0, min_us = 0, max_us = 0;  // a call, over the repetitions
+  size_t moved_bytes = 0;                        // by a call
+};
+
+class OpTimer {
+ public:
+  OpTimer(Device& device, int repetitions);
+
+  // Calls follow one another on the device, each on operands that are not in its cache.
+  Timing Time(const OpCase& op, const Workspace& workspace);
+
+ private:
+  // Seconds a call of `count`.
+  double Run(const std::vector<OpCall>& calls, const Workspace& workspace, int64_t count);
+
+  Device& device_;
+  int repetitions_;
+  Tensors head_start_;
+  TensorView from_, to_;
+  size_t next_ = 0;
+};
+
+// Workspace that is enough for any op at these dims.
+class Scratch {
+ public:
+  Scratch(Device& device, const LayerDims& dims);
+  const Workspace& workspace() const { return workspace_; }
+
+ private:
+  Tensors tensors_;
+  Workspace workspace_;
+};
+
+// What this device did in this run: a large product's FLOP/s, a copy's bytes a second, read and
+// written.
+struct Ceilings {
+  double flops = 0, bytes = 0;
+
+  // The least time in which an op can be done.
+  double FloorUs(double op_flops, double op_bytes) const;
+};
+
+Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype);
+
+}  // namespace lamina::bench

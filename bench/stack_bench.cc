@@ -1,0 +1,144 @@
+// Our side of bench/stack: a Stack in this process, without a daemon, that obeys commands, so that
+// the script can let it and a peer take turns on one device. Nothing runs on the device between a
+// reply and the next command.
+//
+// A command a line on stdin, an answer of one JSON object a line on stdout; {"error": ...} says
+// what went wrong and changes nothing else. It ends with its input.
+//   create CONFIG     a stack of this config (JSON, StackConfig's names) instead of the one before
+//   run N             N times Forward and Backward at batch_size x max_seq_length; milliseconds on
+//                     the device: {"forward": [...], "backward": [...], "forward_backward": [...]}
+//   plan              {"bytes": total, "weights": ..., ...}
+//   delete            frees the stack
+//   ceilings DTYPE    {"product_tflops": ..., "copy_tbs": ...}
+// The first line of the output names the device, before any command.
+#include <cstdio>
+#include <exception>
+#include <iostream>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "CLI/CLI.hpp"
+#include "device.h"
+#include "lamina/transformer/config.h"
+#include "lamina/transformer/stack.h"
+#include "nlohmann/json.hpp"
+#include "op_timer.h"
+
+namespace lamina::bench {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+class StackUnderTest {
+ public:
+  StackUnderTest(Device& device, const StackConfig& config)
+      : device_(device), stack_(Value(Stack::Create(device.backend(), config))), tensors_(device) {
+    const Shape shape{config.batch_size, config.max_seq_length, config.hidden_size};
+    for (TensorView* view : {&input_, &output_, &output_grad_, &input_grad_})
+      *view = tensors_.Noise(config.dtype, shape);
+    Check(device.backend().Synchronize());
+  }
+
+  Json Run(int64_t steps) {
+    Backend& backend = device_.backend();
+    Json forward = Json::array(), backward = Json::array(), both = Json::array();
+    for (int64_t i = 0; i < steps; ++i) {
+      Check(backend.RecordMark(0));
+      const std::unique_ptr<Context> context = Value(stack_->ForwardTraining(
+          {.layers = {0, stack_->config().num_hidden_layers}, .input = input_, .output = output_}));
+      Check(backend.RecordMark(1));
+      Check(stack_->Backward(*context, output_grad_, input_grad_));
+      Check(backend.RecordMark(2));
+      Check(backend.Synchronize());
+      forward.push_back(Value(backend.SecondsBetween(0, 1)) * 1e3);
+      backward.push_back(Value(backend.SecondsBetween(1, 2)) * 1e3);
+      both.push_back(Value(backend.SecondsBetween(0, 2)) * 1e3);
+    }
+    return {{"forward", forward}, {"backward", backward}, {"forward_backward", both}};
+  }
+
+  Json Plan() const {
+    const MemoryPlan& plan = stack_->plan();
+    Json answer{{"bytes", plan.Total()}};
+    for (int kind = 0; kind < kMemoryKinds; ++kind)
+      answer[Name(static_cast<MemoryKind>(kind))] = plan.Bytes(static_cast<MemoryKind>(kind));
+    return answer;
+  }
+
+ private:
+  Device& device_;
+  std::unique_ptr<Stack> stack_;
+  Tensors tensors_;
+  TensorView input_, output_, output_grad_, input_grad_;
+};
+
+class Commands {
+ public:
+  explicit Commands(Device& device) : device_(device) {}
+
+  Json Obey(const std::string& line) {
+    const size_t space = line.find(' ');
+    const std::string command = line.substr(0, space);
+    const std::string argument = space == std::string::npos ? "" : line.substr(space + 1);
+    if (command == "create") {
+      stack_.reset();
+      const StackConfig config = Value(StackConfigFromJson(argument));
+      stack_.emplace(device_, Value(Resolve(config, device_.backend().info().ordinal)));
+      return Json::object();
+    }
+    if (command == "run") return TheStack().Run(std::stoll(argument));
+    if (command == "plan") return TheStack().Plan();
+    if (command == "delete") {
+      stack_.reset();
+      return Json::object();
+    }
+    if (command == "ceilings") {
+      OpTimer timer(device_, 20);
+      const Ceilings c = MeasureCeilings(device_, timer, ParseDType(argument));
+      return {{"product_tflops", c.flops / 1e12}, {"copy_tbs", c.bytes / 1e12}};
+    }
+    throw std::runtime_error("no such command: " + command);
+  }
+
+ private:
+  StackUnderTest& TheStack() {
+    if (!stack_) throw std::runtime_error("create a stack first");
+    return *stack_;
+  }
+
+  Device& device_;
+  std::optional<StackUnderTest> stack_;
+};
+
+int Main(int argc, char** argv) {
+  std::string name = "cpu";
+  CLI::App app{"Times a stack's Forward and Backward, as commands on stdin say; see bench/stack."};
+  app.add_option("--device", name, "cpu or cuda:N");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    Device device(name);
+    const DeviceInfo& info = device.backend().info();
+    std::cout << Json{{"device", info.name}, {"kind", info.kind}, {"uuid", info.uuid}}.dump()
+              << std::endl;
+    Commands commands(device);
+    for (std::string line; std::getline(std::cin, line);) {
+      Json answer;
+      try {
+        answer = commands.Obey(line);
+      } catch (const std::exception& error) {
+        answer = {{"error", error.what()}};
+      }
+      std::cout << answer.dump() << std::endl;
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "stack_bench: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace lamina::bench
+
+int main(int argc, char** argv) { return lamina::bench::Main(argc, argv); }

@@ -1,0 +1,125 @@
+"""The benchmarks of kernels and of stacks, run at tiny shapes on the CPU: that they run, and that their figures agree with
+one another. BENCH_BIN names the folder of the binaries; build/release/bin by default."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BIN = pathlib.Path(os.environ.get("BENCH_BIN", ROOT / "build/release/bin"))
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+
+
+def run(*command, code=0):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def check_times(times):
+    assert 0 < times["min"] <= times["median"] <= times["max"]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    file = tmp_path_factory.mktemp("kernels") / "kernels.json"
+    run(BIN / "kernel_bench", "--device", "cpu", "--shapes", "2,16,64,4,128;1,24,32,2,64", "--dtype", "fp32,bf16", "--layers", 2,
+        "--reps", 3, "--unordered", "--json", file)
+    return json.loads(file.read_text())
+
+
+def test_every_op_is_timed(kernels):
+    ops = {row["op"].split()[0].rstrip(",") for row in kernels["rows"]}
+    assert ops == {"Linear", "LinearInputGrad", "LinearWeightGrad", "Gelu", "GeluBackward", "LayerNorm", "LayerNormBackward",
+                   "DropoutAddNorm", "DropoutAddNormBackward", "Attention", "AttentionBackward", "Cast", "GradientStats",
+                   "AdamW", "Lamb"}
+    assert {row["op"] for row in kernels["rows"] if row["unordered"]} == {
+        row["op"] for row in kernels["rows"] if row["op"].startswith("LinearWeightGrad") or "Backward" in row["op"]}
+
+
+def test_rates_and_floors_follow_from_times(kernels):
+    ceilings = {c["dtype"]: c for c in kernels["ceilings"]}
+    for row in kernels["rows"]:
+        check_times(row["us"])
+        ceiling = ceilings[row["dtype"]]
+        assert row["gbs"] == pytest.approx(row["bytes"] / row["us"]["median"] / 1e3)
+        assert row["tflops"] == pytest.approx(row["flops"] / row["us"]["median"] / 1e6)
+        floor = max(row["flops"] / ceiling["product_tflops"], row["bytes"] / ceiling["copy_tbs"]) / 1e6
+        assert row["floor_us"] == pytest.approx(floor)
+        assert row["share"] == pytest.approx(floor / row["us"]["median"])
+
+
+def test_a_linear_moves_its_operands_once(kernels):
+    (row,) = [r for r in kernels["rows"] if r["op"] == "Linear fc2" and r["seq"] == 16 and r["dtype"] == "fp32"]
+    t, k, n = 32, 128, 64
+    assert row["bytes"] == 4 * (t * k + n * k + t * n)
+    assert row["flops"] == 2 * t * k * n
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_a_layer_is_the_sum_of_its_calls(kernels, pre_norm):
+    sums = [s for s in kernels["layer_sums"] if s["pre_layer_norm"] == pre_norm]
+    assert len(sums) == 4
+    for layer in sums:
+        rows = [r for r in kernels["rows"] if not r["unordered"] and (r["seq"], r["dtype"]) == (layer["seq"], layer["dtype"])]
+        calls = "calls_pre_norm" if pre_norm else "calls_post_norm"
+        assert sum(r[calls] for r in rows) == 21  # as layer.cc makes them, forward and backward, in either order
+        assert layer["us"] == pytest.approx(sum(r[calls] * r["us"]["median"] for r in rows))
+        assert layer["floor_us"] == pytest.approx(sum(r[calls] * r["floor_us"] for r in rows))
+
+
+def test_ops_can_be_chosen(tmp_path):
+    run(BIN / "kernel_bench", "--shapes", "1,8,16,2,32", "--dtype", "fp32", "--reps", 1, "--ops", "^LayerNorm$", "--json",
+        tmp_path / "k.json")
+    chosen = json.loads((tmp_path / "k.json").read_text())
+    assert [row["op"] for row in chosen["rows"]] == ["LayerNorm"] and chosen["layer_sums"] == []
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory):
+    file = tmp_path_factory.mktemp("stacks") / "stacks.json"
+    run(sys.executable, ROOT / "bench/stack", "--device", "cpu", "--shapes", "2,16,64,4,128,2;1,24,32,2,64,1", "--dtype", "fp32",
+        "--order", "pre,post", "--rounds", 2, "--flags", "gelu_checkpoint", "--binary", BIN / "stack_bench", "--json", file)
+    return file
+
+
+def test_both_sides_of_a_stack_are_timed(stacks):
+    result = json.loads(stacks.read_text())
+    assert {"device", "driver", "date", "commit", "ceilings", "rows"} <= result.keys()
+    assert result["ceilings"]["product_tflops"] > 0 and result["ceilings"]["copy_tbs"] > 0
+    assert len(result["rows"]) == 8  # shapes x orders x directions
+    for row in result["rows"]:
+        assert row["failures"] == {} and row["flags"] == ["gelu_checkpoint"]
+        check_times(row["ours_ms"])
+        assert row["peers"]["eager"] > 0
+        assert row["speedup"]["eager"] == pytest.approx(row["peers"]["eager"] / row["ours_ms"]["median"])
+        assert row["share_of_ceiling"] == pytest.approx(row["tflops"] / result["ceilings"]["product_tflops"])
+        assert row["peak_bytes"]["ours"] > 0
+    forward, both = result["rows"][:2]
+    assert (forward["direction"], both["direction"]) == ("forward", "forward_backward")
+    assert forward["ours_ms"]["median"] < both["ours_ms"]["median"]
+    assert forward["flops"] == 2 * (2 * 32 * (4 * 64 * 64 + 2 * 64 * 128) + 4 * 2 * 16 * 16 * 64)
+    assert both["flops"] == 3 * forward["flops"]
+    assert forward["tflops"] == pytest.approx(forward["flops"] / forward["ours_ms"]["median"] / 1e9)
+
+
+def test_a_side_that_fails_is_noted_and_the_rest_goes_on(tmp_path):
+    run(sys.executable, ROOT / "bench/stack", "--device", "cpu", "--shapes", "1,9000,8,1,8,1;1,8,16,2,32,1", "--dtype", "fp32",
+        "--peers", "none", "--rounds", 1, "--binary", BIN / "stack_bench", "--json", tmp_path / "s.json")
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["ours_ms"] is None for row in rows] == [True, True, False, False]
+    assert "max_seq_length" in rows[0]["failures"]["ours"]
+
+
+def test_plot(stacks, tmp_path):
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "matplotlib" in run(sys.executable, ROOT / "bench/plot", stacks, code=2).stderr
+        return
+    run(sys.executable, ROOT / "bench/plot", stacks, "--out", tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
