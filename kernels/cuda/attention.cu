@@ -2,6 +2,7 @@
 #include "attention.cuh"
 #include "attention_any.cuh"
 #include "attention_head.cuh"
+#include "attention_head_backward.cuh"
 #include "attention_mma.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
@@ -98,6 +99,9 @@ cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) 
 
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
+  if (UseTensorCores(params) && params.seq <= kWholeHeadRows) {
+    return LaunchAttentionHeadBackward(params, stream);
+  }
   if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
   if (UseTensorCores(params)) return LaunchAttentionMmaBackward(params, stream);
   return LaunchAttentionAnyBackward(params, stream);

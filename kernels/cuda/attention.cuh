@@ -2,8 +2,8 @@
 // backward.
 //
 // Two implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples of
-// 8 up to 128) and attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here
-// choose.
+// 8 up to 128), whose backward is attention_head_backward's where a block can hold a head, and
+// attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here choose.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -8,185 +8,13 @@
 // once the left operands of dV = p^T dout and dK = ds^T q.
 #include "attention_head.cuh"
 #include "attention_mma.cuh"
-#include "common/convert.cuh"
-#include "common/copy_async.cuh"
-#include "common/mma.cuh"
+#include "attention_tiles.cuh"
 
 namespace lamina::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRows = 64;  // of a block
-constexpr float kLog2E = 1.4426950408889634f;
-
-// Shared memory rows are 16 bytes longer than they need be: ldmatrix then meets no bank conflict.
-constexpr int Stride(int dim) { return dim + 8; }
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Starts to copy rows [0, kTileRows) of `src` into `tile`, with zeros from row `rows` and from
-// column `head_dim` on; row 0 must exist. WaitForCopies and a barrier end it.
-template <int kDim, int kTileRows, typename T>
-__device__ __forceinline__ void StartTile(T* tile, const T* src, int64_t stride, int rows,
-                                          int head_dim) {
-  constexpr int kChunks = kDim / 8;
-#pragma unroll
-  for (int i = 0; i < kTileRows * kChunks / kThreads; ++i) {
-    const int e = static_cast<int>(threadIdx.x) + i * kThreads;
-    const int r = e / kChunks;
-    const int c = e % kChunks * 8;
-    const bool inside = r < rows && c < head_dim;
-    CopyAsync16(tile + r * Stride(kDim) + c, src + (inside ? r * stride + c : 0), inside);
-  }
-}
-
-// Among the four lanes of a quad: afterwards w[i] is what lane i held in w[lane % 4].
-__device__ __forceinline__ void QuadTranspose(uint32_t (&w)[4]) {
-  const bool odd = (threadIdx.x & 1u) != 0;
-  const bool upper = (threadIdx.x & 2u) != 0;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, odd ? w[i] : w[i + 1], 1);
-    if (odd) {
-      w[i] = got;
-    } else {
-      w[i + 1] = got;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? w[i] : w[i + 2], 2);
-    if (upper) {
-      w[i] = got;
-    } else {
-      w[i + 2] = got;
-    }
-  }
-}
-
-// Multiplies the C fragments c[kTiles] of a score tile (rows: queries `query` + {0, 8} of this
-// lane, columns: keys from key0, a multiple of 8) by 0 where dropped and by `kept` elsewhere. A
-// quad shares its rows; each of its lanes draws the bits of one column tile in four.
-template <int kTiles>
-__device__ __forceinline__ void DropQueryRows(const DropoutParams& dropout, const RngState& rng,
-                                              int64_t row0, int key0, float kept,
-                                              float (&c)[kTiles][4]) {
-  static_assert(kTiles % 4 == 0, "quads draw four column tiles");
-  const uint32_t t = threadIdx.x & 3u;
-#pragma unroll
-  for (int tile = 0; tile < kTiles; tile += 4) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Philox4 bits =
-          DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row0 + 8 * half),
-                      static_cast<uint32_t>(key0 >> 3) + static_cast<uint32_t>(tile) + t);
-      uint32_t w[4] = {bits.word[0], bits.word[1], bits.word[2], bits.word[3]};
-      QuadTranspose(w);
-      // w[i]: lanes 2t and 2t + 1 of column tile `tile` + i, this thread's two columns of it.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& low = c[tile + i][2 * half];
-        float& high = c[tile + i][2 * half + 1];
-        low = (w[i] & 0xFFFFu) < dropout.threshold ? low * kept : 0.0f;
-        high = (w[i] >> 16) < dropout.threshold ? high * kept : 0.0f;
-      }
-    }
-  }
-}
-
-// Causality in a tile of scores whose rows are queries: -inf where the key lies beyond. `query` is
-// that of row g, `key0` the key of column 0.
-template <int kTiles>
-__device__ __forceinline__ void CutQueryRows(int query, int key0, float (&c)[kTiles][4]) {
-  // Column 8 n + 2 t + e is beyond row g + 8 b where 8 n + e > query + 8 b - key0 - 2 t.
-  const int last = query - key0 - 2 * (static_cast<int>(threadIdx.x) & 3);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (8 * n + (i & 1) > last + 8 * (i >> 1)) c[n][i] = -INFINITY;
-    }
-  }
-}
-
-// The same in a tile whose rows are keys: `key` is that of row g, `query0` the query of column 0.
-template <int kTiles>
-__device__ __forceinline__ void CutKeyRows(int key, int query0, float (&c)[kTiles][4]) {
-  // Row g + 8 b is beyond column 8 n + 2 t + e where 8 n + e < key + 8 b - query0 - 2 t.
-  const int first = key - query0 - 2 * (static_cast<int>(threadIdx.x) & 3);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (8 * n + (i & 1) < first + 8 * (i >> 1)) c[n][i] = -INFINITY;
-    }
-  }
-}
-
-// o[kDim/8] += c (rounded) times the kTiles * 8 rows of `tile`.
-template <typename T, int kDim, int kTiles>
-__device__ __forceinline__ void MultiplyRounded(float (&o)[kDim / 8][4],
-                                                const float (&c)[kTiles][4], const T* tile) {
-#pragma unroll
-  for (int k = 0; k < kTiles / 2; ++k) {
-    uint32_t a[4];
-    PackA<T>(a, c[2 * k], c[2 * k + 1]);
-#pragma unroll
-    for (int n = 0; n < kDim / 16; ++n) {
-      uint32_t b[4];
-      LoadBFromColumns<Stride(kDim)>(b, tile, k * 16, n * 16);
-      MultiplyAdd<T>(o[2 * n], a, b[0], b[1]);
-      MultiplyAdd<T>(o[2 * n + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// c[kTiles] = a (16 rows, kDim deep) times the transposed kTiles * 8 rows of `tile`.
-template <typename T, int kDim, int kTiles>
-__device__ __forceinline__ void MultiplyRows(float (&c)[kTiles][4],
-                                             const uint32_t (&a)[kDim / 16][4], const T* tile) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
-  }
-#pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) {
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      uint32_t b[4];
-      LoadBFromRows<Stride(kDim)>(b, tile, n * 16, k * 16);
-      MultiplyAdd<T>(c[2 * n], a[k], b[0], b[1]);
-      MultiplyAdd<T>(c[2 * n + 1], a[k], b[2], b[3]);
-    }
-  }
-}
-
-// Writes o * factor for this warp's 16 rows from `row`, those below `rows`. factor[half] is that of
-// rows g + 8 * half.
-template <typename T, int kDim>
-__device__ __forceinline__ void StoreFragments(T* dst, int64_t stride, int row, int rows,
-                                               int head_dim, const float (&o)[kDim / 8][4],
-                                               const float (&factor)[2]) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = row + (lane >> 2) + 8 * half;
-    if (r >= rows) continue;
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      const int col = n * 8 + (lane & 3) * 2;
-      if (n * 8 >= head_dim) continue;
-      *reinterpret_cast<uint32_t*>(dst + r * stride + col) =
-          PackPair<T>(o[n][2 * half] * factor[half], o[n][2 * half + 1] * factor[half]);
-    }
-  }
-}
-
 // Tiles come in pairs: one is computed on while the next one arrives.
 template <typename T, int kDim, int kKeys>
 struct KeyTiles {
@@ -200,8 +28,8 @@ struct KeyTiles {
     const int64_t stride = 3 * p.width;
     const int head_dim = static_cast<int>(p.head_dim);
     const T* keys = qkv + p.width + key0 * stride;
-    StartTile<kDim, kKeys>(k[slot], keys, stride, h.keys - key0, head_dim);
-    StartTile<kDim, kKeys>(v[slot], keys + p.width, stride, h.keys - key0, head_dim);
+    StartTile<kDim, kKeys, kThreads>(k[slot], keys, stride, h.keys - key0, head_dim);
+    StartTile<kDim, kKeys, kThreads>(v[slot], keys + p.width, stride, h.keys - key0, head_dim);
     if (threadIdx.x < kKeys) {
       bias[slot][threadIdx.x] = KeyBias(p, h, key0 + static_cast<int>(threadIdx.x));
     }
@@ -233,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
   // The queries pass through the second tile of keys into registers.
   static_assert(kRows <= kKeys, "queries must fit a tile of keys");
   uint32_t q[kDim / 16][4];
-  StartTile<kDim, kRows>(tiles.k[1], qkv + h.first * stride, stride, h.length - h.first, head_dim);
+  StartTile<kDim, kRows, kThreads>(tiles.k[1], qkv + h.first * stride, stride, h.length - h.first,
+                                   head_dim);
   CommitCopies();
   if (h.keys > 0) tiles.Start(p, h, qkv, 0, 0);
   CommitCopies();
@@ -350,8 +179,9 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   uint32_t q[kDim / 16][4];
   uint32_t d_out[kDim / 16][4];
   const int queries = h.length - h.first;
-  StartTile<kDim, kRows>(&tiles.k[0][0], qkv + h.first * stride, stride, queries, head_dim);
-  StartTile<kDim, kRows>(&tiles.v[0][0], dout, p.width, queries, head_dim);
+  StartTile<kDim, kRows, kThreads>(&tiles.k[0][0], qkv + h.first * stride, stride, queries,
+                                   head_dim);
+  StartTile<kDim, kRows, kThreads>(&tiles.v[0][0], dout, p.width, queries, head_dim);
   CommitCopies();
   WaitForCopies<0>();
   __syncthreads();
@@ -414,28 +244,6 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   StoreFragments<T, kDim>(dst, stride, warp_row, h.length - h.first, head_dim, dq, factor);
 }
 
-// Bit 8 p + g of lane 16 j + 8 b + r of the result: whether the probability of query
-// query0 + 16 p + 8 j + r and key key0 + 8 b + g is kept, for p < kTiles / 2.
-template <int kTiles>
-__device__ __forceinline__ uint32_t DrawKeyRows(const DropoutParams& dropout, const RngState& rng,
-                                                int64_t query_row0, int key0) {
-  static_assert(kTiles <= 8, "8 bits for each pair of tiles");
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  const uint32_t block = static_cast<uint32_t>(key0 >> 3) + ((lane >> 3) & 1);
-  uint32_t kept = 0;
-#pragma unroll
-  for (int pair = 0; pair < kTiles / 2; ++pair) {
-    const int64_t row = query_row0 + 16 * pair + 8 * (lane >> 4) + (lane & 7);
-    const Philox4 bits = DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row), block);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t draw = (bits.word[i >> 1] >> ((i & 1) * 16)) & 0xFFFFu;
-      kept |= (draw < dropout.threshold ? 1u : 0u) << (8 * pair + i);
-    }
-  }
-  return kept;
-}
-
 // What a block of keys keeps, and tiles of queries in pairs.
 template <typename T, int kDim>
 struct KeyGradTiles {
@@ -444,9 +252,7 @@ struct KeyGradTiles {
   T v[kRows * Stride(kDim)];
   T q[2][kQueries * Stride(kDim)];
   T dout[2][kQueries * Stride(kDim)];
-  float max[2][kQueries];
-  float inverse_sum[2][kQueries];
-  float delta[2][kQueries];
+  ScoreRow rows[2][kQueries];
 
   // Queries from `query0`, below h.length, into pair `slot`. `all_dout`: that of the sequence's
   // first token.
@@ -455,14 +261,13 @@ struct KeyGradTiles {
     const int64_t stride = 3 * p.width;
     const int head_dim = static_cast<int>(p.head_dim);
     const int rows = h.length - query0;
-    StartTile<kDim, kQueries>(q[slot], qkv + query0 * stride, stride, rows, head_dim);
-    StartTile<kDim, kQueries>(dout[slot], all_dout + query0 * p.width, p.width, rows, head_dim);
+    StartTile<kDim, kQueries, kThreads>(q[slot], qkv + query0 * stride, stride, rows, head_dim);
+    StartTile<kDim, kQueries, kThreads>(dout[slot], all_dout + query0 * p.width, p.width, rows,
+                                        head_dim);
     const int i = static_cast<int>(threadIdx.x);
     if (i >= kQueries) return;
-    const int64_t row = h.row + query0 + i;
-    max[slot][i] = i < rows ? p.softmax[row].max : INFINITY;
-    inverse_sum[slot][i] = i < rows ? p.softmax[row].inverse_sum : 0.0f;
-    delta[slot][i] = i < rows ? p.delta[row] : 0.0f;
+    this->rows[slot][i] =
+        ScoreRowOf(p, h, query0 + i, i < rows ? p.delta[h.row + query0 + i] : 0.0f);
   }
 };
 
@@ -484,7 +289,6 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   const int lane = tid & 31;
   const int warp_row = tid / 32 * 16;
   const int g = lane >> 2;
-  const int t = lane & 3;
   const int key0 = h.first + warp_row;
   RngState rng{};
   if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
@@ -494,8 +298,10 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
   // A block whose keys are all cut off has zero gradients.
   if (h.first < h.keys) {
     const int keys = h.keys - h.first;
-    StartTile<kDim, kRows>(tiles.k, qkv + p.width + h.first * stride, stride, keys, head_dim);
-    StartTile<kDim, kRows>(tiles.v, qkv + 2 * p.width + h.first * stride, stride, keys, head_dim);
+    StartTile<kDim, kRows, kThreads>(tiles.k, qkv + p.width + h.first * stride, stride, keys,
+                                     head_dim);
+    StartTile<kDim, kRows, kThreads>(tiles.v, qkv + 2 * p.width + h.first * stride, stride, keys,
+                                     head_dim);
     // Queries before the block's first key see none of its keys. That is where a tile begins.
     static_assert(kRows % kQueries == 0, "a block of keys begins where a tile of queries does");
     const int q_first = p.causal ? h.first : 0;
@@ -511,63 +317,13 @@ __global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
       CommitCopies();
       // No query of this tile sees a key of this warp.
       if (p.causal && q0 + kQueries - 1 < key0) continue;
-      // Rows are keys g and g + 8, columns queries.
-      float s[kTiles][4];
-      float dp[kTiles][4];
-      {
-        uint32_t a[kDim / 16][4];
-#pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], tiles.k, warp_row, k * 16);
-        MultiplyRows<T, kDim, kTiles>(s, a, tiles.q[slot]);
-#pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], tiles.v, warp_row, k * 16);
-        MultiplyRows<T, kDim, kTiles>(dp, a, tiles.dout[slot]);
-      }
-      uint32_t drawn = 0;
-      if (p.dropout.rng != nullptr) {
-        drawn = DrawKeyRows<kTiles>(p.dropout, rng, h.row + q0, key0);
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = s[n][i] * p.scale + bias[i >> 1];
-      }
-      // Only where the tile's first query does not see this warp's last key.
-      if (p.causal && q0 < key0 + 15) {
-        CutKeyRows<kTiles>(key0 + g, q0, s);
-      }
-      // Tile n = 2 * pair + j. For each j, key half b and query parity e, one shuffle brings the
-      // bits of all pairs.
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            uint32_t kept = 0xFFFFFFFFu;
-            float scale = 1.0f;
-            if (p.dropout.rng != nullptr) {
-              kept = __shfl_sync(0xFFFFFFFFu, drawn, 16 * j + 8 * b + 2 * t + e);
-              scale = p.dropout.scale;
-            }
-            kept >>= g;
-#pragma unroll
-            for (int pair = 0; pair < kTiles / 2; ++pair) {
-              const int n = 2 * pair + j;
-              const int i = 2 * b + e;
-              const int column = n * 8 + 2 * t + e;
-              const bool keep = ((kept >> (8 * pair)) & 1u) != 0;
-              const float prob = Exp2((s[n][i] - tiles.max[slot][column]) * kLog2E) *
-                                 tiles.inverse_sum[slot][column];
-              const float dprob = keep ? dp[n][i] * scale : 0.0f;
-              s[n][i] = keep ? prob : 0.0f;
-              dp[n][i] = prob * (dprob - tiles.delta[slot][column]);
-            }
-          }
-        }
-      }
-      MultiplyRounded<T, kDim, kTiles>(dv, s, tiles.dout[slot]);
-      MultiplyRounded<T, kDim, kTiles>(dk, dp, tiles.q[slot]);
+      float probs[kTiles][4];
+      float ds[kTiles][4];
+      ScoreGradsOfKeys<T, kDim, kTiles>(
+          p, h, rng, {tiles.k, tiles.v, tiles.q[slot], tiles.dout[slot], tiles.rows[slot]},
+          warp_row, key0, q0, bias, probs, ds);
+      MultiplyRounded<T, kDim, kTiles>(dv, probs, tiles.dout[slot]);
+      MultiplyRounded<T, kDim, kTiles>(dk, ds, tiles.q[slot]);
     }
   }
   T* dst = static_cast<T*>(p.dqkv) + offset + h.first * stride;

@@ -4,17 +4,20 @@
 #include "column_sum.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
-#include "kernel_limits.h"
+#include "common/reduce.cuh"
 
 namespace lamina::cuda {
 namespace {
 
 constexpr int kThreadRows = 8;  // a block is 32 x 8 threads
+constexpr int kBlocks = 5;      // as many as registers allow on a multiprocessor: one wave of them
+// Few blocks finish, each with much to fetch that nothing else waits for: many threads a column.
+constexpr int kFinishRows = 32;
 
 // Block (bx, by): columns [bx * 32 * kWidth, ...), rows of slice by. One sum a column, to
 // partials[by * cols + column]; where `unordered`, added to partials[column].
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(32 * kThreadRows)
+__global__ void __launch_bounds__(32 * kThreadRows, kBlocks)
     ColumnSumKernel(const T* x, float* partials, int64_t rows, int64_t cols, int64_t rows_per_slice,
                     bool unordered) {
   __shared__ float shared[kThreadRows][32 * kWidth + 1];
@@ -23,6 +26,7 @@ __global__ void __launch_bounds__(32 * kThreadRows)
   const int64_t end = min(begin + rows_per_slice, rows);
   float sum[kWidth] = {};
   if (col < cols) {
+#pragma unroll 4
     for (int64_t row = begin + threadIdx.y; row < end; row += kThreadRows) {
       float v[kWidth];
       LoadWide<T, kWidth>(x + row * cols + col, v);
@@ -48,9 +52,9 @@ __global__ void __launch_bounds__(32 * kThreadRows)
   }
 }
 
-__global__ void __launch_bounds__(32 * kThreadRows)
+__global__ void __launch_bounds__(32 * kFinishRows)
     FinishColumnSumKernel(FinishColumnSumArgs args) {
-  __shared__ float shared[kThreadRows][33];
+  __shared__ float shared[kFinishRows][33];
   // Selected without indexing, which would copy the array to local memory.
   float* dst = blockIdx.y == 0 ? args.dst[0] : blockIdx.y == 1 ? args.dst[1] : args.dst[2];
   if (dst == nullptr) return;
@@ -58,22 +62,21 @@ __global__ void __launch_bounds__(32 * kThreadRows)
   float sum = 0.0f;
   if (col < args.cols) {
     const float* partials = args.partials + blockIdx.y * args.slices * args.cols + col;
-    for (int64_t s = threadIdx.y; s < args.slices; s += kThreadRows) sum += partials[s * args.cols];
+    for (int64_t s = threadIdx.y; s < args.slices; s += kFinishRows) sum += partials[s * args.cols];
   }
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || col >= args.cols) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) total += shared[r][threadIdx.x];
-  dst[col] += total;
+  // A warp a column: its lane r has the sum of thread row r.
+  const int64_t out = int64_t{blockIdx.x} * 32 + threadIdx.y;
+  const float total = WarpSum(shared[threadIdx.x][threadIdx.y]);
+  if (threadIdx.x == 0 && out < args.cols) dst[out] += total;
 }
 
 template <typename T, int kWidth>
 cudaError_t Launch(const ColumnSumArgs& a, cudaStream_t stream) {
   const int64_t width = 32 * kWidth;
-  const int64_t slices =
-      RowSlices({a.rows, a.cols, width, kThreadRows, 1, a.workspace_bytes, a.multiprocessors});
+  const int64_t slices = RowSlices(
+      {a.rows, a.cols, width, kThreadRows, 1, a.workspace_bytes, a.multiprocessors, kBlocks});
   if (slices == 0) return cudaErrorInvalidValue;
   float* partials = a.unordered ? a.dst : static_cast<float*>(a.workspace);
   const dim3 grid(static_cast<unsigned>((a.cols + width - 1) / width),
@@ -96,7 +99,7 @@ cudaError_t Launch(const ColumnSumArgs& a, cudaStream_t stream) {
 int64_t RowSlices(const SliceArgs& a) {
   const int64_t column_blocks = (a.cols + a.cols_per_block - 1) / a.cols_per_block;
   const int64_t wanted =
-      (int64_t{a.multiprocessors} * kColumnSumBlocks + column_blocks - 1) / column_blocks;
+      (int64_t{a.multiprocessors} * a.blocks + column_blocks - 1) / column_blocks;
   // Two steps of rows a slice at least: a slice's partial sum must be less than what it read.
   const int64_t useful = (a.rows + 2 * a.rows_per_step - 1) / (2 * a.rows_per_step);
   const int64_t fitting = static_cast<int64_t>(
@@ -107,7 +110,7 @@ int64_t RowSlices(const SliceArgs& a) {
 
 cudaError_t LaunchFinishColumnSum(const FinishColumnSumArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((args.cols + 31) / 32), 3);
-  FinishColumnSumKernel<<<grid, dim3(32, kThreadRows), 0, stream>>>(args);
+  FinishColumnSumKernel<<<grid, dim3(32, kFinishRows), 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernel_limits.h"
 #include "lamina/kernels/dtype.h"
 
 namespace lamina::cuda {
@@ -16,13 +17,14 @@ namespace lamina::cuda {
 // How many row slices (at least 1) to cut a column reduction into so that the device is filled and
 // `arrays` partial matrices [slices, cols] of fp32 fit into `workspace_bytes`; 0 where not even one
 // slice fits. `cols_per_block`: columns that one block covers; `rows_per_step`: rows it reads at
-// once.
+// once; `blocks`: how many run on a multiprocessor at once, up to kColumnSumBlocks.
 struct SliceArgs {
   int64_t rows = 0, cols = 0;
   int64_t cols_per_block = 256, rows_per_step = 8;
   int arrays = 1;
   size_t workspace_bytes = 0;
   int multiprocessors = 1;
+  int blocks = kColumnSumBlocks;
 };
 int64_t RowSlices(const SliceArgs& args);
 

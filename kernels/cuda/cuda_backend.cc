@@ -416,7 +416,6 @@ absl::Status CudaBackend::RunRowNormBackward(RowNormBackwardParams params, const
   if (!status.ok()) return status;
   params.workspace = ws.data;
   params.workspace_bytes = ws.bytes;
-  params.unordered = ws.unordered;
   params.multiprocessors = info_.threads;
   return Check(cuda::LaunchRowNormBackward(params, stream_), op);
 }

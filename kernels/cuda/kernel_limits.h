@@ -30,8 +30,9 @@ constexpr bool HasTensorCoreAttention(DType dtype, int64_t head_dim) {
          head_dim <= 128;
 }
 
-// Blocks of a multiprocessor that column reductions are cut for (column_sum.cuh), the columns that
-// a block of them covers at most, and the blocks of a norm's backward, which has three such sums.
+// Blocks of a multiprocessor that column reductions are cut for (column_sum.cuh) at most, the
+// columns that a block of them covers at most, and the blocks of a norm's backward, which has three
+// such sums.
 constexpr int kColumnSumBlocks = 8;
 constexpr int kColumnSumWidth = 256;
 constexpr int kRowNormBackwardBlocks = 2;

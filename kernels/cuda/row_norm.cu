@@ -175,7 +175,7 @@ __device__ __forceinline__ void LoadNormalised(const RowNormBackwardParams& p, i
 constexpr int BackwardThreads(int chunks_per_thread) { return chunks_per_thread <= 2 ? 512 : 256; }
 
 // Partial sums go to partials[(array * gridDim.x + block) * cols + col]: dgamma, dbeta, dbias.
-// Unordered, they go to the gradients themselves. kFromOutput: y and beta are there, not sum.
+// kFromOutput: y and beta are there, not sum.
 template <typename T, int kChunks, bool kFromOutput>
 __global__ void __launch_bounds__(BackwardThreads(kChunks))
     RowNormBackwardKernel(RowNormBackwardParams p, float* partials, int group_threads) {
@@ -281,11 +281,7 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks))
           for (int i = 0; i < 8; ++i) {
             const int col = chunk * 8 + i;
             const float total = (turn == 0 ? 0.0f : columns[col]) + sums[array][c][i];
-            if (last && p.unordered) {
-              atomicAdd(gradient + col, total);
-            } else {
-              dst[col] = total;
-            }
+            dst[col] = total;
           }
         }
       }
@@ -340,8 +336,7 @@ __global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardP
   }
 }
 
-// Partial sums of dgamma and dbeta, or unordered these themselves. Block (bx, by): 32 columns, the
-// rows of slice by.
+// Partial sums of dgamma and dbeta. Block (bx, by): 32 columns, the rows of slice by.
 template <typename T, bool kFromOutput>
 __global__ void __launch_bounds__(256)
     NormColumnsKernel(RowNormBackwardParams p, float* partials, int64_t rows_per_slice) {
@@ -367,12 +362,7 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.y >= 2 || col >= p.cols) return;
   float total = 0.0f;
   for (int r = 0; r < 8; ++r) total += shared[threadIdx.y][r][threadIdx.x];
-  if (p.unordered) {
-    float* gradient = threadIdx.y == 0 ? p.dgamma : p.dbeta;
-    if (gradient != nullptr) atomicAdd(gradient + col, total);
-  } else {
-    partials[(threadIdx.y * int64_t{gridDim.y} + blockIdx.y) * p.cols + col] = total;
-  }
+  partials[(threadIdx.y * int64_t{gridDim.y} + blockIdx.y) * p.cols + col] = total;
 }
 
 template <typename T, int kChunks>
@@ -413,7 +403,6 @@ cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stre
       <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
          static_cast<size_t>(p.cols) * sizeof(float), stream>>>(p, partials, group_threads);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (p.unordered) return cudaSuccess;
   FinishColumnSumArgs finish;
   finish.partials = partials;
   finish.slices = blocks;
@@ -436,16 +425,14 @@ cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t strea
     NormColumnsKernel<T, kFromOutput>
         <<<grid, dim3(32, 8), 0, stream>>>(p, partials, (p.rows + slices - 1) / slices);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-    if (!p.unordered) {
-      FinishColumnSumArgs finish;
-      finish.partials = partials;
-      finish.slices = slices;
-      finish.cols = p.cols;
-      finish.dst[0] = p.dgamma;
-      finish.dst[1] = p.dbeta;
-      if (const cudaError_t error = LaunchFinishColumnSum(finish, stream); error != cudaSuccess) {
-        return error;
-      }
+    FinishColumnSumArgs finish;
+    finish.partials = partials;
+    finish.slices = slices;
+    finish.cols = p.cols;
+    finish.dst[0] = p.dgamma;
+    finish.dst[1] = p.dbeta;
+    if (const cudaError_t error = LaunchFinishColumnSum(finish, stream); error != cudaSuccess) {
+      return error;
     }
   }
   RowNormBackwardAnyKernel<T, kFromOutput><<<static_cast<unsigned>(p.rows), 256, 0, stream>>>(p);
@@ -459,7 +446,6 @@ cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t strea
   sums.dtype = p.dtype;
   sums.workspace = p.workspace;
   sums.workspace_bytes = p.workspace_bytes;
-  sums.unordered = p.unordered;
   sums.multiprocessors = p.multiprocessors;
   return LaunchColumnSum(sums, stream);
 }
@@ -483,6 +469,8 @@ cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
       p.cols % 8 == 0 && Aligned16(p.x, p.bias, p.residual, p.sum, p.gamma, p.beta, p.y);
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    // Up to 1024 columns a warp holds a row, and a norm meets no barrier.
+    if (wide && p.gamma != nullptr && p.cols <= 32 * 4 * 8) return LaunchFast<T, 4>(p, stream);
     if (wide && p.cols <= 256 * 8) return LaunchFast<T, 1>(p, stream);
     if (wide && p.cols <= 512 * 8) return LaunchFast<T, 2>(p, stream);
     if (wide && p.cols <= 2048 * 8) return LaunchFast<T, 4>(p, stream);

@@ -61,7 +61,6 @@ struct RowNormBackwardParams {
   DType dtype = DType::kF32;
   void* workspace = nullptr;  // 3 * cols * 4 bytes at least
   size_t workspace_bytes = 0;
-  bool unordered = false;  // column sums in any order: column_sum.cuh
   int multiprocessors = 1;
 };
 // cudaErrorInvalidValue for more than 2^31 - 1 rows.

@@ -67,11 +67,26 @@ __device__ __forceinline__ float2 UnpackPair<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// Eight elements as memory has them: what a load that is to be waited for later leaves.
+template <typename T>
+struct Raw8 {
+  uint4 words[sizeof(T) / 2];
+};
+
 // `p` aligned to 16 bytes.
 template <typename T>
-__device__ __forceinline__ void Load8(const T* p, float (&v)[8]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+__device__ __forceinline__ Raw8<T> LoadRaw8(const T* p) {
+  Raw8<T> raw;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+    raw.words[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void Unpack8(const Raw8<T>& raw, float (&v)[8]) {
+  const uint32_t words[4] = {raw.words[0].x, raw.words[0].y, raw.words[0].z, raw.words[0].w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 pair = UnpackPair<T>(words[i]);
@@ -80,17 +95,20 @@ __device__ __forceinline__ void Load8(const T* p, float (&v)[8]) {
   }
 }
 template <>
-__device__ __forceinline__ void Load8<float>(const float* p, float (&v)[8]) {
-  const float4 a = *reinterpret_cast<const float4*>(p);
-  const float4 b = *reinterpret_cast<const float4*>(p + 4);
-  v[0] = a.x;
-  v[1] = a.y;
-  v[2] = a.z;
-  v[3] = a.w;
-  v[4] = b.x;
-  v[5] = b.y;
-  v[6] = b.z;
-  v[7] = b.w;
+__device__ __forceinline__ void Unpack8<float>(const Raw8<float>& raw, float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    v[4 * i] = __uint_as_float(raw.words[i].x);
+    v[4 * i + 1] = __uint_as_float(raw.words[i].y);
+    v[4 * i + 2] = __uint_as_float(raw.words[i].z);
+    v[4 * i + 3] = __uint_as_float(raw.words[i].w);
+  }
+}
+
+// `p` aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ void Load8(const T* p, float (&v)[8]) {
+  Unpack8(LoadRaw8(p), v);
 }
 
 // `p` aligned to 16 bytes.
