@@ -107,13 +107,14 @@ def capacity(client, args, seqs):
 
 
 def run_largest(client, row, args):
-    """Runs forward and backward at a row's largest micro-batch, timed the second time."""
+    """Runs forward and backward at a row's largest micro-batch; where that takes no second, again, and times that."""
     batch = row["micro_batch_to"]
     stack = create(client, batch, row["seq"], args, row["flags"])
     as_planned = stack.info().plan.total_bytes == row["bytes"]
     x, dy = batch_of(client, batch, row["seq"], args)
-    for _ in range(2):
-        seconds = step(stack, x, dy, dy, x)  # results take the inputs' places: host memory is scarce at these sizes
+    seconds = step(stack, x, dy, dy, x)  # results take the inputs' places: host memory is scarce at these sizes
+    if seconds < 1:
+        seconds = step(stack, x, dy, dy, x)
     client.delete_stack(stack.name)
     del x, dy
     client.trim()

@@ -23,6 +23,10 @@ function(lamina_library name)
   target_link_libraries(${name} PUBLIC ${ARG_PUBLIC} PRIVATE lamina_flags ${ARG_PRIVATE})
 endfunction()
 
+# Where no speed is needed, the compiler's time is worth more: to be linked by tests and command line tools.
+add_library(lamina_quick_to_build INTERFACE)
+target_compile_options(lamina_quick_to_build INTERFACE $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-O1>)
+
 # lamina_test(NAME LABELS "unit;op" SOURCES ... LIBS ...): a GoogleTest binary registered with CTest.
 function(lamina_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;SOURCES;LIBS" ${ARGN})
@@ -30,7 +34,7 @@ function(lamina_test name)
     set(ARG_TIMEOUT 300)
   endif()
   add_executable(${name} ${ARG_SOURCES})
-  target_link_libraries(${name} PRIVATE lamina_flags ${ARG_LIBS} GTest::gmock GTest::gtest_main)
+  target_link_libraries(${name} PRIVATE lamina_flags lamina_quick_to_build ${ARG_LIBS} GTest::gmock GTest::gtest_main)
   if(LAMINA_SANITIZE MATCHES undefined)
     # What is tested is checked for it; checking the tests' own code doubles their time to compile.
     target_compile_options(${name} PRIVATE -fno-sanitize=undefined)
