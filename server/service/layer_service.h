@@ -1,4 +1,4 @@
-// LayerService: Forward, Backward, ApplyGradients, ZeroGradients, ReleaseContext.
+// LayerService: Forward, Backward, ApplyGradients, ZeroGradients, ReleaseContext, Execute.
 #pragma once
 
 #include "lamina/v1/layer_service.grpc.pb.h"
@@ -22,6 +22,9 @@ class LayerServiceImpl final : public v1::LayerService::Service {
   grpc::Status ReleaseContext(grpc::ServerContext* context,
                               const v1::ReleaseContextRequest* request,
                               v1::ReleaseContextResponse* response) override;
+  grpc::Status Execute(
+      grpc::ServerContext* context,
+      grpc::ServerReaderWriter<v1::ExecuteResponse, v1::ExecuteRequest>* stream) override;
 
  private:
   SharedState& state_;
