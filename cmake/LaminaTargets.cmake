@@ -25,7 +25,11 @@ endfunction()
 
 # Where no speed is needed, the compiler's time is worth more: to be linked by tests and command line tools.
 add_library(lamina_quick_to_build INTERFACE)
-target_compile_options(lamina_quick_to_build INTERFACE $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-O1>)
+target_compile_options(lamina_quick_to_build INTERFACE
+  $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-O1>)
+if(LAMINA_SANITIZE)
+  target_compile_options(lamina_quick_to_build INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-O0>)
+endif()
 
 # lamina_test(NAME LABELS "unit;op" SOURCES ... LIBS ...): a GoogleTest binary registered with CTest.
 function(lamina_test name)
