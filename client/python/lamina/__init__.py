@@ -13,6 +13,7 @@
 True
 
 Client: stacks, plans, checkpoints, shared arrays. Stack: forward, backward, the optimizer, parameters.
+Pipeline: the same steps without waiting for each other (Client.pipeline).
 StackConfig: what a stack is. packing: batches without padding. LaminaError: what can go wrong. `lamina.torch.RemoteStack` wraps a stack as an nn.Module.
 """
 
@@ -22,12 +23,13 @@ from lamina.config import StackConfig
 from lamina.dtypes import from_float32, to_float32
 from lamina.errors import (AlreadyExists, Cancelled, DataLoss, DeadlineExceeded, FailedPrecondition, Internal,
                            InvalidArgument, LaminaError, NotFound, ResourceExhausted, Unavailable, Unimplemented)
+from lamina.pipeline import Pending, PendingForward, Pipeline
 from lamina.stack import Applied, Context, Stack, StepTiming
 
 __version__ = "0.1.0"
 __all__ = [
     "AlreadyExists", "Applied", "Cancelled", "Client", "Context", "DataLoss", "DeadlineExceeded", "FailedPrecondition",
-    "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "PlanEntry", "ResourceExhausted",
-    "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Unavailable", "Unimplemented", "connect",
-    "default_target", "from_float32", "packing", "to_float32",
+    "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "Pending", "PendingForward", "Pipeline", "PlanEntry",
+    "ResourceExhausted", "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Unavailable", "Unimplemented",
+    "connect", "default_target", "from_float32", "packing", "to_float32",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 
 from lamina.config import StackConfig
 from lamina.errors import translated
+from lamina.pipeline import Pipeline
 from lamina.session import Session, call_with_retries
 from lamina.stack import Stack
 from lamina.v1 import (config_service_pb2, config_service_pb2_grpc, layer_service_pb2_grpc, session_service_pb2_grpc,
@@ -201,6 +202,14 @@ class Client:
         """Gives shared memory that no array uses back to the daemon; returns the bytes. It happens by itself where the
         session's cap is reached."""
         return 0 if self.session.pool is None else self.session.pool.trim()
+
+    def pipeline(self, timeout: Optional[float] = None, depth: int = 32) -> Pipeline:
+        """A Pipeline: calls that are under way together, without waiting for each other's answers; see lamina.pipeline.
+
+        timeout: of the whole pipeline, in seconds; None: none. depth: how many calls at most are under way, 1..63.
+        Unavailable: no daemon. Unimplemented comes from the calls where the daemon is too old.
+        """
+        return Pipeline(self, timeout, depth)
 
     def ping(self) -> None:
         """A round trip that does nothing. Unavailable."""

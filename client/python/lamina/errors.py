@@ -97,10 +97,22 @@ _BY_CODE: Dict[grpc.StatusCode, Type[LaminaError]] = {
                         Unimplemented, DeadlineExceeded, Cancelled, DataLoss, Internal)}
 
 
+_BY_NUMBER: Dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def from_code(code: grpc.StatusCode, message: Optional[str]) -> LaminaError:
+    """The LaminaError for a status."""
+    return _BY_CODE.get(code, LaminaError)(message or code.name, code)
+
+
+def from_number(number: int, message: Optional[str]) -> LaminaError:
+    """The LaminaError for a status whose code is a number, as in messages; UNKNOWN for one that there is not."""
+    return from_code(_BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN), message)
+
+
 def from_rpc(error: grpc.RpcError) -> LaminaError:
     """The LaminaError for a grpc.RpcError."""
-    code = error.code()
-    return _BY_CODE.get(code, LaminaError)(error.details() or code.name, code)
+    return from_code(error.code(), error.details())
 
 
 @contextlib.contextmanager

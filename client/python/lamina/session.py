@@ -53,8 +53,9 @@ def _may_have_run(error: BaseException) -> bool:
 
 
 @dataclasses.dataclass
-class _Lost:
-    """A mutation whose answer never came. `keep`: its arrays, which the daemon may still be using."""
+class Lost:
+    """A mutation whose answer never came. call: the RPC that sends it by itself; request: with its sequence; keep: its
+    arrays, which the daemon may still be using."""
 
     call: Callable
     request: Any
@@ -70,9 +71,9 @@ class Session:
         opened = call_with_retries(stubs.session.CreateSession, pb.CreateSessionRequest(client_name=client_name), timeout)
         self.id: str = opened.session_id
         self._lease: float = opened.lease_seconds
-        self._mutations = threading.Lock()
+        self._mutations = threading.Lock()  # whose turn it is: a mutation's, or a pipeline's that has some under way
         self._next_sequence = 1
-        self._lost: List[_Lost] = []  # mutations that may have taken _next_sequence
+        self._lost: List[Lost] = []  # mutations that may have taken _next_sequence or one above
         self._quarantine: List[Any] = []  # arrays that the daemon may be using until the session ends
         self._garbage: Deque[Tuple[str, str]] = collections.deque()  # (stack, context) that will get no Backward
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
@@ -192,8 +193,12 @@ class Session:
             return call_with_retries(call, request, self._timeout, self.over)
         except BaseException as error:
             if keep and _may_have_run(error) and self._over is None:
-                self._quarantine.extend(keep)  # it may still be running
+                self.quarantine(keep)  # it may still be running
             raise
+
+    def quarantine(self, arrays: Sequence[Any]) -> None:
+        """Keeps arrays that the daemon may be using until the session ends."""
+        self._quarantine.extend(arrays)
 
     def mutate(self, call: Callable, request: Any, keep: Sequence[Any] = ()) -> Any:
         """Runs a mutation exactly once: a repeat after a lost answer carries the same sequence. LaminaError.
@@ -212,23 +217,47 @@ class Session:
                     self._lost.clear()
                     return answer
                 except AlreadyExists:
-                    if not self._lost:
+                    if all(one.request.mutation.sequence != self._next_sequence for one in self._lost):
                         raise
-                    self._drop_lost_contexts()
-                    self._next_sequence += 1
+                    self._drop_lost(self._next_sequence)
                     continue
                 except BaseException as error:  # KeyboardInterrupt too
                     if _may_have_run(error):
                         copy = type(request)()
                         copy.CopyFrom(request)
-                        self._lost.append(_Lost(call, copy, keep))
+                        self._lost.append(Lost(call, copy, keep))
                     raise
 
-    def _drop_lost_contexts(self) -> None:
-        """One of the lost mutations has run. If it was a Forward, its context can be reached by nobody: asks for its
-        answer once more and releases it."""
-        lost, self._lost = self._lost, []
-        for one in lost:
+    def begin_run(self) -> Optional[int]:
+        """Takes the mutations' turn until end_run, for mutations that go out without waiting for each other's answers;
+        returns the first one's sequence. None, and no turn, while it is open whether that one was used: a call of
+        `mutate` finds out. Waits while others have the turn."""
+        self._mutations.acquire()
+        if self._lost:
+            self._mutations.release()
+            return None
+        return self._next_sequence
+
+    def end_run(self, next_sequence: int, lost: Sequence[Lost] = ()) -> None:
+        """Gives the turn back, from any thread. next_sequence: after the last one that the daemon answered to have run.
+        lost: those sent after it that were not answered; asks the daemon which of them have run."""
+        try:
+            self._next_sequence = next_sequence
+            if lost and self._over is None:
+                self._lost.extend(lost)
+                self._drop_lost(self.ping())
+        except LaminaError:
+            pass  # the next mutation finds out, or that the session has ended
+        finally:
+            self._mutations.release()
+
+    def _drop_lost(self, applied: int) -> None:
+        """The sequences up to `applied` are used. A lost Forward that used one has a context that nobody can reach: asks
+        for its answer once more and releases it."""
+        dropped = [one for one in self._lost if one.request.mutation.sequence <= applied]
+        self._lost = [one for one in self._lost if one.request.mutation.sequence > applied]
+        self._next_sequence = applied + 1
+        for one in dropped:
             if not isinstance(one.request, layer_pb.ForwardRequest):
                 continue
             try:
@@ -243,21 +272,25 @@ class Session:
         """Releases a context soon; may be called from a finalizer."""
         self._garbage.append((stack, context_id))
 
-    def release_garbage(self) -> bool:
-        """Releases what was discarded; whether there was any."""
-        any_released = False
+    def take_garbage(self) -> Iterator[layer_pb.ReleaseContextRequest]:
+        """Requests to release what was discarded, each for the caller to send."""
         while True:
             try:
                 stack, context_id = self._garbage.popleft()
             except IndexError:
-                return any_released
+                return
+            yield layer_pb.ReleaseContextRequest(stack=stack, session_id=self.id, context_id=context_id)
+
+    def release_garbage(self) -> bool:
+        """Releases what was discarded; whether there was any."""
+        any_released = False
+        for request in self.take_garbage():
             try:
-                self._stubs.layer.ReleaseContext(
-                    layer_pb.ReleaseContextRequest(stack=stack, session_id=self.id, context_id=context_id),
-                    timeout=self._timeout)
+                self._stubs.layer.ReleaseContext(request, timeout=self._timeout)
                 any_released = True
             except grpc.RpcError:
                 pass  # spent, or gone with its stack
+        return any_released
 
     def mutate_with_room(self, call: Callable, request: Any, keep: Sequence[Any] = ()) -> Any:
         """mutate for a Forward: where contexts ran out, those held by unreachable Python objects alone are released."""

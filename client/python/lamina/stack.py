@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -79,6 +79,22 @@ class Context:
         self._finalizer()
 
 
+@dataclasses.dataclass
+class Call:
+    """One call of LayerService before it goes out. method: the RPC for it alone; field: its name in an ExecuteRequest and
+    its answer's in an ExecuteResponse. mutation: whether it takes a sequence. keep: the arrays that it names. output: the
+    array that its result will land in, None where that comes inside the answer or there is none. finish: makes the
+    result from the answer."""
+
+    method: Callable
+    field: str
+    request: Any
+    mutation: bool
+    finish: Callable[[Any], Any]
+    keep: List[np.ndarray] = dataclasses.field(default_factory=list)
+    output: Optional[np.ndarray] = None
+
+
 class Stack:
     """A handle; the stack itself lives in the daemon until Client.delete_stack.
 
@@ -149,6 +165,14 @@ class Stack:
         """
         session = self._client.session
         session.release_garbage()
+        call = self._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths)
+        run = session.mutate_with_room if call.mutation else session.read
+        return call.finish(run(call.method, call.request, call.keep))
+
+    def _forward_call(self, x: Any, mask: Optional[Any], lengths: Optional[Any], training: Optional[bool],
+                      layers: Optional[Tuple[int, int]], out: Optional[np.ndarray],
+                      cumulative_lengths: Optional[Any]) -> Call:
+        session = self._client.session
         if sum(a is not None for a in (mask, lengths, cumulative_lengths)) > 1:
             raise ValueError("give one of mask, lengths, cumulative_lengths")
         training = bool(self.config.training if training is None else training)
@@ -168,12 +192,15 @@ class Stack:
         y = session.target(values.shape, self.dtype, out, request.output)
         if y is not None:
             keep.append(y)
-        layer = self._client._stubs.layer
-        answer = (session.mutate_with_room if training else session.read)(layer.Forward, request, keep)
-        self.last_timing = StepTiming.from_proto(answer.timing)
-        self.last_attention_path = _ATTENTION_PATHS.get(answer.attention_path)
-        context = Context(session, self.name, answer.context_id, values.shape) if answer.context_id else None
-        return _typed_like(given, session.result(answer.output, y, out)), context
+
+        def finish(answer: pb.ForwardResponse) -> Tuple[np.ndarray, Optional[Context]]:
+            self.last_timing = StepTiming.from_proto(answer.timing)
+            self.last_attention_path = _ATTENTION_PATHS.get(answer.attention_path)
+            context = Context(session, self.name, answer.context_id, values.shape) if answer.context_id else None
+            return _typed_like(given, session.result(answer.output, y, out)), context
+
+        return Call(self._client._stubs.layer.Forward, "forward", request, training, finish, keep,
+                    None if y is None else _typed_like(given, y))
 
     def backward(self, context: Context, dy: Any, input_grad: bool = True,
                  out: Optional[np.ndarray] = None) -> Optional[np.ndarray]:
@@ -185,20 +212,32 @@ class Stack:
         NotFound: a context that was spent or released, or ended with its session. InvalidArgument: dy's shape.
         FailedPrecondition: the stack was deleted.
         """
+        return self._mutate(self._backward_call(context.id, context._spent, dy, input_grad, out))
+
+    def _mutate(self, call: Call) -> Any:
+        return call.finish(self._client.session.mutate(call.method, call.request, call.keep))
+
+    def _backward_call(self, context_id: str, spent: Callable[[], None], dy: Any, input_grad: bool,
+                       out: Optional[np.ndarray]) -> Call:
+        """spent: called when it has run."""
         session = self._client.session
         given = np.asarray(dy)
         values = dtypes.as_stack_type(given, self.dtype)
-        request = pb.BackwardRequest(stack=self.name, context_id=context.id)
+        request = pb.BackwardRequest(stack=self.name, context_id=context_id)
         keep = [session.tensor(values, self.dtype, request.output_grad)]
         dx = None
         if input_grad:
             dx = session.target(values.shape, self.dtype, out, request.input_grad)
             if dx is not None:
                 keep.append(dx)
-        answer = session.mutate(self._client._stubs.layer.Backward, request, keep)
-        context._spent()
-        self.last_timing = StepTiming.from_proto(answer.timing)
-        return _typed_like(given, session.result(answer.input_grad, dx, out)) if input_grad else None
+
+        def finish(answer: pb.BackwardResponse) -> Optional[np.ndarray]:
+            spent()
+            self.last_timing = StepTiming.from_proto(answer.timing)
+            return _typed_like(given, session.result(answer.input_grad, dx, out)) if input_grad else None
+
+        return Call(self._client._stubs.layer.Backward, "backward", request, True, finish, keep,
+                    None if dx is None else _typed_like(given, dx))
 
     def apply_gradients(self, lr: float, beta1: Optional[float] = None, beta2: Optional[float] = None,
                         eps: Optional[float] = None, weight_decay: Optional[float] = None,
@@ -217,23 +256,33 @@ class Stack:
         InvalidArgument: a value outside its range, or one of LAMB's with another optimizer. FailedPrecondition: training
         is off.
         """
+        return self._mutate(self._apply_call(
+            lr, eps, optimizer, beta1=beta1, beta2=beta2, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+            loss_scale=loss_scale, decay_biases_and_norms=decay_biases_and_norms, zero_gradients=zero_gradients,
+            adapt_biases_and_norms=adapt_biases_and_norms, min_trust_ratio=min_trust_ratio,
+            max_trust_ratio=max_trust_ratio))
+
+    def _apply_call(self, lr: float, eps: Optional[float] = None, optimizer: str = "adamw", **settings: Any) -> Call:
+        """settings: apply_gradients' others, which are called so in the request too."""
         if optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer: {optimizer!r} must be one of {', '.join(_OPTIMIZERS)}")
-        request = pb.ApplyGradientsRequest(
-            stack=self.name, learning_rate=lr, beta1=beta1, beta2=beta2, epsilon=eps, weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm, loss_scale=loss_scale, decay_biases_and_norms=decay_biases_and_norms,
-            zero_gradients=zero_gradients, optimizer=_OPTIMIZERS[optimizer],
-            adapt_biases_and_norms=adapt_biases_and_norms, min_trust_ratio=min_trust_ratio,
-            max_trust_ratio=max_trust_ratio)
-        answer = self._client.session.mutate(self._client._stubs.layer.ApplyGradients, request)
-        self.last_timing = StepTiming.from_proto(answer.timing)
-        self.loss_scale = answer.next_loss_scale
-        return Applied(answer.applied, answer.grad_norm, answer.step, answer.loss_scale, answer.next_loss_scale)
+        request = pb.ApplyGradientsRequest(stack=self.name, learning_rate=lr, epsilon=eps,
+                                           optimizer=_OPTIMIZERS[optimizer], **settings)
+
+        def finish(answer: pb.ApplyGradientsResponse) -> Applied:
+            self.last_timing = StepTiming.from_proto(answer.timing)
+            self.loss_scale = answer.next_loss_scale
+            return Applied(answer.applied, answer.grad_norm, answer.step, answer.loss_scale, answer.next_loss_scale)
+
+        return Call(self._client._stubs.layer.ApplyGradients, "apply_gradients", request, True, finish)
 
     def zero_gradients(self) -> None:
         """Sets all gradients to zero. FailedPrecondition: training is off."""
+        self._mutate(self._zero_call())
+
+    def _zero_call(self) -> Call:
         request = pb.ZeroGradientsRequest(stack=self.name)
-        self._client.session.mutate(self._client._stubs.layer.ZeroGradients, request)
+        return Call(self._client._stubs.layer.ZeroGradients, "zero_gradients", request, True, lambda answer: None)
 
     # --- parameters ---
 
