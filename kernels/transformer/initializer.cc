@@ -25,8 +25,8 @@ void FillRange(uint64_t seed, uint64_t parameter, double deviation, float* out, 
     const uint32_t counter[4] = {static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32),
                                  static_cast<uint32_t>(parameter),
                                  static_cast<uint32_t>(parameter >> 32)};
-    const Philox4 bits = Philox4x32_10(counter, static_cast<uint32_t>(seed),
-                                       static_cast<uint32_t>(seed >> 32) ^ kInitKey);
+    const Philox4 bits = Philox4x32<10>(counter, static_cast<uint32_t>(seed),
+                                        static_cast<uint32_t>(seed >> 32) ^ kInitKey);
     double normal[4];
     for (int pair = 0; pair < 4; pair += 2) {
       const double radius = deviation * std::sqrt(-2.0 * std::log((bits.word[pair] + 0.5) * kStep));

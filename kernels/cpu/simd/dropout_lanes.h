@@ -37,7 +37,7 @@ LAMINA_INLINE void FactorRow(const DropoutKey& key, uint64_t row, int64_t n, flo
     Q c3 = Q{} + (key.rng.counter & 0xFFFFFFFFu);
     uint32_t k0 = key0, k1 = key1;
     LAMINA_UNROLL
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kDropoutRounds; ++round) {
       // Words sit in the low halves; the high ones hold leavings.
       const Q p0 = MulLow(mul0, c0), p1 = MulLow(mul1, c2);
       c0 = (p1 >> 32) ^ c1 ^ (Q{} + k0);

@@ -56,7 +56,7 @@ std::vector<char> NoiseBytes(uint64_t seed, int64_t count, DType dtype) {
   std::vector<char> bytes(static_cast<size_t>(count) * SizeOf(dtype));
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t counter[4] = {static_cast<uint32_t>(i), 0, 0, 0};
-    const Philox4 bits = Philox4x32_10(counter, static_cast<uint32_t>(seed), 0x5eed);
+    const Philox4 bits = Philox4x32<10>(counter, static_cast<uint32_t>(seed), 0x5eed);
     const float value = (static_cast<float>(bits.word[0] >> 8) + 0.5f) / 8388608.0f - 1.0f;
     char* const at = bytes.data() + static_cast<size_t>(i) * SizeOf(dtype);
     uint32_t word = 0;

@@ -1,7 +1,9 @@
 // The dropout mask as a pure function of (seed, counter, layer, site, row, column).
 //
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11)
+// Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11)
 // gives 128 bits for each counter value; they are cut into eight 16-bit lanes, one per element.
+// Masks take 7 rounds, the fewest that pass all of TestU01's BigCrush in that paper: attention on a
+// GPU spends as much on drawing its masks as on the softmax. Weights are drawn with the usual 10.
 // A mask covers a matrix [rows, cols]; eight neighbouring columns of a row share one Philox call,
 // so that a kernel which reads 16 bytes of bf16 spends one call on them. Rows never share a call:
 // odd widths cost a partly used call at the row's end, and no tile shape can change a bit.
@@ -40,12 +42,15 @@ struct RngState {
   uint64_t counter;  // one value per training Forward of a stack
 };
 
-LAMINA_HOST_DEVICE Philox4 Philox4x32_10(const uint32_t counter[4], uint32_t key0, uint32_t key1) {
+inline constexpr int kDropoutRounds = 7;
+
+template <int kRounds>
+LAMINA_HOST_DEVICE Philox4 Philox4x32(const uint32_t counter[4], uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
     const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
     const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0;
@@ -69,7 +74,7 @@ LAMINA_HOST_DEVICE Philox4 DropoutBits(const RngState& rng, uint32_t stream, uin
   const uint32_t counter[4] = {static_cast<uint32_t>(row),
                                static_cast<uint32_t>(row >> 32) | (block << 8), stream,
                                static_cast<uint32_t>(rng.counter)};
-  return Philox4x32_10(
+  return Philox4x32<kDropoutRounds>(
       counter, static_cast<uint32_t>(rng.seed),
       static_cast<uint32_t>(rng.seed >> 32) ^ static_cast<uint32_t>(rng.counter >> 32));
 }
