@@ -2,10 +2,12 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
 
+#include "absl/strings/str_cat.h"
 #include "nlohmann/json.hpp"
 
 namespace lamina::cli {
@@ -85,7 +87,7 @@ TEST(HfBertConfig, WhatIsWrittenIsReadAsTheSame) {
 class HfBertFolder : public ::testing::Test {
  protected:
   void SetUp() override {
-    folder_ = std::filesystem::path(::testing::TempDir()) / "lamina_hf_bert_test";
+    folder_ = absl::StrCat(::testing::TempDir(), "lamina_hf_bert_test_", getpid());
     std::filesystem::remove_all(folder_);
     std::filesystem::create_directory(folder_);
     config_.hidden_size = 8;

@@ -2,11 +2,14 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <iterator>
+
+#include "absl/strings/str_cat.h"
 
 namespace lamina::cli {
 namespace {
@@ -16,7 +19,9 @@ using ::testing::HasSubstr;
 
 class Npy : public ::testing::Test {
  protected:
-  std::string Path() const { return ::testing::TempDir() + "lamina_npy_test.npy"; }
+  std::string Path() const {
+    return absl::StrCat(::testing::TempDir(), "lamina_npy_test_", getpid(), ".npy");
+  }
   void TearDown() override { std::remove(Path().c_str()); }
 
   void Write(const std::string& bytes) { std::ofstream(Path(), std::ios::binary) << bytes; }

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
@@ -43,7 +44,9 @@ std::string Wrong(const std::string& header, uint64_t data_bytes) {
 
 class SafetensorsOpen : public ::testing::Test {
  protected:
-  std::string Path() const { return ::testing::TempDir() + "lamina_safetensors_test"; }
+  std::string Path() const {
+    return absl::StrCat(::testing::TempDir(), "lamina_safetensors_test_", getpid());
+  }
   void TearDown() override { std::remove(Path().c_str()); }
   absl::StatusOr<SafetensorsFile> Open(const std::string& bytes) {
     std::ofstream(Path(), std::ios::binary) << bytes;
