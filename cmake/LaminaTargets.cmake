@@ -31,6 +31,17 @@ if(LAMINA_SANITIZE)
   target_compile_options(lamina_quick_to_build INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-O0>)
 endif()
 
+# lamina_fast_under_sanitizers(NAME): for a library that tests alone use and that is most of their time: its memory
+# is checked, its arithmetic is not, as in the tests' own code.
+function(lamina_fast_under_sanitizers name)
+  if(LAMINA_SANITIZE)
+    target_compile_options(${name} PRIVATE -O2)
+  endif()
+  if(LAMINA_SANITIZE MATCHES undefined)
+    target_compile_options(${name} PRIVATE -fno-sanitize=undefined)
+  endif()
+endfunction()
+
 # lamina_test(NAME LABELS "unit;op" SOURCES ... LIBS ...): a GoogleTest binary registered with CTest.
 function(lamina_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;SOURCES;LIBS" ${ARGN})
