@@ -21,7 +21,7 @@ from layers import config_of, layers_of, run
 FORWARD_TOLERANCE = 3e-2 / 10
 DEVICE = "cuda" if ON_GPU and torch.cuda.is_available() else "cpu"
 # What two cores do in seconds.
-CPU_TOKENS, CPU_PARAMETERS = 1024, 30_000_000
+CPU_TOKENS, CPU_PARAMETERS, CPU_SCORES = 1024, 30_000_000, 1 << 27
 
 torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -61,14 +61,15 @@ def layer_in_half(x, p, heads, pre_layer_norm, mask, eps=1e-12):
     return norm(r(a + feed_forward(a)), "norm_")
 
 
-def scaled(batch, hidden, seq, layers, intermediate):
+def scaled(batch, hidden, seq, heads, layers, intermediate):
     """(batch, layers) of a case: whole on a GPU, on the CPU what it does in seconds; skips where nothing is."""
     parameters = hidden * (4 * hidden + 2 * intermediate)
     if ON_GPU:
         return batch, layers
     if parameters > 2 * CPU_PARAMETERS:
         pytest.skip(f"H {hidden}: a layer of {parameters / 1e6:.0f} M weights, on a GPU only (LAMINA_TEST_DEVICE=cuda:0)")
-    return max(1, min(batch, CPU_TOKENS // seq)), max(1, min(layers, CPU_PARAMETERS // parameters))
+    batch = max(1, min(batch, CPU_TOKENS // seq))
+    return batch, max(1, min(layers, CPU_PARAMETERS // parameters, CPU_SCORES // (batch * heads * seq * seq)))
 
 
 def compare(batch, hidden, seq, heads, layers, pre_layer_norm, fp16, intermediate=None, configured=None, gradients=None):
@@ -152,7 +153,7 @@ pytestmark = pytest.mark.usefixtures("client")
 @pytest.mark.parametrize("case", FORWARD, ids=name_of)
 def test_forward_shapes(case):
     batch, hidden, seq, heads, layers, pre, fp16 = case
-    batch, layers = scaled(batch, hidden, seq, layers, 4 * hidden)
+    batch, layers = scaled(batch, hidden, seq, heads, layers, 4 * hidden)
     compare(batch, hidden, seq, heads, layers, pre, fp16)
 
 
@@ -173,5 +174,5 @@ BACKWARD = [
 @pytest.mark.parametrize("case", BACKWARD, ids=name_of)
 def test_backward_shapes(case):
     batch, hidden, seq, heads, layers, pre, fp16, tolerance = case
-    batch, layers = scaled(batch, hidden, seq, layers, hidden)
+    batch, layers = scaled(batch, hidden, seq, heads, layers, hidden)
     compare(batch, hidden, seq, heads, layers, pre, fp16, intermediate=hidden, gradients=tolerance)

@@ -45,7 +45,8 @@ def test_the_tutorials_import_is_the_only_thing_of_ours_in_it():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_pretraining_learns(daemon, tmp_path, dtype):
     report = tmp_path / "report.json"
-    done = run("pretrain.py", "--target", daemon.target, "--steps", 60, "--dtype", dtype, "--below", 1.15, "--report", report)
+    done = run("pretrain.py", "--target", daemon.target, "--steps", 60, "--accumulate", 2, "--dtype", dtype, "--below", 1.15,
+               "--report", report)
     assert done.returncode == 0, done.stdout
     found = json.loads(report.read_text())
     assert found["dtype"] == dtype and found["skipped"] <= 10
