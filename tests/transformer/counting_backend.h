@@ -2,10 +2,10 @@
 // ran. It can fail on demand.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include "lamina/kernels/backend.h"
@@ -20,17 +20,19 @@ class CountingBackend final : public Backend {
     op_sizes_.claimed_host_memory = info_.host_memory;
   }
 
+  // A test may look at these, and set them, while the engine's device thread runs ops.
   // --- counts ---
-  size_t live_bytes = 0;         // allocated and not freed
-  int64_t allocations = 0;       // so far
-  int64_t ops = 0;               // so far
-  int64_t synchronizations = 0;  // so far
-  int64_t unordered_ops = 0;     // so far: whose workspace allowed any order
+  std::atomic<size_t> live_bytes{0};         // allocated and not freed
+  std::atomic<int64_t> allocations{0};       // so far
+  std::atomic<int64_t> ops{0};               // so far
+  std::atomic<int64_t> synchronizations{0};  // so far
+  std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
   // --- faults ---
-  std::optional<size_t> free_bytes;  // what FreeBytes answers
-  int64_t fail_allocation = -1;      // this Allocate from now on fails; 0 is the next
-  int64_t failing_allocations = 1;   // so many from that one on
-  int64_t fail_op = -1;              // this op from now on fails; 0 is the next
+  static constexpr size_t kAsItIs = SIZE_MAX;
+  std::atomic<size_t> free_bytes{kAsItIs};      // what FreeBytes answers; kAsItIs: the inner one's
+  std::atomic<int64_t> fail_allocation{-1};     // this Allocate from now on fails; 0 is the next
+  std::atomic<int64_t> failing_allocations{1};  // so many from that one on
+  std::atomic<int64_t> fail_op{-1};             // this op from now on fails; 0 is the next
   void set_host_memory(bool host_memory) {
     info_.host_memory = host_memory;
     op_sizes_.claimed_host_memory = host_memory;
@@ -59,7 +61,8 @@ class CountingBackend final : public Backend {
     inner_->Free(data);
   }
   absl::StatusOr<size_t> FreeBytes() const override {
-    return free_bytes.has_value() ? absl::StatusOr<size_t>(*free_bytes) : inner_->FreeBytes();
+    const size_t claimed = free_bytes;
+    return claimed == kAsItIs ? inner_->FreeBytes() : absl::StatusOr<size_t>(claimed);
   }
   absl::Status RegisterHost(void* data, size_t bytes) override {
     return inner_->RegisterHost(data, bytes);

@@ -175,7 +175,7 @@ TEST_P(MemoryTest, TrainingIsTurnedOffAndOn) {
   counting_->free_bytes = with_training - without - 1;
   EXPECT_THAT(stack->Update({.training = true}),
               IsStatus(StatusCode::kResourceExhausted, "are free"));
-  counting_->free_bytes.reset();
+  counting_->free_bytes = CountingBackend::kAsItIs;
   for (int64_t nth = 0; nth < 2; ++nth) {
     counting_->fail_allocation = nth;
     EXPECT_EQ(stack->Update({.training = true}).code(), StatusCode::kResourceExhausted);

@@ -199,7 +199,7 @@ TEST(MemoryFlagUpdates, AreRefusedWhereTheNewPlanDoesNotFit) {
   EXPECT_EQ(rig.Snapshot("s"), before);
   EXPECT_OK(engine.health());
   rig.Step("s", kSession, 1);
-  rig.backend().free_bytes.reset();
+  rig.backend().free_bytes = CountingBackend::kAsItIs;
   EXPECT_OK(engine.UpdateStack("s", {.activation_checkpointing = false}, {}).status());
 }
 

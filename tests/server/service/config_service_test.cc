@@ -265,7 +265,7 @@ TEST_F(ConfigServiceTest, UpdateStack) {
   service.backend().free_bytes = 1;
   update.set_training(true);
   EXPECT_EQ(client.Send(update).code(), kExhausted);
-  service.backend().free_bytes.reset();
+  service.backend().free_bytes = CountingBackend::kAsItIs;
   EXPECT_TRUE(client.Do(update).stack().config().training());
   update.set_name("none");
   EXPECT_THAT(client.Send(update), IsStatus(kNotFound, "none"));
@@ -457,7 +457,7 @@ TEST_F(ConfigServiceTest, Checkpoints) {
   load.set_stack("x");
   load.set_create(true);
   EXPECT_EQ(client.Send(load).code(), kExhausted);
-  service.backend().free_bytes.reset();
+  service.backend().free_bytes = CountingBackend::kAsItIs;
   std::filesystem::resize_file(saved.path(), saved.size_bytes() - 1);
   EXPECT_EQ(client.Send(load).code(), kDataLoss);
   std::filesystem::remove_all(service.checkpoints());
