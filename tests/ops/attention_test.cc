@@ -106,11 +106,20 @@ std::vector<AttentionCase> AttentionCases() {
     cases.push_back({{1, seq, 64, 1, 8}, kKinds[i++ % 6], 0.1f});
   for (const int64_t seq : {381, 384, 511, 512})
     cases.push_back({{1, seq, 32, 1, 8}, kKinds[i++ % 6], 0.1f, 0, seq == 512});
+  // Sequences of several blocks, causal or not, with every kind of keys.
+  for (const int64_t seq : {192, 257, 300, 512}) {
+    for (const bool causal : {false, true}) {
+      cases.push_back({{2, seq, 128, 2, 8}, kKinds[i++ % 6], 0.1f, 0, causal});
+      cases.push_back({{2, seq, 64, 1, 8}, kKinds[i++ % 6], 0.0f, 0, causal});
+      cases.push_back({{1, seq, 40, 1, 8}, kKinds[i++ % 6], 0.5f, 0, causal});
+    }
+  }
   // Packed batches.
   const Packing mixed{"mixed", {1, 2, 7, 64, 65, 130}};
   for (const Packing& packing :
        {mixed, Packing{"one", {37}}, Packing{"ones", std::vector<int32_t>(300, 1)},
-        Packing{"equal", {33, 33, 33}}, Packing{"falling", {130, 65, 1, 1, 3}}})
+        Packing{"equal", {33, 33, 33}}, Packing{"falling", {130, 65, 1, 1, 3}},
+        Packing{"long", {200, 5, 321, 129}}})
     for (const bool causal : {false, true}) {
       cases.push_back(Packed(packing, 1, 64, 0.0f, causal));
       cases.push_back(Packed(packing, 2, 40, 0.1f, causal));
