@@ -4,6 +4,7 @@
 #include "attention_head.cuh"
 #include "attention_head_backward.cuh"
 #include "attention_mma.cuh"
+#include "attention_wgmma.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 
@@ -89,10 +90,15 @@ bool UseTensorCores(const AttentionParams& p) {
   return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
+bool UseWarpgroups(const AttentionParams& p) {
+  return UseTensorCores(p) && p.seq >= kWgmmaMinSeq && p.head_dim <= kWgmmaHeadDim;
+}
+
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
+  if (UseWarpgroups(params)) return LaunchAttentionWgmma(params, stream);
   if (UseTensorCores(params)) return LaunchAttentionMma(params, stream);
   return LaunchAttentionAny(params, stream);
 }
@@ -102,6 +108,7 @@ cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t 
   if (UseTensorCores(params) && params.seq <= kWholeHeadRows) {
     return LaunchAttentionHeadBackward(params, stream);
   }
+  if (UseWarpgroups(params)) return LaunchAttentionWgmmaBackward(params, stream);
   if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
   if (UseTensorCores(params)) return LaunchAttentionMmaBackward(params, stream);
   return LaunchAttentionAnyBackward(params, stream);

@@ -1,9 +1,10 @@
 // Scaled dot-product attention over a fused QKV matrix, in memory linear in S, forward and
 // backward.
 //
-// Two implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples of
-// 8 up to 128), whose backward is attention_head_backward's where a block can hold a head, and
-// attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here choose.
+// Three implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples
+// of 8 up to 128), whose backward is attention_head_backward's where a block can hold a head;
+// attention_wgmma, faster than it from 65 tokens on, head dims up to 64; and attention_any (fp32
+// arithmetic; every dtype, S and head dim). The launchers here choose.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -16,6 +16,16 @@ __device__ __forceinline__ void CopyAsync16(void* dst_shared, const void* src, b
                : "memory");
 }
 
+// The same for 4 and 8 bytes, aligned to as many.
+template <int kBytes>
+__device__ __forceinline__ void CopyAsyncSmall(void* dst_shared, const void* src, bool inside) {
+  const auto dst = static_cast<uint32_t>(__cvta_generic_to_shared(dst_shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :
+               : "r"(dst), "l"(src), "n"(kBytes), "r"(inside ? kBytes : 0)
+               : "memory");
+}
+
 // Ends a group of this thread's copies, which may be empty.
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -1,0 +1,255 @@
+// Purpose: the forward of attention with wgmma, in the manner of FlashAttention-2 and -3 (Dao,
+// 2023; Shah et al., 2024); attention_wgmma.cuh.
+//
+// A block is two warpgroups of 64 queries each. Their keys pass through a ring of tiles in shared
+// memory, which all threads fill and each warpgroup empties at its own pace: while one computes
+// exponentials, the other's products run. The products of a tile with V are waited for when those
+// of the next tile with Q have been started.
+#include "attention_wgmma.cuh"
+#include "attention_wgmma_tiles.cuh"
+
+namespace lamina::cuda {
+namespace {
+
+constexpr int kGroups = 2;
+constexpr int kThreads = kGroups * kWarpgroup;
+constexpr int kRows = kGroups * kTile;  // queries of a block
+constexpr int kStages = 4;
+constexpr int kAhead = 2;  // tiles on their way; one stage is being emptied, one computed on
+
+// The row maximum that probabilities are taken against lags behind by up to this: they stay below
+// 2^8, and the sums so far need not be scaled for every tile.
+constexpr float kMaxLag = 5.5f;
+
+template <typename T>
+struct ForwardShared {
+  struct Stage {
+    SwizzledTile<T> k, v;
+  };
+  Stage stages[kStages];
+  float bias[kStages][kTile];
+  uint64_t full[kStages], empty[kStages];
+};
+
+template <typename T, bool kDropout>
+__global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const AttentionParams p) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<ForwardShared<T>*>(shared_bytes);
+  const Head h = HeadOfBlock<kRows, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t stride = 3 * p.width;
+  const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
+  const int warp_row = (tid & (kWarpgroup - 1)) / 32 * 16;  // within the group's tile
+  const int group_query = h.first + group * kTile;
+  const int query = group_query + warp_row + (lane >> 2);  // of row g
+  RngState rng{};
+  if (kDropout) rng = UniformState(p.dropout.rng);
+
+  const int tiles = (h.keys + kTile - 1) / kTile;
+  const TilePart<kThreads, TileOrder::kKeys> copies(head_dim);
+  const T* next_keys = qkv + p.width + copies.Source(stride);
+  const auto start = [&](int tile) {
+    const int key0 = tile * kTile;
+    auto& stage = shared.stages[tile % kStages];
+    copies.Start(stage.k, next_keys, stride, h.keys - key0);
+    copies.Start(stage.v, next_keys + p.width, stride, h.keys - key0);
+    next_keys += kTile * stride;
+    if (p.mask != nullptr && tid < kTile) {
+      const bool inside = key0 + tid < h.keys;
+      CopyAsyncSmall<4>(&shared.bias[tile % kStages][tid],
+                        p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
+    }
+    ArriveAfterCopies(&shared.full[tile % kStages]);
+  };
+
+  if (tid == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      StartBarrier(&shared.full[i], kThreads);
+      StartBarrier(&shared.empty[i], kThreads / 32);
+    }
+  }
+  // The queries pass through the last stage into registers.
+  auto& last = shared.stages[kStages - 1];
+  StartSwizzledTile<kThreads, TileOrder::kPlain>(last.k, qkv + h.first * stride, stride,
+                                                 h.length - h.first, head_dim);
+  if (h.first + kTile < h.length) {
+    StartSwizzledTile<kThreads, TileOrder::kPlain>(last.v, qkv + (h.first + kTile) * stride, stride,
+                                                   h.length - h.first - kTile, head_dim);
+  }
+  CommitCopies();
+  __syncthreads();
+  static_assert(kAhead < kStages, "the first tiles leave the last stage to the queries");
+#pragma unroll
+  for (int tile = 0; tile < kAhead; ++tile) {
+    if (tile < tiles) start(tile);
+  }
+  WaitForCopies<0>();
+  __syncthreads();
+  uint32_t q[4][4];
+  LoadRowFragments(q, group == 0 ? last.k : last.v, warp_row);
+  __syncthreads();
+
+  float o[8][4] = {};
+  uint32_t probs[4][4] = {};                    // of the tile before
+  float reference[2] = {-INFINITY, -INFINITY};  // rows g and g + 8
+  float row_sum[2] = {0.0f, 0.0f};              // this lane's columns only, until the end
+  const float scale_log2 = p.scale * kLog2E;
+  // Of this warpgroup: what a causal block's first queries do not see is left out.
+  const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
+  const int group_tiles = (keys + kTile - 1) / kTile;
+  for (int tile = 0; tile < group_tiles; ++tile) {
+    const int key0 = tile * kTile;
+    auto& stage = shared.stages[tile % kStages];
+    WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
+    ShareWithProducts();
+    float s[8][4];
+    BeginProducts();
+    MultiplyRowsOfTile<T>(s, q, DescribeTile(&stage.k));
+    CommitProducts();
+    // Before the first tile the probabilities are zeros.
+    MultiplyTile<T>(o, probs, DescribeTile(&shared.stages[max(tile - 1, 0) % kStages].v));
+    CommitProducts();
+    if (tile + kAhead < tiles) {
+      const int next = tile + kAhead;
+      WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
+      start(next);
+    }
+    WaitForProducts<1>();
+    PinProduct(s);
+
+    const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
+    const bool plain = p.mask == nullptr && p.scale > 0.0f && key0 + kTile <= h.keys && !cut;
+    if (!plain) {
+      MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[tile % kStages] : nullptr,
+                 h.keys - key0, cut, query - key0);
+    }
+    float tile_max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
+    }
+    float factor[2];
+    bool above = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float m = tile_max[half];
+      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 2));
+      m = plain ? m * p.scale : m;
+      factor[half] = 1.0f;
+      if (m > reference[half] + kMaxLag) {
+        above = true;
+        factor[half] = Exp2((reference[half] - m) * kLog2E);
+        reference[half] = m;
+        row_sum[half] *= factor[half];
+      }
+    }
+    // Nothing seen but -inf: any finite reference gives exp(-inf) = 0 rather than NaN.
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shift[half] = reference[half] == -INFINITY ? 0.0f : reference[half];
+    }
+    if (plain) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) shift[half] *= kLog2E;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
+      }
+    } else {
+      // The difference first: a score near the lowest fp32 number has no multiple.
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = Exp2((s[n][i] - shift[i >> 1]) * kLog2E);
+      }
+    }
+    WaitForProducts<0>();
+    PinProduct(o);
+    if (tile > 0 && lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
+    if (__any_sync(0xFFFFFFFFu, above)) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        KeptKeys kept;
+        if (kDropout) {
+          kept =
+              DrawKeys(p.dropout, rng, h.row + query + 8 * half, key0 + 32 * part + 8 * (lane & 3));
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
+          row_sum[half] += prob;
+          // The scale of the kept ones goes into the last factor.
+          if (kDropout) prob = kept[i] ? prob : 0.0f;
+        }
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const float* pair = &s[4 * part + m][2 * half];
+          probs[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
+        }
+      }
+    }
+  }
+  if (group_tiles > 0) {
+    BeginProducts();
+    MultiplyTile<T>(o, probs, DescribeTile(&shared.stages[(group_tiles - 1) % kStages].v));
+    CommitProducts();
+    WaitForProducts<0>();
+    PinProduct(o);
+  }
+
+  float factor[2];
+  int row[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = row_sum[half];
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    factor[half] = inverse * p.dropout.scale;
+    const bool inside = query + 8 * half < h.length;
+    row[half] = inside ? query + 8 * half : -1;
+    if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
+      p.softmax[h.row + query + 8 * half] =
+          SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
+    }
+  }
+  StoreRows(static_cast<T*>(p.out) + h.token * p.width + h.column, p.width, row, head_dim, o,
+            factor);
+}
+
+template <typename T, bool kDropout>
+cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
+  return LaunchRows<kRows>(AttentionWgmmaKernel<T, kDropout>, kThreads, sizeof(ForwardShared<T>), p,
+                           stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchAttentionWgmma(const AttentionParams& p, cudaStream_t stream) {
+  const bool dropout = p.dropout.rng != nullptr;
+  if (p.dtype == DType::kBF16) {
+    return dropout ? Forward<__nv_bfloat16, true>(p, stream)
+                   : Forward<__nv_bfloat16, false>(p, stream);
+  }
+  if (p.dtype != DType::kF16) return cudaErrorInvalidValue;
+  return dropout ? Forward<__half, true>(p, stream) : Forward<__half, false>(p, stream);
+}
+
+}  // namespace lamina::cuda

@@ -1,0 +1,19 @@
+// Attention on tensor cores, a warpgroup at a time: sequences of kWgmmaMinSeq tokens and more, head
+// dims up to kWgmmaHeadDim, otherwise as attention_mma.cuh, with the same SoftmaxRow.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "attention.cuh"
+
+namespace lamina::cuda {
+
+constexpr int kWgmmaHeadDim = 64;
+constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would have nothing to do
+
+[[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
+// Fills params.delta itself.
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
+                                                       cudaStream_t stream);
+
+}  // namespace lamina::cuda

@@ -1,0 +1,500 @@
+// Purpose: the backward of attention with wgmma; attention_wgmma.cuh.
+//
+// Two kernels, which both compute the scores again: dQ for two tiles of queries a block, which also
+// computes delta, and dK and dV for kKeyGroups tiles of keys. In both a warpgroup has score tiles
+// whose rows are queries. dV = p^T dout and dK = ds^T q take p and ds through shared memory, where
+// the tensor cores read them transposed. No two blocks write the same element.
+#include "attention_wgmma.cuh"
+#include "attention_wgmma_tiles.cuh"
+
+namespace lamina::cuda {
+namespace {
+
+// What a thread needs to know of its rows g and g + 8 of a score tile.
+struct RowPair {
+  SoftmaxRow softmax[2];
+  float delta[2];
+};
+
+// From scores `s` and gradients `dp` of the probabilities of columns `part` * 32 and on of row half
+// `half`: the probability after dropout, without its scale, in s, and the gradient of the score,
+// without its scale, in dp. `s` is already the probability before dropout.
+template <bool kDropout>
+__device__ __forceinline__ void DropGrads(float (&s)[8][4], float (&dp)[8][4], int part, int half,
+                                          const KeptKeys& kept, float dropout_scale, float delta) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
+    float& grad = dp[4 * part + i / 2][2 * half + (i & 1)];
+    if (kDropout) {
+      const bool keep = kept[i];
+      const float difference = fmaf(grad, dropout_scale, -delta);
+      grad = prob * (keep ? difference : -delta);
+      prob = keep ? prob : 0.0f;
+    } else {
+      grad = prob * (grad - delta);
+    }
+  }
+}
+
+// s = exp(s - max) * inverse_sum, of products without their scale where `plain`, otherwise of
+// scores as MaskScores leaves them.
+__device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, float scale,
+                                              const SoftmaxRow (&rows)[2]) {
+  if (plain) {
+    // In one step; where max is no mask's value its sum with a logarithm loses nothing.
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shift[half] = rows[half].max * kLog2E - __log2f(rows[half].inverse_sum);
+    }
+    const float scale_log2 = scale * kLog2E;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const SoftmaxRow& row = rows[i >> 1];
+        s[n][i] = Exp2((s[n][i] - row.max) * kLog2E) * row.inverse_sum;
+      }
+    }
+  }
+}
+
+constexpr int kQueryGroups = 2;
+constexpr int kQueryThreads = kQueryGroups * kWarpgroup;
+constexpr int kQueryRows = kQueryGroups * kTile;
+constexpr int kQueryStages = 4;
+constexpr int kQueryAhead = 2;
+
+template <typename T>
+struct QueryGradShared {
+  SwizzledTile<T> q[kQueryGroups], dout[kQueryGroups];
+  struct Stage {
+    SwizzledTile<T> k, v;
+  };
+  Stage stages[kQueryStages];
+  float bias[kQueryStages][kTile];
+  float delta[kQueryRows];
+  uint64_t full[kQueryStages], empty[kQueryStages];
+};
+
+template <typename T, bool kDropout>
+__global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const AttentionParams p) {
+  constexpr int kStages = kQueryStages;
+  constexpr int kThreads = kQueryThreads;
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<QueryGradShared<T>*>(shared_bytes);
+  const Head h = HeadOfBlock<kQueryRows, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t stride = 3 * p.width;
+  const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
+  const int warp_row = (tid & (kWarpgroup - 1)) / 32 * 16;
+  const int group_query = h.first + group * kTile;
+  const int query = group_query + warp_row + (lane >> 2);
+  RngState rng{};
+  if (kDropout) rng = UniformState(p.dropout.rng);
+
+  const int tiles = (h.keys + kTile - 1) / kTile;
+  const TilePart<kThreads, TileOrder::kKeys> copies(head_dim);
+  const T* next_keys = qkv + p.width + copies.Source(stride);
+  const auto start = [&](int tile) {
+    const int key0 = tile * kTile;
+    auto& stage = shared.stages[tile % kStages];
+    copies.Start(stage.k, next_keys, stride, h.keys - key0);
+    copies.Start(stage.v, next_keys + p.width, stride, h.keys - key0);
+    next_keys += kTile * stride;
+    if (p.mask != nullptr && tid < kTile) {
+      const bool inside = key0 + tid < h.keys;
+      CopyAsyncSmall<4>(&shared.bias[tile % kStages][tid],
+                        p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
+    }
+    ArriveAfterCopies(&shared.full[tile % kStages]);
+  };
+
+  if (tid == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      StartBarrier(&shared.full[i], kThreads);
+      StartBarrier(&shared.empty[i], kThreads / 32);
+    }
+  }
+  const int64_t first = h.token + h.first;
+  const T* dout = static_cast<const T*>(p.dout) + first * p.width + h.column;
+#pragma unroll
+  for (int i = 0; i < kQueryGroups; ++i) {
+    const int rows = h.length - h.first - i * kTile;
+    // Beyond the end a tile of zeros, whose address is that of the first rows.
+    const int64_t row = rows > 0 ? i * kTile : 0;
+    StartSwizzledTile<kThreads, TileOrder::kPlain>(shared.q[i], qkv + (h.first + row) * stride,
+                                                   stride, rows, head_dim);
+    StartSwizzledTile<kThreads, TileOrder::kPlain>(shared.dout[i], dout + row * p.width, p.width,
+                                                   rows, head_dim);
+  }
+  CommitCopies();
+  // Two threads a query sum up its delta.
+  const int own = tid / 2;
+  Raw8<T> out[4];
+  {
+    const T* src = static_cast<const T*>(p.out) +
+                   (first + min(own, h.length - h.first - 1)) * p.width + h.column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = 2 * i + (tid & 1);
+      if (c * 8 < head_dim) out[i] = LoadRaw8(src + c * 8);
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int tile = 0; tile < kQueryAhead; ++tile) {
+    if (tile < tiles) start(tile);
+  }
+  WaitForCopies<0>();
+  ShareWithProducts();
+  __syncthreads();
+  {
+    const char* rows = reinterpret_cast<const char*>(shared.dout[own / kTile].rows);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = 2 * i + (tid & 1);
+      if (c * 8 >= head_dim) continue;
+      float x[8], y[8];
+      Unpack8(out[i], x);
+      Load8(reinterpret_cast<const T*>(rows + Swizzled(own % kTile, c)), y);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
+    }
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+    if ((tid & 1) == 0) {
+      shared.delta[own] = sum;
+      if (h.first + own < h.length) p.delta[h.row + h.first + own] = sum;
+    }
+  }
+  __syncthreads();
+
+  RowPair rows;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = query + 8 * half;
+    rows.softmax[half] = i < h.length ? p.softmax[h.row + i] : SoftmaxRow{INFINITY, 0.0f};
+    rows.delta[half] = shared.delta[i - h.first];
+  }
+
+  float dq[8][4] = {};
+  const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
+  const int group_tiles = (keys + kTile - 1) / kTile;
+  const uint64_t q_tile = DescribeTile(&shared.q[group]);
+  const uint64_t dout_tile = DescribeTile(&shared.dout[group]);
+  for (int tile = 0; tile < group_tiles; ++tile) {
+    const int key0 = tile * kTile;
+    auto& stage = shared.stages[tile % kStages];
+    WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
+    ShareWithProducts();
+    float s[8][4], dp[8][4];
+    BeginProducts();
+    MultiplyRowsOfTiles<T>(s, q_tile, DescribeTile(&stage.k));
+    CommitProducts();
+    MultiplyRowsOfTiles<T>(dp, dout_tile, DescribeTile(&stage.v));
+    CommitProducts();
+    if (tile + kQueryAhead < tiles) {
+      const int next = tile + kQueryAhead;
+      WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
+      start(next);
+    }
+    WaitForProducts<1>();
+    PinProduct(s);
+    const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
+    const bool plain = p.mask == nullptr && key0 + kTile <= h.keys && !cut;
+    if (!plain) {
+      MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[tile % kStages] : nullptr,
+                 h.keys - key0, cut, query - key0);
+    }
+    Probabilities(s, plain, p.scale, rows.softmax);
+    WaitForProducts<0>();
+    PinProduct(dp);
+    uint32_t ds[4][4];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        KeptKeys kept;
+        if (kDropout) {
+          kept =
+              DrawKeys(p.dropout, rng, h.row + query + 8 * half, key0 + 32 * part + 8 * (lane & 3));
+        }
+        DropGrads<kDropout>(s, dp, part, half, kept, p.dropout.scale, rows.delta[half]);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const float* pair = &dp[4 * part + m][2 * half];
+          ds[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
+        }
+      }
+    }
+    BeginProducts();
+    MultiplyTile<T>(dq, ds, DescribeTile(&stage.k));
+    CommitProducts();
+    WaitForProducts<0>();
+    PinProduct(dq);
+    if (lane == 0) Arrive(&shared.empty[tile % kStages]);
+  }
+
+  int row[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    row[half] = query + 8 * half < h.length ? query + 8 * half : -1;
+  const float factor[2] = {p.scale, p.scale};
+  StoreRows(static_cast<T*>(p.dqkv) + h.token * stride + h.column, stride, row, head_dim, dq,
+            factor);
+}
+
+constexpr int kKeyStages = 4;
+constexpr int kKeyAhead = 1;
+
+template <typename T, int kGroups>
+struct KeyGradShared {
+  SwizzledTile<T> k[kGroups], v[kGroups];
+  struct Stage {
+    SwizzledTile<T> q, dout;
+  };
+  Stage stages[kKeyStages];
+  struct Exchanged {
+    SwizzledTile<T> probs, ds;  // [query][key]
+  };
+  Exchanged exchanged[kGroups][2];
+  SoftmaxRow softmax[kKeyStages][kTile];
+  float delta[kKeyStages][kTile];
+  float bias[kGroups][kTile];
+  uint64_t full[kKeyStages], empty[kKeyStages];
+};
+
+template <typename T, bool kDropout, int kGroups>
+__global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const AttentionParams p) {
+  constexpr int kStages = kKeyStages;
+  constexpr int kThreads = kGroups * kWarpgroup;
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<KeyGradShared<T, kGroups>*>(shared_bytes);
+  const Head h = HeadOfBlock<kGroups * kTile, BlockRows::kKeys>(p);
+  if (h.first >= h.length) return;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t stride = 3 * p.width;
+  const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
+  const T* all_dout = static_cast<const T*>(p.dout) + h.token * p.width + h.column;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
+  const int warp_row = (tid & (kWarpgroup - 1)) / 32 * 16;
+  const int key0 = h.first + group * kTile;  // of this warpgroup
+  RngState rng{};
+  if (kDropout) rng = UniformState(p.dropout.rng);
+
+  // Queries before the block's first key see none of its keys; those of a block whose keys are all
+  // cut off see none at all.
+  const int first_query = p.causal ? h.first : 0;
+  const int tiles = h.first < h.keys ? (h.length - first_query + kTile - 1) / kTile : 0;
+  const TilePart<kThreads, TileOrder::kPlain> copies(head_dim);
+  const T* next_q = qkv + first_query * stride + copies.Source(stride);
+  const T* next_dout = all_dout + first_query * p.width + copies.Source(p.width);
+  const auto start = [&](int tile) {
+    const int query0 = first_query + tile * kTile;
+    const int rows = h.length - query0;
+    auto& stage = shared.stages[tile % kStages];
+    copies.Start(stage.q, next_q, stride, rows);
+    copies.Start(stage.dout, next_dout, p.width, rows);
+    next_q += kTile * stride;
+    next_dout += kTile * p.width;
+    if (tid < kTile) {
+      const bool inside = tid < rows;
+      const int64_t row = h.row + query0 + (inside ? tid : 0);
+      CopyAsyncSmall<8>(&shared.softmax[tile % kStages][tid], p.softmax + row, inside);
+      CopyAsyncSmall<4>(&shared.delta[tile % kStages][tid], p.delta + row, inside);
+    }
+    ArriveAfterCopies(&shared.full[tile % kStages]);
+  };
+
+  if (tid == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      StartBarrier(&shared.full[i], kThreads);
+      StartBarrier(&shared.empty[i], kThreads / 32);
+    }
+  }
+  if (tiles > 0) {
+    const T* keys = qkv + p.width + h.first * stride;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int rows = h.keys - h.first - i * kTile;
+      const T* src = keys + (rows > 0 ? i * kTile : 0) * stride;
+      StartSwizzledTile<kThreads, TileOrder::kKeys>(shared.k[i], src, stride, rows, head_dim);
+      StartSwizzledTile<kThreads, TileOrder::kKeys>(shared.v[i], src + p.width, stride, rows,
+                                                    head_dim);
+    }
+  }
+  CommitCopies();
+  if (tid < kGroups * kTile) (&shared.bias[0][0])[tid] = KeyBias(p, h, h.first + tid);
+  {
+    // What the first tile's products find of a tile before it.
+    auto* words = reinterpret_cast<uint4*>(&shared.exchanged[group][1]);
+    for (int i = tid & (kWarpgroup - 1); i < static_cast<int>(sizeof(shared.exchanged[0][0]) / 16);
+         i += kWarpgroup) {
+      words[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int tile = 0; tile < kKeyAhead; ++tile) {
+    if (tile < tiles) start(tile);
+  }
+  WaitForCopies<0>();
+  ShareWithProducts();
+  __syncthreads();
+
+  float dk[8][4] = {};
+  float dv[8][4] = {};
+  const uint64_t k_tile = DescribeTile(&shared.k[group]);
+  const uint64_t v_tile = DescribeTile(&shared.v[group]);
+  // A warpgroup whose keys are cut off, or not seen by the first queries, only fills the ring.
+  const int skipped = key0 < h.keys ? (p.causal ? group : 0) : tiles;
+  for (int tile = 0; tile < min(skipped, tiles); ++tile) {
+    __syncwarp();
+    if (lane == 0) Arrive(&shared.empty[tile % kStages]);
+    if (tile + kKeyAhead < tiles) {
+      const int next = tile + kKeyAhead;
+      WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
+      start(next);
+    }
+  }
+  for (int tile = skipped; tile < tiles; ++tile) {
+    const int query0 = first_query + tile * kTile;
+    auto& stage = shared.stages[tile % kStages];
+    auto& exchanged = shared.exchanged[group][(tile - skipped) & 1];
+    WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
+    ShareWithProducts();
+    float s[8][4], dp[8][4];
+    BeginProducts();
+    MultiplyRowsOfTiles<T>(s, DescribeTile(&stage.q), k_tile);
+    CommitProducts();
+    MultiplyRowsOfTiles<T>(dp, DescribeTile(&stage.dout), v_tile);
+    CommitProducts();
+    {
+      auto& before = shared.stages[max(tile - 1, skipped) % kStages];
+      auto& left = shared.exchanged[group][(tile - skipped + 1) & 1];
+      MultiplyTransposedTile<T>(dv, DescribeTile(&left.probs), DescribeTile(&before.dout));
+      MultiplyTransposedTile<T>(dk, DescribeTile(&left.ds), DescribeTile(&before.q));
+    }
+    CommitProducts();
+    if (tile + kKeyAhead < tiles) {
+      const int next = tile + kKeyAhead;
+      WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
+      start(next);
+    }
+    RowPair rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = warp_row + (lane >> 2) + 8 * half;
+      rows.softmax[half] = shared.softmax[tile % kStages][i];
+      if (query0 + i >= h.length) rows.softmax[half].max = INFINITY;
+      rows.delta[half] = shared.delta[tile % kStages][i];
+    }
+    WaitForProducts<2>();
+    PinProduct(s);
+    const bool cut = p.causal && query0 + warp_row < key0 + kTile - 1;
+    const bool plain = p.mask == nullptr && key0 + kTile <= h.keys && !cut;
+    if (!plain) {
+      MaskScores(s, p.scale, shared.bias[group], kTile, cut,
+                 query0 + warp_row + (lane >> 2) - key0);
+    }
+    Probabilities(s, plain, p.scale, rows.softmax);
+    WaitForProducts<1>();
+    PinProduct(dp);
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      uint32_t probs_part[2][4], ds_part[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        KeptKeys kept;
+        if (kDropout) {
+          kept = DrawKeys(p.dropout, rng, h.row + query0 + warp_row + (lane >> 2) + 8 * half,
+                          key0 + 32 * part + 8 * (lane & 3));
+        }
+        DropGrads<kDropout>(s, dp, part, half, kept, p.dropout.scale, rows.delta[half]);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const float* prob = &s[4 * part + m][2 * half];
+          const float* grad = &dp[4 * part + m][2 * half];
+          probs_part[m / 2][half + 2 * (m & 1)] = PackPair<T>(prob[0], prob[1]);
+          ds_part[m / 2][half + 2 * (m & 1)] = PackPair<T>(grad[0], grad[1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        StoreFragment(exchanged.probs, warp_row, 2 * part + i, probs_part[i]);
+        StoreFragment(exchanged.ds, warp_row, 2 * part + i, ds_part[i]);
+      }
+    }
+    WaitForProducts<0>();
+    PinProduct(dv);
+    PinProduct(dk);
+    if (tile > skipped && lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
+    ShareWithProducts();
+    WarpgroupBarrier();
+  }
+  if (skipped < tiles) {
+    auto& before = shared.stages[(tiles - 1) % kStages];
+    auto& left = shared.exchanged[group][(tiles - 1 - skipped) & 1];
+    BeginProducts();
+    MultiplyTransposedTile<T>(dv, DescribeTile(&left.probs), DescribeTile(&before.dout));
+    MultiplyTransposedTile<T>(dk, DescribeTile(&left.ds), DescribeTile(&before.q));
+    CommitProducts();
+    WaitForProducts<0>();
+    PinProduct(dv);
+    PinProduct(dk);
+  }
+
+  int row[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = key0 + Reordered(warp_row + (lane >> 2) + 8 * half);
+    row[half] = key < h.length ? key : -1;
+  }
+  T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
+  const float k_factor[2] = {p.scale, p.scale};
+  const float v_factor[2] = {p.dropout.scale, p.dropout.scale};
+  StoreRows(dst + p.width, stride, row, head_dim, dk, k_factor);
+  StoreRows(dst + 2 * p.width, stride, row, head_dim, dv, v_factor);
+}
+
+constexpr int kKeyGroups = 3;  // as many as registers allow
+
+template <typename T, bool kDropout>
+cudaError_t Backward(const AttentionParams& p, cudaStream_t stream) {
+  const cudaError_t error = LaunchRows<kQueryRows>(QueryGradKernel<T, kDropout>, kQueryThreads,
+                                                   sizeof(QueryGradShared<T>), p, stream);
+  if (error != cudaSuccess) return error;
+  return LaunchRows<kKeyGroups * kTile>(KeyGradKernel<T, kDropout, kKeyGroups>,
+                                        kKeyGroups * kWarpgroup,
+                                        sizeof(KeyGradShared<T, kKeyGroups>), p, stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& p, cudaStream_t stream) {
+  const bool dropout = p.dropout.rng != nullptr;
+  if (p.dtype == DType::kBF16) {
+    return dropout ? Backward<__nv_bfloat16, true>(p, stream)
+                   : Backward<__nv_bfloat16, false>(p, stream);
+  }
+  if (p.dtype != DType::kF16) return cudaErrorInvalidValue;
+  return dropout ? Backward<__half, true>(p, stream) : Backward<__half, false>(p, stream);
+}
+
+}  // namespace lamina::cuda

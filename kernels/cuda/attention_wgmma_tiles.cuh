@@ -1,0 +1,218 @@
+// Purpose: what the warpgroup attention kernels have in common: the order of keys in tiles, tiles
+// on their way to shared memory, masks and dropout in fragments of scores.
+//
+// Scores come in tiles of 64 queries and 64 keys, a warpgroup a tile. In the fragments of a score
+// tile a thread has columns 8 n + 2 t + e, e < 2, of its two rows (mma.cuh), but one Philox call
+// covers 8 neighbouring keys. So tiles hold their keys in another order: within 32 of them, key
+// 8 t + 2 m + e lies at row 8 m + 2 t + e, and a thread's columns of four neighbouring column tiles
+// are 8 neighbouring keys. It draws its own bits and exchanges none. Exchanging t and m again gives
+// back the key.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_head.cuh"
+#include "attention_tiles.cuh"
+#include "common/convert.cuh"
+#include "common/copy_async.cuh"
+#include "common/dropout.cuh"
+#include "common/mbarrier.cuh"
+#include "common/wgmma.cuh"
+
+namespace lamina::cuda {
+
+constexpr int kTile = kSwizzledRows;  // queries or keys of a tile; its rows are a head dim of 64
+
+template <typename T>
+struct alignas(1024) SwizzledTile {
+  T rows[kTile * 64];
+};
+
+// Where a tile has a key; and which key a tile has somewhere.
+__device__ __forceinline__ int Reordered(int key) {
+  return (key & ~0x1E) | ((key & 0x06) << 2) | ((key & 0x18) >> 2);
+}
+
+enum class TileOrder { kPlain, kKeys };
+
+// Starts to copy rows [0, 64) of `src` into `tile`, with zeros from row `rows` and from column
+// `head_dim` on; row 0 must exist.
+template <int kThreads, TileOrder kOrder, typename T>
+__device__ __forceinline__ void StartSwizzledTile(SwizzledTile<T>& tile, const T* src,
+                                                  int64_t stride, int rows, int head_dim) {
+  constexpr int kChunks = kTile * 8;
+  const int tid = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < (kChunks + kThreads - 1) / kThreads; ++i) {
+    const int e = tid + i * kThreads;
+    if (kChunks % kThreads != 0 && e >= kChunks) break;
+    const int r = e >> 3;
+    const int c = e & 7;
+    const bool inside = r < rows && c * 8 < head_dim;
+    const int row = kOrder == TileOrder::kKeys ? Reordered(r) : r;
+    CopyAsync16(reinterpret_cast<char*>(tile.rows) + Swizzled(row, c),
+                src + (inside ? r * stride + c * 8 : 0), inside);
+  }
+}
+
+// The same for tiles that follow each other, with what a thread needs to know of its part worked
+// out once: its first chunk's row and where a tile has it.
+template <int kThreads, TileOrder kOrder>
+struct TilePart {
+  static constexpr int kStep = kThreads / 8;  // rows from one chunk of a thread to its next
+  static_assert(kStep == 32 || (kStep % 8 == 0 && kOrder == TileOrder::kPlain),
+                "rows a step apart lie a step apart");
+  int row, offset;
+  bool inside;  // of the head's columns
+
+  __device__ __forceinline__ explicit TilePart(int head_dim) {
+    const int c = static_cast<int>(threadIdx.x) & 7;
+    row = static_cast<int>(threadIdx.x) >> 3;
+    offset = Swizzled(kOrder == TileOrder::kKeys ? Reordered(row) : row, c);
+    inside = c * 8 < head_dim;
+  }
+  // From a tile's first element to this thread's.
+  __device__ __forceinline__ int64_t Source(int64_t stride) const {
+    return row * stride + (static_cast<int>(threadIdx.x) & 7) * 8;
+  }
+  // `src`: this thread's first element; the tile has `rows` rows.
+  template <typename T>
+  __device__ __forceinline__ void Start(SwizzledTile<T>& tile, const T* src, int64_t stride,
+                                        int rows) const {
+#pragma unroll
+    for (int i = 0; i * kStep < kTile; ++i) {
+      if (kTile % kStep != 0 && (i + 1) * kStep > kTile && row + i * kStep >= kTile) break;
+      CopyAsync16(reinterpret_cast<char*>(tile.rows) + offset + i * kStep * 128,
+                  src + i * kStep * stride, inside && row + i * kStep < rows);
+    }
+  }
+};
+
+// A of products over a tile's columns: rows [row, row + 16).
+template <typename T>
+__device__ __forceinline__ void LoadRowFragments(uint32_t (&a)[4][4], const SwizzledTile<T>& tile,
+                                                 int row) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const char* bytes = reinterpret_cast<const char*>(tile.rows);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    LoadMatrices(a[k], bytes + Swizzled(row + (lane & 15), 2 * k + (lane >> 4)));
+  }
+}
+
+// Rows [row, row + 16) and columns [16 k, 16 k + 16) of a tile from A of a product.
+template <typename T>
+__device__ __forceinline__ void StoreFragment(SwizzledTile<T>& tile, int row, int k,
+                                              const uint32_t (&a)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(
+      reinterpret_cast<char*>(tile.rows) + Swizzled(row + (lane & 15), 2 * k + (lane >> 4))));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+
+// Writes c * factor to this lane's rows g and g + 8: of half h to dst + row[h] * stride, unless
+// row[h] is -1.
+template <typename T>
+__device__ __forceinline__ void StoreRows(T* dst, int64_t stride, const int (&row)[2], int head_dim,
+                                          const float (&c)[8][4], const float (&factor)[2]) {
+  const int t = static_cast<int>(threadIdx.x) & 3;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      uint32_t w[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float* pair = &c[4 * part + m][2 * half];
+        w[m] = PackPair<T>(pair[0] * factor[half], pair[1] * factor[half]);
+      }
+      // Afterwards a lane has 8 neighbouring columns.
+      QuadTranspose(w);
+      const int column = 32 * part + 8 * t;
+      if (row[half] < 0 || column >= head_dim) continue;
+      *reinterpret_cast<uint4*>(dst + row[half] * stride + column) =
+          make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+// The key, counted from the tile's first, of column tile n, element e of a pair.
+__device__ __forceinline__ int KeyOfColumn(int n, int e) {
+  return 32 * (n / 4) + 8 * (static_cast<int>(threadIdx.x) & 3) + 2 * (n % 4) + e;
+}
+
+// The scores of a tile from its products, where there is more to it than their scale: a mask, whose
+// values for the tile's keys are `bias` if it is not null; keys cut off from `keys` on; causality,
+// `query` being the query of row g and both counted from the tile's first key.
+__device__ __forceinline__ void MaskScores(float (&s)[8][4], float scale, const float* bias,
+                                           int keys, bool causal, int query) {
+  const int t = static_cast<int>(threadIdx.x) & 3;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    float added[8] = {};
+    if (bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 four = *reinterpret_cast<const float4*>(bias + 32 * part + 8 * t + 4 * i);
+        added[4 * i] = four.x;
+        added[4 * i + 1] = four.y;
+        added[4 * i + 2] = four.z;
+        added[4 * i + 3] = four.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int n = 4 * part + i / 2;
+      const int key = KeyOfColumn(n, i & 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& score = s[n][2 * half + (i & 1)];
+        score = score * scale + added[i];
+        if (key >= keys || (causal && key > query + 8 * half)) score = -INFINITY;
+      }
+    }
+  }
+}
+
+// The same words in every lane by the compiler's account too, which then keeps the keys of all
+// rounds in uniform registers.
+__device__ __forceinline__ RngState UniformState(const RngState* state) {
+  return {__shfl_sync(0xFFFFFFFFu, state->seed, 0), __shfl_sync(0xFFFFFFFFu, state->counter, 0)};
+}
+
+// Which of 8 neighbouring keys' probabilities are kept: those whose bits, moved to the upper half,
+// are at most `limit`.
+struct KeptKeys {
+  Philox4 bits;
+  uint32_t limit;
+
+  __device__ __forceinline__ bool operator[](int i) const {
+    const uint32_t word = bits.word[i >> 1];
+    return ((i & 1) != 0 ? word : word << 16) <= limit;
+  }
+};
+
+__device__ __forceinline__ KeptKeys DrawKeys(const DropoutParams& dropout, const RngState& rng,
+                                             int64_t row, int key) {
+  // 2^16 times the threshold, less 1: a threshold of 2^16 wraps to all ones.
+  return {
+      DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row), static_cast<uint32_t>(key) >> 3),
+      (dropout.threshold << 16) - 1u};
+}
+
+// A block for every kRows rows of a head.
+template <int kRows, typename Kernel>
+cudaError_t LaunchRows(Kernel kernel, int threads, size_t shared, const AttentionParams& p,
+                       cudaStream_t stream) {
+  const int64_t blocks = p.batch * p.heads * ((p.seq + kRows - 1) / kRows);
+  if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace lamina::cuda

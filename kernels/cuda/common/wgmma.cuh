@@ -1,0 +1,194 @@
+// Purpose: the warpgroup-level tensor core instructions for 16-bit operands (PTX ISA,
+// "wgmma.mma_async"), on tiles of 64 rows and 64 columns.
+//
+// Four neighbouring warps, a warpgroup, multiply together; each has 16 rows of the result, in
+// fragments as of mma.cuh. Products run asynchronously: between BeginProducts and
+// WaitForProducts nothing may touch their registers. Tiles in shared memory have rows of 128 bytes,
+// whose 16-byte chunks are exchanged (Swizzled) so that neither rows nor columns of chunks meet in
+// one bank; they begin at multiples of 1024 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace lamina::cuda {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kSwizzledRows = 64;
+constexpr int kSwizzledBytes = kSwizzledRows * 128;
+
+// Where chunk `chunk` (eight elements) of row `row` lies in a tile, in bytes.
+__device__ __forceinline__ int Swizzled(int row, int chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+// A tile as the instructions are told of it: groups of 8 rows 1024 bytes apart, chunks exchanged
+// over 128 bytes.
+__device__ __forceinline__ uint64_t DescribeTile(const void* tile) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
+  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
+         ((address & 0x3FFFFu) >> 4);
+}
+
+// From one step of 16 to the next, along a tile's rows and along its columns.
+constexpr uint64_t kStepAlongRow = 32 >> 4;
+constexpr uint64_t kStepAlongColumn = 16 * 128 >> 4;
+
+// Registers written before are there for the products that follow.
+__device__ __forceinline__ void BeginProducts() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Ends a group of products.
+__device__ __forceinline__ void CommitProducts() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until all groups but the last kPending are done.
+template <int kPending>
+__device__ __forceinline__ void WaitForProducts() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of a product's registers to before the wait for it.
+template <int kTiles>
+__device__ __forceinline__ void PinProduct(float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
+  }
+}
+
+// What this thread wrote to shared memory by ordinary stores or copies, or has seen of others', is
+// there for products.
+__device__ __forceinline__ void ShareWithProducts() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A barrier of the warpgroup's threads alone.
+__device__ __forceinline__ void WarpgroupBarrier() {
+  const int id = 1 + static_cast<int>(threadIdx.x) / kWarpgroup;
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kWarpgroup) : "memory");
+}
+
+// The 32 registers of c, as results of a product alone and as what it adds to.
+#define LAMINA_PRODUCT_NEW(c)                                                                     \
+  "=&f"(c[0][0]), "=&f"(c[0][1]), "=&f"(c[0][2]), "=&f"(c[0][3]), "=&f"(c[1][0]), "=&f"(c[1][1]), \
+      "=&f"(c[1][2]), "=&f"(c[1][3]), "=&f"(c[2][0]), "=&f"(c[2][1]), "=&f"(c[2][2]),             \
+      "=&f"(c[2][3]), "=&f"(c[3][0]), "=&f"(c[3][1]), "=&f"(c[3][2]), "=&f"(c[3][3]),             \
+      "=&f"(c[4][0]), "=&f"(c[4][1]), "=&f"(c[4][2]), "=&f"(c[4][3]), "=&f"(c[5][0]),             \
+      "=&f"(c[5][1]), "=&f"(c[5][2]), "=&f"(c[5][3]), "=&f"(c[6][0]), "=&f"(c[6][1]),             \
+      "=&f"(c[6][2]), "=&f"(c[6][3]), "=&f"(c[7][0]), "=&f"(c[7][1]), "=&f"(c[7][2]),             \
+      "=&f"(c[7][3])
+#define LAMINA_PRODUCT_ADD(c)                                                                   \
+  "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),     \
+      "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
+      "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
+      "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
+      "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
+      "+f"(c[7][2]), "+f"(c[7][3])
+// `a` names the left operand: a register list, or a tile in %34 with its order.
+#define LAMINA_PRODUCT(type, add, a, tail)                                              \
+  "{\n.reg .pred adds;\n"                                                               \
+  "setp.ne.b32 adds, " add                                                              \
+  ", 0;\n"                                                                              \
+  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                           \
+  " "                                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "             \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " a \
+  ", %32, adds, 1, 1, " tail ";\n}"
+
+// One step of 16 of c = a b, or with kAdd of c += a b: a from registers, as PackA makes it; b from
+// a tile. With kColumns b's columns are the tile's columns, otherwise its rows.
+template <typename T, bool kAdd, bool kColumns>
+__device__ __forceinline__ void ProductStep(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  constexpr bool kBF16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(kBF16 || std::is_same_v<T, __half>, "16-bit operands");
+  if constexpr (kBF16 && kAdd) {
+    asm volatile(LAMINA_PRODUCT("bf16", "1", "{%34, %35, %36, %37}", "%33")
+                 : LAMINA_PRODUCT_ADD(c)
+                 : "l"(b), "n"(kColumns), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+  } else if constexpr (kBF16 && !kAdd) {
+    asm volatile(LAMINA_PRODUCT("bf16", "0", "{%34, %35, %36, %37}", "%33")
+                 : LAMINA_PRODUCT_NEW(c)
+                 : "l"(b), "n"(kColumns), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+  } else if constexpr (!kBF16 && kAdd) {
+    asm volatile(LAMINA_PRODUCT("f16", "1", "{%34, %35, %36, %37}", "%33")
+                 : LAMINA_PRODUCT_ADD(c)
+                 : "l"(b), "n"(kColumns), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+  } else if constexpr (!kBF16 && !kAdd) {
+    asm volatile(LAMINA_PRODUCT("f16", "0", "{%34, %35, %36, %37}", "%33")
+                 : LAMINA_PRODUCT_NEW(c)
+                 : "l"(b), "n"(kColumns), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+  }
+}
+
+// The same with a from a tile; with kTransposed its rows are the tile's columns.
+template <typename T, bool kAdd, bool kTransposed, bool kColumns>
+__device__ __forceinline__ void ProductStep(float (&c)[8][4], uint64_t a, uint64_t b) {
+  constexpr bool kBF16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(kBF16 || std::is_same_v<T, __half>, "16-bit operands");
+  if constexpr (kBF16 && kAdd) {
+    asm volatile(LAMINA_PRODUCT("bf16", "1", "%34", "%35, %33")
+                 : LAMINA_PRODUCT_ADD(c)
+                 : "l"(b), "n"(kColumns), "l"(a), "n"(kTransposed));
+  } else if constexpr (kBF16 && !kAdd) {
+    asm volatile(LAMINA_PRODUCT("bf16", "0", "%34", "%35, %33")
+                 : LAMINA_PRODUCT_NEW(c)
+                 : "l"(b), "n"(kColumns), "l"(a), "n"(kTransposed));
+  } else if constexpr (!kBF16 && kAdd) {
+    asm volatile(LAMINA_PRODUCT("f16", "1", "%34", "%35, %33")
+                 : LAMINA_PRODUCT_ADD(c)
+                 : "l"(b), "n"(kColumns), "l"(a), "n"(kTransposed));
+  } else if constexpr (!kBF16 && !kAdd) {
+    asm volatile(LAMINA_PRODUCT("f16", "0", "%34", "%35, %33")
+                 : LAMINA_PRODUCT_NEW(c)
+                 : "l"(b), "n"(kColumns), "l"(a), "n"(kTransposed));
+  }
+}
+
+#undef LAMINA_PRODUCT
+#undef LAMINA_PRODUCT_ADD
+#undef LAMINA_PRODUCT_NEW
+
+// c = a b^T over a depth of 64: both tiles' rows are 64 long.
+template <typename T>
+__device__ __forceinline__ void MultiplyRowsOfTiles(float (&c)[8][4], uint64_t a, uint64_t b) {
+  ProductStep<T, false, false, false>(c, a, b);
+#pragma unroll
+  for (int k = 1; k < 4; ++k) {
+    ProductStep<T, true, false, false>(c, a + k * kStepAlongRow, b + k * kStepAlongRow);
+  }
+}
+
+// The same, a in registers.
+template <typename T>
+__device__ __forceinline__ void MultiplyRowsOfTile(float (&c)[8][4], const uint32_t (&a)[4][4],
+                                                   uint64_t b) {
+  ProductStep<T, false, false>(c, a[0], b);
+#pragma unroll
+  for (int k = 1; k < 4; ++k) ProductStep<T, true, false>(c, a[k], b + k * kStepAlongRow);
+}
+
+// c += a b, a in registers, its columns the tile's rows.
+template <typename T>
+__device__ __forceinline__ void MultiplyTile(float (&c)[8][4], const uint32_t (&a)[4][4],
+                                             uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) ProductStep<T, true, true>(c, a[k], b + k * kStepAlongColumn);
+}
+
+// c += a^T b, both tiles.
+template <typename T>
+__device__ __forceinline__ void MultiplyTransposedTile(float (&c)[8][4], uint64_t a, uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    ProductStep<T, true, true, true>(c, a + k * kStepAlongColumn, b + k * kStepAlongColumn);
+  }
+}
+
+}  // namespace lamina::cuda
