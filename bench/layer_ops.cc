@@ -88,11 +88,20 @@ class Cases {
   }
 
   void LinearInputGrad(const std::string& part, int64_t n, int64_t k) {
-    Add(absl::StrCat("LinearInputGrad ", part), {1, 1}, [=, *this](Operands& o) {
-      return Call(
-          o, &Backend::LinearInputGrad,
-          {.dy = o.Read(act_, {t_, n}), .w = o.Read(act_, {n, k}), .dx = o.Write(act_, {t_, k})});
-    }).flops = ProductFlops(t_, n, k);
+    // fc2's goes on through GELU, and sums fc1's bias gradient.
+    const bool gelu = part == "fc2";
+    OpCase& c = Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", GELU, dbias" : ""), {1, 1},
+                    [=, *this](Operands& o) {
+                      return Call(o, &Backend::LinearInputGrad,
+                                  {.dy = o.Read(act_, {t_, n}),
+                                   .w = o.Read(act_, {n, k}),
+                                   .dx = o.Write(act_, {t_, k}),
+                                   .apply_gelu = gelu,
+                                   .pre = gelu ? o.Read(act_, {t_, k}) : TensorView{},
+                                   .dbias = gelu ? o.Update(kF32, {k}) : TensorView{}});
+                    });
+    c.flops = ProductFlops(t_, n, k);
+    c.sums_tokens = gelu;
   }
 
   void LinearWeightGrad(const std::string& part, int64_t n, int64_t k) {
@@ -118,7 +127,8 @@ class Cases {
   }
 
   void GeluBackward() {
-    Add("GeluBackward, in place, dbias", {1, 1}, [*this](Operands& o) {
+    // What LinearInputGrad's GELU is where a backend has no such product.
+    Add("GeluBackward, in place, dbias", {}, [*this](Operands& o) {
       const TensorView dy = o.Update(act_, {t_, i_});
       return Call(o, &Backend::GeluBackward,
                   {.x = o.Read(act_, {t_, i_}), .dy = dy, .dx = dy, .dbias = o.Update(kF32, {i_})});

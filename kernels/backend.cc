@@ -354,6 +354,14 @@ absl::Status Backend::LinearInputGrad(const Workspace& ws, const LinearInputGrad
   check.Act("dy", args.dy, {&t, &n});
   check.Act("w", args.w, {&n, &k});
   check.ActOut("dx", args.dx, {&t, &k});
+  if (args.apply_gelu) {
+    check.GeluIs(args.gelu);
+    check.Act("pre", args.pre, {&t, &k});
+    if (args.dbias) check.F32Out("dbias", args.dbias, {&k});
+  } else {
+    check.Absent("pre", args.pre, "without apply_gelu");
+    check.Absent("dbias", args.dbias, "without apply_gelu");
+  }
   const absl::Status status = check.Done();
   return status.ok() ? DoLinearInputGrad(ws, args) : status;
 }

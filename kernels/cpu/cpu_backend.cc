@@ -124,7 +124,10 @@ class CpuBackend final : public Backend {
     return cpu::Linear(context_, ws, a);
   }
   absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& a) override {
-    return cpu::LinearInputGrad(context_, ws, a);
+    absl::Status status = cpu::LinearInputGrad(context_, ws, a);
+    if (!status.ok() || !a.apply_gelu) return status;
+    return cpu::GeluBackward(
+        context_, ws, {.x = a.pre, .dy = a.dx, .dx = a.dx, .dbias = a.dbias, .gelu = a.gelu});
   }
   absl::Status DoLinearWeightGrad(const Workspace& ws, const LinearWeightGradArgs& a) override {
     return cpu::LinearWeightGrad(context_, ws, a);

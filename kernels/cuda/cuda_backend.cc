@@ -15,6 +15,7 @@
 #include "column_sum.cuh"
 #include "cuda_sizes.h"
 #include "gelu.cuh"
+#include "gelu_product.cuh"
 #include "kernel_limits.h"
 #include "lamb.cuh"
 #include "optimizer.cuh"
@@ -293,6 +294,22 @@ absl::StatusOr<double> CudaBackend::SecondsBetween(int begin, int end) {
 
 absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
+  if (args.apply_gelu) {
+    cuda::GeluProductParams p;
+    p.x = args.x.data;
+    p.w = args.w.data;
+    p.bias = args.bias.data;
+    p.pre = args.pre.data;
+    p.y = args.y.data;
+    p.m = RowsOf(args.x);
+    p.n = args.w.shape[0];
+    p.k = ColsOf(args.x);
+    p.tanh = args.gelu == GeluKind::kTanh;
+    p.dtype = args.x.dtype;
+    if (cuda::HasGeluProduct(p)) {
+      return Check(cuda::LaunchGeluProduct(p, stream_), "Linear with gelu");
+    }
+  }
   const TensorView& product = args.apply_gelu && args.pre ? args.pre : args.y;
   absl::Status status = products_->Run(ProductArgs{.kind = ProductKind::kForward,
                                                    .m = RowsOf(args.x),
@@ -317,16 +334,39 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
 
 absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  return products_->Run(ProductArgs{.kind = ProductKind::kInputGrad,
-                                    .m = RowsOf(args.dy),
-                                    .n = ColsOf(args.w),
-                                    .k = ColsOf(args.dy),
-                                    .dtype = args.dy.dtype,
-                                    .a = args.dy.data,
-                                    .b = args.w.data,
-                                    .d = args.dx.data,
-                                    .workspace = ws},
-                        stream_);
+  if (args.apply_gelu) {
+    cuda::GeluProductBackwardParams p;
+    p.dy = args.dy.data;
+    p.w = args.w.data;
+    p.pre = args.pre.data;
+    p.dx = args.dx.data;
+    p.dbias = args.dbias.as<float>();
+    p.m = RowsOf(args.dy);
+    p.n = ColsOf(args.w);
+    p.k = ColsOf(args.dy);
+    p.tanh = args.gelu == GeluKind::kTanh;
+    p.dtype = args.dy.dtype;
+    p.workspace = static_cast<float*>(ws.data);
+    if (cuda::HasGeluProduct(p)) {
+      const size_t needed = args.dbias ? cuda::GeluProductWorkspaceBytes(p.m, p.n) : 0;
+      absl::Status status = NeedWorkspace(ws, needed, "LinearInputGrad");
+      if (!status.ok()) return status;
+      return Check(cuda::LaunchGeluProductBackward(p, stream_), "LinearInputGrad with gelu");
+    }
+  }
+  absl::Status status = products_->Run(ProductArgs{.kind = ProductKind::kInputGrad,
+                                                   .m = RowsOf(args.dy),
+                                                   .n = ColsOf(args.w),
+                                                   .k = ColsOf(args.dy),
+                                                   .dtype = args.dy.dtype,
+                                                   .a = args.dy.data,
+                                                   .b = args.w.data,
+                                                   .d = args.dx.data,
+                                                   .workspace = ws},
+                                       stream_);
+  if (!status.ok() || !args.apply_gelu) return status;
+  return DoGeluBackward(
+      ws, {.x = args.pre, .dy = args.dx, .dx = args.dx, .dbias = args.dbias, .gelu = args.gelu});
 }
 
 absl::Status CudaBackend::DoLinearWeightGrad(const Workspace& ws,

@@ -35,7 +35,8 @@ class Sizes final : public OpSizes {
     const size_t norms = multiprocessors_ * cuda::kRowNormBackwardBlocks *
                          cuda::kRowNormBackwardArrays * static_cast<size_t>(dims.hidden) *
                          sizeof(float);
-    return RoundUp(std::max({cuda::kProductWorkspaceBytes, delta, column_sums, norms,
+    const size_t gelu = cuda::GeluProductWorkspaceBytes(dims.tokens(), dims.intermediate);
+    return RoundUp(std::max({cuda::kProductWorkspaceBytes, delta, column_sums, norms, gelu,
                              cuda::kGradientStatsWorkspaceBytes, cuda::kLambWorkspaceBytes}));
   }
 

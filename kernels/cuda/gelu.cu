@@ -1,106 +1,19 @@
 // Purpose: GELU forward as one elementwise pass; backward as one pass that also leaves the partial
 // column sums of dx, for the bias gradient.
-//
-// erf:  gelu(x) = x Phi(x);  gelu'(x) = Phi(x) + x phi(x)
-// tanh: gelu(x) = x/2 (1 + tanh u), u = c (x + a x^3);
-//       gelu'(x) = (1 + tanh u)/2 + x/2 (1 - tanh^2 u) c (1 + 3 a x^2)
 #include <algorithm>
-#include <type_traits>
 
 #include "column_sum.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
+#include "common/gelu_math.cuh"
 #include "gelu.cuh"
 
 namespace lamina::cuda {
 namespace {
 
-constexpr float kSqrt2OverPi = 0.7978845608028654f;
-constexpr float kCubic = 0.044715f;
-constexpr float kInvSqrt2 = 0.7071067811865476f;
-constexpr float kInvSqrt2Pi = 0.3989422804014327f;
 constexpr int kThreads = 256;
 constexpr int kThreadRows = 8;
 constexpr int kBackwardBlocks = 4;  // as many as registers allow on a multiprocessor: one wave
-
-// For fp32: every digit, by the library's functions.
-struct Exact {
-  // Phi(x); by erfc, so that the left tail keeps its relative accuracy.
-  static __device__ __forceinline__ float NormalCdf(float x) {
-    return 0.5f * erfcf(-x * kInvSqrt2);
-  }
-  static __device__ __forceinline__ float NormalCdf(float x, float* density) {
-    *density = kInvSqrt2Pi * expf(-0.5f * x * x);
-    return NormalCdf(x);
-  }
-  // 1 / (1 + exp(-x))
-  static __device__ __forceinline__ float Sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-};
-
-// For results of 16 bits: relative errors up to 1e-5 in either tail, fifty times less than what
-// rounding to fp16 costs, for a third of the instructions: with the library's functions these
-// kernels would compute for longer than their bytes take.
-struct Fast {
-  // erfc(z) exp(z^2) for z >= 0, by a Chebyshev fit of its logarithm (Press et al., Numerical
-  // Recipes, 6.2): relative error below 1.2e-7.
-  static __device__ __forceinline__ float ScaledErfc(float z) {
-    const float t = __fdividef(1.0f, 1.0f + 0.5f * z);
-    float p = 0.17087277f;
-    p = p * t - 0.82215223f;
-    p = p * t + 1.48851587f;
-    p = p * t - 1.13520398f;
-    p = p * t + 0.27886807f;
-    p = p * t - 0.18628806f;
-    p = p * t + 0.09678418f;
-    p = p * t + 0.37409196f;
-    p = p * t + 1.00002368f;
-    p = p * t - 1.26551223f;
-    return t * __expf(p);
-  }
-  static __device__ __forceinline__ float NormalCdf(float x, float* density) {
-    const float z = fabsf(x) * kInvSqrt2;
-    const float e = __expf(-z * z);
-    *density = kInvSqrt2Pi * e;
-    const float tail = 0.5f * e * ScaledErfc(z);
-    return x < 0.0f ? tail : 1.0f - tail;
-  }
-  static __device__ __forceinline__ float NormalCdf(float x) {
-    float density;
-    return NormalCdf(x, &density);
-  }
-  static __device__ __forceinline__ float Sigmoid(float x) {
-    // Not __fdividef, which gives 0 above 2^126 but NaN for an infinite divisor.
-    return __frcp_rn(1.0f + __expf(-x));
-  }
-};
-
-template <typename T>
-using MathFor = std::conditional_t<sizeof(T) == 2, Fast, Exact>;
-
-// (1 + tanh u) / 2 is the logistic function of 2u, which has its digits in the left tail too.
-template <typename Math, bool kTanh>
-__device__ __forceinline__ float Gelu(float x) {
-  if constexpr (kTanh) {
-    return x * Math::Sigmoid(2.0f * kSqrt2OverPi * (x + kCubic * x * x * x));
-  } else {
-    return x * Math::NormalCdf(x);
-  }
-}
-
-template <typename Math, bool kTanh>
-__device__ __forceinline__ float GeluDerivative(float x) {
-  if constexpr (kTanh) {
-    const float s = Math::Sigmoid(2.0f * kSqrt2OverPi * (x + kCubic * x * x * x));
-    const float du = kSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
-    // At large |x| the first factor is exactly 0 and du may have overflowed.
-    const float q = s * (1.0f - s);
-    return s + (q == 0.0f ? 0.0f : 2.0f * x * q * du);
-  } else {
-    float density;
-    const float cdf = Math::NormalCdf(x, &density);
-    return cdf + (density == 0.0f ? 0.0f : x * density);
-  }
-}
 
 template <typename T, bool kTanh, int kWidth>
 __global__ void __launch_bounds__(kThreads) GeluKernel(const T* x, T* y, int64_t groups) {

@@ -30,6 +30,13 @@ constexpr bool HasTensorCoreAttention(DType dtype, int64_t head_dim) {
          head_dim <= 128;
 }
 
+// Rows of a tile of gelu_product.cuh, each of which leaves a row of partial column sums.
+constexpr int kGeluProductRows = 128;
+constexpr size_t GeluProductWorkspaceBytes(int64_t rows, int64_t cols) {
+  return static_cast<size_t>((rows + kGeluProductRows - 1) / kGeluProductRows) *
+         static_cast<size_t>(cols) * sizeof(float);
+}
+
 // Blocks of a multiprocessor that column reductions are cut for (column_sum.cuh) at most, the
 // columns that a block of them covers at most, and the blocks of a norm's backward, which has three
 // such sums.

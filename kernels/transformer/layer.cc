@@ -15,7 +15,6 @@ class Ops {
   void LinearInputGrad(const LinearInputGradArgs& a) { Run(&Backend::LinearInputGrad, a); }
   void LinearWeightGrad(const LinearWeightGradArgs& a) { Run(&Backend::LinearWeightGrad, a); }
   void Gelu(const GeluArgs& a) { Run(&Backend::Gelu, a); }
-  void GeluBackward(const GeluBackwardArgs& a) { Run(&Backend::GeluBackward, a); }
   void LayerNorm(const LayerNormArgs& a) { Run(&Backend::LayerNorm, a); }
   void LayerNormBackward(const LayerNormBackwardArgs& a) { Run(&Backend::LayerNormBackward, a); }
   void DropoutAddNorm(const DropoutAddNormArgs& a) { Run(&Backend::DropoutAddNorm, a); }
@@ -206,9 +205,13 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   // Through the feed-forward branch to ffn_in.
   if (!s.inter) ops.Gelu({.x = s.inter_pre, .y = inter, .gelu = call.gelu});
   ops.LinearWeightGrad({.dy = dproduct, .x = inter, .dw = g_.output_w});
-  ops.LinearInputGrad({.dy = dproduct, .w = w_.output_w, .dx = dinter});
-  ops.GeluBackward(
-      {.x = s.inter_pre, .dy = dinter, .dx = dinter, .dbias = g_.inter_b, .gelu = call.gelu});
+  ops.LinearInputGrad({.dy = dproduct,
+                       .w = w_.output_w,
+                       .dx = dinter,
+                       .apply_gelu = true,
+                       .gelu = call.gelu,
+                       .pre = s.inter_pre,
+                       .dbias = g_.inter_b});
   ops.LinearWeightGrad({.dy = dinter, .x = s.ffn_in, .dw = g_.inter_w});
   ops.LinearInputGrad({.dy = dinter, .w = w_.inter_w, .dx = dbranch});
   if (!pre_norm) ops.Add(dbranch, dsum, scratch.zeros, dbranch);  // ffn_in is the residual too

@@ -239,27 +239,58 @@ TEST(Checks, Linear) {
 TEST(Checks, LinearInputGrad) {
   using A = LinearInputGradArgs;
   Addresses at;
-  const A good{.dy = at.BF16({6, 5}), .w = at.BF16({5, 8}), .dx = at.BF16({6, 8})};
-  ExpectRefusals<A>("LinearInputGrad", &Backend::LinearInputGrad, good,
-                    {
-                        {"dy is absent", [](A& a) { a.dy = {}; }},
-                        {"dy is uint8", [](A& a) { a.dy.dtype = DType::kU8; }},
-                        {"dy has shape [30]", [](A& a) { a.dy.shape = {30}; }},
-                        {"w is absent", [](A& a) { a.w = {}; }},
-                        {"w is fp16", [](A& a) { a.w.dtype = DType::kF16; }},
-                        {"w has shape [8, 5]; it must be [N, K] with N = 5",
-                         [](A& a) {
-                           a.w.shape = {8, 5};
-                         }},
-                        {"dx is absent", [](A& a) { a.dx = {}; }},
-                        {"dx is fp32", [](A& a) { a.dx.dtype = DType::kF32; }},
-                        {"dx has shape [6, 5]; it must be [T, K] with T = 6, K = 8",
-                         [](A& a) {
-                           a.dx.shape = {6, 5};
-                         }},
-                        {"dx overlaps dy", [](A& a) { a.dx.data = a.dy.data; }},
-                        {"dx overlaps w", [](A& a) { a.dx.data = a.w.data; }},
-                    });
+  const A good{.dy = at.BF16({6, 5}),
+               .w = at.BF16({5, 8}),
+               .dx = at.BF16({6, 8}),
+               .apply_gelu = true,
+               .pre = at.BF16({6, 8}),
+               .dbias = at.F32({8})};
+  ExpectRefusals<A>(
+      "LinearInputGrad", &Backend::LinearInputGrad, good,
+      {
+          {"dy is absent", [](A& a) { a.dy = {}; }},
+          {"dy is uint8", [](A& a) { a.dy.dtype = DType::kU8; }},
+          {"dy has shape [30]", [](A& a) { a.dy.shape = {30}; }},
+          {"w is absent", [](A& a) { a.w = {}; }},
+          {"w is fp16", [](A& a) { a.w.dtype = DType::kF16; }},
+          {"w has shape [8, 5]; it must be [N, K] with N = 5",
+           [](A& a) {
+             a.w.shape = {8, 5};
+           }},
+          {"dx is absent", [](A& a) { a.dx = {}; }},
+          {"dx is fp32", [](A& a) { a.dx.dtype = DType::kF32; }},
+          {"dx has shape [6, 5]; it must be [T, K] with T = 6, K = 8",
+           [](A& a) {
+             a.dx.shape = {6, 5};
+           }},
+          {"dx overlaps dy", [](A& a) { a.dx.data = a.dy.data; }},
+          {"dx overlaps w", [](A& a) { a.dx.data = a.w.data; }},
+          {"gelu is 3", [](A& a) { a.gelu = static_cast<GeluKind>(3); }},
+          {"pre is absent", [](A& a) { a.pre = {}; }},
+          {"pre is fp32; it must be bf16 like dy", [](A& a) { a.pre.dtype = DType::kF32; }},
+          {"pre has shape [6, 5]; it must be [T, K] with T = 6, K = 8",
+           [](A& a) {
+             a.pre.shape = {6, 5};
+           }},
+          {"dx overlaps pre", [](A& a) { a.dx.data = a.pre.data; }},
+          {"dbias is bf16", [](A& a) { a.dbias.dtype = DType::kBF16; }},
+          {"dbias has shape [6]; it must be [K] with K = 8", [](A& a) { a.dbias.shape = {6}; }},
+          {"dbias overlaps dx", [](A& a) { a.dbias.data = a.dx.data; }},
+          {"pre is present; it must be absent without apply_gelu",
+           [](A& a) { a.apply_gelu = false; }},
+          {"dbias is present; it must be absent without apply_gelu",
+           [](A& a) {
+             a.apply_gelu = false;
+             a.pre = {};
+           }},
+      });
+  ExpectAccepted<A>(&Backend::LinearInputGrad, good,
+                    {[](A& a) { a.dbias = {}; },
+                     [](A& a) {
+                       a.pre = {};
+                       a.dbias = {};
+                       a.apply_gelu = false;
+                     }});
 }
 
 TEST(Checks, LinearWeightGrad) {

@@ -15,6 +15,8 @@ struct ProductCase {
   std::string Name() const { return shape.Name() + "_" + role + (offset != 0 ? "_unaligned" : ""); }
 };
 
+constexpr LayerShape kManyTiles{1, 2100, 456, 1, 2056};
+
 std::vector<ProductCase> ProductCases() {
   std::vector<ProductCase> cases;
   for (const LayerShape& s : kOpShapes) {
@@ -23,6 +25,9 @@ std::vector<ProductCase> ProductCases() {
     cases.push_back({s, "inter", s.hidden, s.intermediate});
     cases.push_back({s, "output", s.intermediate, s.hidden});
   }
+  // As many tiles as make every block of a GPU go over several, each longer than its pipeline.
+  cases.push_back({kManyTiles, "inter", kManyTiles.hidden, kManyTiles.intermediate});
+  cases.push_back({kManyTiles, "output", kManyTiles.intermediate, kManyTiles.hidden});
   cases.push_back({{3, 7, 24, 3, 40}, "inter", 24, 40, 1});
   cases.push_back({{2, 51, 64, 4, 96}, "qkv", 64, 192, 3});
   return cases;
@@ -30,6 +35,11 @@ std::vector<ProductCase> ProductCases() {
 
 class LinearTest : public OpTest<ProductCase> {
  protected:
+  void SetUp() override {
+    if (std::get<0>(GetParam()) == std::string("cpu") && t() == kManyTiles.tokens())
+      GTEST_SKIP() << "long, and a CPU has no tiles";
+    OpTest<ProductCase>::SetUp();
+  }
   int64_t t() const { return param().shape.tokens(); }
   int64_t k() const { return param().k; }
   int64_t n() const { return param().n; }
@@ -139,6 +149,50 @@ TEST_P(LinearTest, InputGrad) {
   for (size_t i = 0; i < dx.size(); ++i)
     bound[i] += UnitRoundoff(act()) * std::abs(dx[i]) + Tiny(act());
   ExpectWithin("dx", results.Values("dx", act()), dx, bound);
+}
+
+TEST_P(LinearTest, InputGradThroughGelu) {
+  const Vec dy = Noise(act(), 4, t() * n()), w = Weights(), pre = Noise(act(), 9, t() * k(), 3.0);
+  const Vec dbias_before = Noise(DType::kF32, 8, k(), 3.0);
+  const Vec product = ref::LinearInputGrad(Product(), dy, w);
+  const Vec accumulation =
+      Accumulation(RowLengths(dy, t(), n()), RowLengths(Transposed(w, n(), k()), k(), n()), n());
+  const double u = UnitRoundoff(act());
+  struct Variant {
+    GeluKind kind;
+    bool dbias, any_order = false;
+  };
+  for (const Variant v : {Variant{GeluKind::kErf, true}, Variant{GeluKind::kTanh, true},
+                          Variant{GeluKind::kErf, false}, Variant{GeluKind::kTanh, true, true}}) {
+    SCOPED_TRACE(::testing::Message() << "kind " << static_cast<int>(v.kind) << " dbias " << v.dbias
+                                      << " any order " << v.any_order);
+    const auto op = [&](OpRun& run) {
+      return backend().LinearInputGrad(
+          run.WorkspaceFor(Dims()),
+          {.dy = run.In(act(), {t(), n()}, dy),
+           .w = run.In(act(), {n(), k()}, w),
+           .dx = run.Out("dx", act(), {t(), k()}),
+           .apply_gelu = true,
+           .gelu = v.kind,
+           .pre = run.In(act(), {t(), k()}, pre),
+           .dbias = v.dbias ? run.InOut("dbias", DType::kF32, {k()}, dbias_before) : TensorView{}});
+    };
+    const Results results = v.any_order ? RunInAnyOrder(backend(), op, param().offset)
+                                        : RunTwice(backend(), op, param().offset);
+    Vec dx(pre.size()), errors(pre.size()), bound(pre.size());
+    for (size_t e = 0; e < pre.size(); ++e) {
+      const double slope = ref::GeluDerivative(v.kind, pre[e]);
+      dx[e] = product[e] * slope;
+      // The product may be rounded before the slope is applied.
+      errors[e] = std::abs(slope) * (accumulation[e] + u * std::abs(product[e]) + Tiny(act())) +
+                  GeluDerivativeError(pre[e]) * std::abs(product[e]) + Tiny(act());
+      bound[e] = u * std::abs(dx[e]) + errors[e];
+    }
+    ExpectWithin("dx", results.Values("dx", act()), dx, bound);
+    if (!v.dbias) continue;
+    const Bounded sums = ColumnSumsAddedTo(dbias_before, act(), dx, errors);
+    ExpectWithin("dbias", results.Values("dbias", DType::kF32), sums.want, sums.bound);
+  }
 }
 
 TEST_P(LinearTest, WeightGradAddsToWhatIsThere) {

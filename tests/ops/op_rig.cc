@@ -252,6 +252,30 @@ Results RunInAnyOrder(Backend& backend, const std::function<absl::Status(OpRun&)
 
 double Growth(int64_t n) { return 8.0 * std::sqrt(static_cast<double>(n)) * kF32Roundoff; }
 
+double GeluDerivativeError(double x) {
+  const double a = std::min(std::abs(x), 8.0);
+  return 8 * kF32Roundoff * (1 + a * a * a);
+}
+
+Bounded ColumnSumsAddedTo(const Vec& before, DType dtype, const Vec& terms, const Vec& errors) {
+  const size_t cols = before.size();
+  const auto rows = static_cast<int64_t>(terms.size() / cols);
+  Vec absolutes(cols, 0.0), squares(cols, 0.0), inexact(cols, 0.0);
+  for (size_t e = 0; e < terms.size(); ++e) {
+    squares[e % cols] += terms[e] * terms[e];
+    absolutes[e % cols] += std::abs(terms[e]);
+    inexact[e % cols] += errors[e];
+  }
+  Bounded sums{ref::ColumnSums(terms, rows, static_cast<int64_t>(cols)), Vec(cols)};
+  for (size_t c = 0; c < cols; ++c) {
+    sums.want[c] += before[c];
+    sums.bound[c] = Growth(rows) * (absolutes[c] + std::abs(before[c])) + inexact[c] +
+                    4 * UnitRoundoff(dtype) * std::sqrt(squares[c]) +
+                    kF32Roundoff * std::abs(sums.want[c]);
+  }
+  return sums;
+}
+
 void ExpectWithin(const char* what, const Vec& got, const Vec& want, const Vec& bound) {
   ASSERT_EQ(got.size(), want.size()) << what;
   ASSERT_EQ(bound.size(), want.size()) << what;

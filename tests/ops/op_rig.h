@@ -113,6 +113,19 @@ Results RunInAnyOrder(Backend& backend, const std::function<absl::Status(OpRun&)
 double Growth(int64_t n);
 constexpr double kF32Roundoff = 0x1p-24;
 
+// What gelu'(x) in fp32 may be off by: the second term, x times a density, loses ulps of x^3 in the
+// tanh form (1 - tanh^2 cancels while the inner derivative grows with x^2) until the density
+// vanishes.
+double GeluDerivativeError(double x);
+
+// Values and how far from each a result may be.
+struct Bounded {
+  Vec want, bound;
+};
+// `before` [cols] plus the sums of the columns of `terms`, which are known to `errors` and were
+// summed either so or, independently of each other, rounded to `dtype`.
+Bounded ColumnSumsAddedTo(const Vec& before, DType dtype, const Vec& terms, const Vec& errors);
+
 // Fails where |got - want| > bound somewhere, or got is not finite where want is; says where it is
 // worst and how many there are. Each bound must be finite and at least 0.
 void ExpectWithin(const char* what, const Vec& got, const Vec& want, const Vec& bound);

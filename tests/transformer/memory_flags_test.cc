@@ -378,9 +378,9 @@ TEST_P(MemoryFlagsTest, StochasticModeIsBackwardsAlone) {
     EXPECT_TRUE(stack->config().stochastic_mode);
     RunTraining(*counting_, *stack, data, {0, 3});
     // Pre-LN's Backward without its recomputation, which is Forward's arithmetic.
-    EXPECT_EQ(counting_->unordered_ops, 3 * 13);
+    EXPECT_EQ(counting_->unordered_ops, 3 * 12);
     ASSERT_OK(stack->ApplyGradients({.learning_rate = 0.01}).status());
-    EXPECT_EQ(counting_->unordered_ops, 3 * 13);
+    EXPECT_EQ(counting_->unordered_ops, 3 * 12);
     counting_->unordered_ops = 0;
   }
 }

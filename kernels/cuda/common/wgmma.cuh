@@ -1,5 +1,6 @@
 // Purpose: the warpgroup-level tensor core instructions for 16-bit operands (PTX ISA,
-// "wgmma.mma_async"), on tiles of 64 rows and 64 columns.
+// "wgmma.mma_async"), on tiles of 64 rows and 64 or
+// 128 columns.
 //
 // Four neighbouring warps, a warpgroup, multiply together; each has 16 rows of the result, in
 // fragments as of mma.cuh. Products run asynchronously: between BeginProducts and
@@ -14,6 +15,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/mbarrier.cuh"
+
 namespace lamina::cuda {
 
 constexpr int kWarpgroup = 128;  // threads
@@ -26,11 +29,11 @@ __device__ __forceinline__ int Swizzled(int row, int chunk) {
 }
 
 // A tile as the instructions are told of it: groups of 8 rows 1024 bytes apart, chunks exchanged
-// over 128 bytes.
-__device__ __forceinline__ uint64_t DescribeTile(const void* tile) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
-         ((address & 0x3FFFFu) >> 4);
+// over 128 bytes. `next` matters only where an operand is wider than a tile and has its columns:
+// how far behind the tile the one with its next 64 lies, in bytes.
+__device__ __forceinline__ uint64_t DescribeTile(const void* tile, uint32_t next = 16) {
+  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{next >> 4} << 16) |
+         ((SharedAddress(tile) & 0x3FFFFu) >> 4);
 }
 
 // From one step of 16 to the next, along a tile's rows and along its columns.
@@ -64,7 +67,7 @@ __device__ __forceinline__ void PinProduct(float (&c)[kTiles][4]) {
 }
 
 // What this thread wrote to shared memory by ordinary stores or copies, or has seen of others', is
-// there for products.
+// there for products and for the bulk copy engine.
 __device__ __forceinline__ void ShareWithProducts() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -73,6 +76,16 @@ __device__ __forceinline__ void ShareWithProducts() {
 __device__ __forceinline__ void WarpgroupBarrier() {
   const int id = 1 + static_cast<int>(threadIdx.x) / kWarpgroup;
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kWarpgroup) : "memory");
+}
+
+// Takes or gives back registers, for warpgroups of different roles: so many a thread from here on.
+template <int kRegisters>
+__device__ __forceinline__ void TakeRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void GiveRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // The 32 registers of c, as results of a product alone and as what it adds to.
@@ -154,6 +167,44 @@ __device__ __forceinline__ void ProductStep(float (&c)[8][4], uint64_t a, uint64
 #undef LAMINA_PRODUCT
 #undef LAMINA_PRODUCT_ADD
 #undef LAMINA_PRODUCT_NEW
+
+// One step of 16 of c = a b, or with `adds` of c += a b, 128 columns wide, both operands from
+// tiles: a's columns are its tile's, b's are its tiles' with kColumns, otherwise their rows.
+#define LAMINA_PRODUCT_128(type)                                                                  \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred adds;\n"                                                                     \
+      "setp.ne.b32 adds, %66, 0;\n"                                                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                \
+      " {"                                                                                        \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "     \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                     \
+      "}, %64, %65, adds, 1, 1, 0, %67;\n}"                                                       \
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
+        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
+        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
+        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), \
+        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]),               \
+        "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]),           \
+        "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]),           \
+        "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),           \
+        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]),           \
+        "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                                            \
+      : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kColumns))
+
+template <typename T, bool kColumns>
+__device__ __forceinline__ void ProductStep(float (&c)[16][4], uint64_t a, uint64_t b, bool adds) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    LAMINA_PRODUCT_128("bf16");
+  } else {
+    static_assert(std::is_same_v<T, __half>, "16-bit operands");
+    LAMINA_PRODUCT_128("f16");
+  }
+}
+#undef LAMINA_PRODUCT_128
 
 // c = a b^T over a depth of 64: both tiles' rows are 64 long.
 template <typename T>

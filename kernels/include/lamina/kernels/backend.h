@@ -90,11 +90,16 @@ struct LinearArgs {
                    // then gelu of it as stored, so that Gelu of it gives y's bits
 };
 
-// dx = dy w
+// dx = dy w;  with apply_gelu dx = (dy w) * gelu'(pre), and dbias += column sums of dx: the
+// gradients of the pre-activation and of its bias
 struct LinearInputGradArgs {
   TensorView dy;  // act [T, N]
   TensorView w;   // act [N, K]
   TensorView dx;  // act [T, K], overwritten
+  bool apply_gelu = false;
+  GeluKind gelu = GeluKind::kErf;
+  TensorView pre;    // act [T, K], with apply_gelu alone: what Linear left of the pre-activation
+  TensorView dbias;  // fp32 [K], only with apply_gelu, accumulated; absent: none
 };
 
 // dw += dy^T x;  dbias += column sums of dy
