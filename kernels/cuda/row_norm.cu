@@ -4,7 +4,8 @@
 // group of whole warps holds a row in registers, kChunks chunks of eight columns a thread; a block
 // holds several groups. Backward: a thread keeps its columns over all rows of its block, so the
 // column sums stay in registers until the block's end. Otherwise: forward holds the row in shared
-// memory; backward reads its row twice, and column sums are a kernel of their own.
+// memory; backward reads its row twice, and column sums are a kernel of their own. The backward of
+// 16-bit rows of usual widths is row_norm_staged.cu's.
 #include <algorithm>
 
 #include "column_sum.cuh"
@@ -14,6 +15,7 @@
 #include "common/reduce.cuh"
 #include "kernel_limits.h"
 #include "row_norm.cuh"
+#include "row_norm_staged.cuh"
 
 namespace lamina::cuda {
 namespace {
@@ -481,6 +483,7 @@ cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
 cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
   if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  if (HasStagedRowNormBackward(p)) return LaunchStagedRowNormBackward(p, stream);
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return p.y != nullptr ? LaunchBackward<T, true>(p, stream)

@@ -25,6 +25,8 @@ def canonical(dtype: Any) -> str:
     >>> canonical("bfloat16"), canonical(np.float32)
     ('bf16', 'fp32')
     """
+    if type(dtype) is str and dtype in _PROTO:
+        return dtype  # every call's way: numpy's names take long to make
     if isinstance(dtype, (type, np.dtype)):
         dtype = np.dtype(dtype).name
     name = str(dtype).replace("torch.", "")

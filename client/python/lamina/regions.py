@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import collections
+import collections.abc
 import ctypes
 import gc
 import math
@@ -90,7 +90,7 @@ class RegionPool:
     def empty(self, shape: Union[int, Sequence[int]], dtype: Any) -> np.ndarray:
         """An uninitialised array in shared memory, 64-byte aligned. ResourceExhausted: the session's cap."""
         numpy_type = dtypes.numpy_type(dtype)
-        extents = (operator.index(shape),) if not isinstance(shape, Sequence) else tuple(map(operator.index, shape))
+        extents = tuple(map(operator.index, shape if isinstance(shape, collections.abc.Sequence) else (shape,)))
         if any(n < 0 for n in extents):
             raise ValueError(f"shape: {extents} has a negative extent")
         count = math.prod(extents)

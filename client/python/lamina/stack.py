@@ -410,7 +410,9 @@ def _integers(name: str, given: Any) -> np.ndarray:
 
 def _typed_like(given: np.ndarray, result: np.ndarray) -> np.ndarray:
     """`result`, seen as ml_dtypes' bfloat16 where the caller gave that."""
-    return result.view(given.dtype) if given.dtype.name == "bfloat16" else result
+    if given.dtype.kind == "V" and given.dtype.name == "bfloat16":  # a name takes long to make
+        return result.view(given.dtype)
+    return result
 
 
 def _batches(arrays: Mapping[str, Tuple[np.ndarray, str]], limit: int) -> Iterator[List[str]]:

@@ -1,8 +1,10 @@
 // Purpose: copies from device to shared memory that a thread starts and waits for later (PTX ISA,
-// "cp.async").
+// "cp.async", "cp.async.bulk").
 #pragma once
 
 #include <cstdint>
+
+#include "common/mbarrier.cuh"
 
 namespace lamina::cuda {
 
@@ -36,6 +38,17 @@ __device__ __forceinline__ void CommitCopies() {
 template <int kPending>
 __device__ __forceinline__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Starts to copy `bytes`, a multiple of 16, and to tell the barrier of it, whose phase must expect
+// them. Both pointers are aligned to 16 bytes.
+__device__ __forceinline__ void CopyBulk(void* dst_shared, const void* src, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(dst_shared)),
+      "l"(src), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
 }
 
 }  // namespace lamina::cuda
