@@ -40,6 +40,7 @@ class CpuSizes final : public OpSizes {
   bool host_memory() const override { return true; }
   // One path for every shape, and it keeps no matrix [S, S].
   bool FusedAttention(const LayerDims&) const override { return true; }
+  size_t StepCacheBytes() const override { return 0; }
 
  private:
   const int threads_;

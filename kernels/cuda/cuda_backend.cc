@@ -16,6 +16,7 @@
 #include "cuda_sizes.h"
 #include "gelu.cuh"
 #include "gelu_product.cuh"
+#include "graph_cache.h"
 #include "kernel_limits.h"
 #include "lamb.cuh"
 #include "optimizer.cuh"
@@ -127,6 +128,10 @@ class CudaBackend final : public Backend {
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
 
   const OpSizes& sizes() const override { return *sizes_; }
+
+  std::unique_ptr<StepCache> MakeStepCache() override {
+    return std::make_unique<cuda::GraphCache>(info_.ordinal, stream_);
+  }
 
  private:
   explicit CudaBackend(DeviceInfo info) : sizes_(CudaOpSizes(info.threads)) {

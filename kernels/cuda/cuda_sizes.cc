@@ -47,6 +47,8 @@ class Sizes final : public OpSizes {
            cuda::HasTensorCoreAttention(dims.dtype, dims.head_dim());
   }
 
+  size_t StepCacheBytes() const override { return cuda::kGraphBytes; }
+
  private:
   // Softmax rows: each head of each token has one.
   static size_t AttentionRows(const LayerDims& dims) {

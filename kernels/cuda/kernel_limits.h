@@ -45,4 +45,10 @@ constexpr int kColumnSumWidth = 256;
 constexpr int kRowNormBackwardBlocks = 2;
 constexpr int kRowNormBackwardArrays = 3;
 
+// Captured steps of a stack (graph_cache.h): the device memory that they may take, what a node of a
+// graph is counted as, and the keys that are remembered.
+constexpr size_t kGraphBytes = size_t{32} << 20;
+constexpr size_t kGraphNodeBytes = 2048;
+constexpr size_t kMaxGraphKeys = 64;
+
 }  // namespace lamina::cuda

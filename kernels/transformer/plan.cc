@@ -23,6 +23,8 @@ const char* Name(MemoryKind kind) {
       return "workspace";
     case MemoryKind::kStaging:
       return "staging";
+    case MemoryKind::kGraphs:
+      return "graphs";
   }
   return "invalid";
 }
@@ -66,6 +68,10 @@ absl::StatusOr<MemoryPlan> PlanStack(const StackConfig& config, const OpSizes& s
     PlaceLargestRecompute(placer, config, sizes);
   }
   PlaceWorkspace(placer, config, sizes);
+  // Not placed in an arena: the driver takes it, step by step.
+  if (sizes.StepCacheBytes() > 0)
+    plan.entries.push_back(
+        {.kind = MemoryKind::kGraphs, .name = "graphs", .bytes = sizes.StepCacheBytes()});
   if (plan.Total() == std::numeric_limits<size_t>::max())
     return absl::InvalidArgumentError(absl::StrCat(
         "config: the stack's bytes overflow 63 bits: batch_size ", config.batch_size,

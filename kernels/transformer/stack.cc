@@ -1,6 +1,7 @@
 #include "lamina/transformer/stack.h"
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -57,6 +58,32 @@ TensorView Tokens(const TensorView& activation) {
   return s.rank() == 2 ? activation : activation.Reshaped({s[0] * s[1], s[2]});
 }
 
+// What a step does. Part of its key.
+enum class StepKind : uint64_t { kEvaluation, kForward, kBackward };
+
+// All that decides a step's launches but the stack's own buffers and the flags that lay them out,
+// whose change forgets every step. A context's buffers follow from where it begins, which is where
+// its RngState lies.
+StepCache::Key StepKey(StepKind kind, LayerRange layers, const LayerCall& call,
+                       const TensorView& from, const TensorView& to) {
+  const auto address = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+  return {static_cast<uint64_t>(kind),
+          static_cast<uint64_t>(layers.begin),
+          static_cast<uint64_t>(layers.end),
+          static_cast<uint64_t>(call.dims.batch),
+          static_cast<uint64_t>(call.dims.seq),
+          static_cast<uint64_t>(call.dims.packed_tokens),
+          std::bit_cast<uint32_t>(call.attn_dropout),
+          std::bit_cast<uint32_t>(call.hidden_dropout),
+          call.workspace.unordered ? 1u : 0u,
+          address(call.rng),
+          address(call.mask.data),
+          address(call.lengths.data),
+          address(call.cu_seqlens.data),
+          address(from.data),
+          address(to.data)};
+}
+
 class StackImpl;
 
 class StackContext final : public Context {
@@ -92,7 +119,8 @@ class StackImpl final : public Stack {
         parameters_(config),
         weights_versions_(config.num_hidden_layers),
         invertible_norms_(config_, parameters_),
-        optimizer_step_(backend, parameters_) {}
+        optimizer_step_(backend, parameters_),
+        steps_(backend.MakeStepCache()) {}
 
   absl::Status Init();
 
@@ -171,6 +199,7 @@ class StackImpl final : public Stack {
   size_t contexts_begin_ = 0;  // in the activations' arena, behind what is recomputed
   RangeAllocator context_ranges_;
   std::vector<Layer> layers_;
+  std::unique_ptr<StepCache> steps_;  // gone before the buffers that its steps use
 };
 
 // --- memory ---
@@ -344,6 +373,7 @@ absl::Status StackImpl::Update(const StackChanges& changes) {
   if (plan.Total() > held) LAMINA_RETURN_IF_ERROR(CheckFits(plan, plan.Total() - held));
   // Enqueued work may still use what is freed here.
   LAMINA_RETURN_IF_ERROR(backend_.Synchronize());
+  steps_->Forget();
   const StackConfig before = config_;
   if (wanted.training && !before.training) {
     config_ = wanted;  // what AllocateTraining goes by
@@ -473,15 +503,19 @@ absl::Status StackImpl::ForwardEval(const ForwardArgs& args) {
   const LayerActivations activations =
       ScratchActivations(call.dims, CutScratch(workspace_.scratch, call.dims));
   // Outputs alternate between the chain buffer and the caller's, so that the last is the caller's.
-  TensorView x = Tokens(args.input);
   const TensorView output = Tokens(args.output);
   const TensorView chain = workspace_.chain.Reshaped(output.shape);
-  for (int64_t i = args.layers.begin; i < args.layers.end; ++i) {
-    const TensorView y = (args.layers.end - 1 - i) % 2 == 0 ? output : chain;
-    LAMINA_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].Forward(call, x, activations, y));
-    x = y;
-  }
-  return absl::OkStatus();
+  const auto run = [&]() -> absl::Status {
+    TensorView x = Tokens(args.input);
+    for (int64_t i = args.layers.begin; i < args.layers.end; ++i) {
+      const TensorView y = (args.layers.end - 1 - i) % 2 == 0 ? output : chain;
+      LAMINA_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].Forward(call, x, activations, y));
+      x = y;
+    }
+    return absl::OkStatus();
+  };
+  return steps_->Run(StepKey(StepKind::kEvaluation, args.layers, call, args.input, args.output),
+                     run);
 }
 
 absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const ForwardArgs& args) {
@@ -528,21 +562,27 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
   const LayerScratch scratch = CutScratch(workspace_.scratch, dims);
   const TensorView output = Tokens(args.output);
   const TensorView chain = workspace_.chain.Reshaped(output.shape);
-  TensorView x = c.buffers.input ? c.buffers.input : Tokens(args.input);
-  for (int64_t i = 0; i < layers; ++i) {
-    const ContextBuffers::SavedLayer& saved = c.buffers.layers[static_cast<size_t>(i)];
-    const bool last = i + 1 == layers;
-    // Where outputs are not kept they alternate, so that the last is the caller's.
-    const TensorView passing = (layers - 1 - i) % 2 == 0 ? output : chain;
-    const TensorView y = saved.output && !last ? saved.output : passing;
-    const LayerActivations kept =
-        config_.activation_checkpointing ? Recomputed(dims) : saved.activations;
-    const Layer& layer = layers_[static_cast<size_t>(args.layers.begin + i)];
-    LAMINA_RETURN_IF_ERROR(layer.Forward(c.call, x, WithScratch(kept, dims, scratch), y));
-    if (saved.output && last)
-      LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(saved.output.data, y.data, y.bytes()));
-    x = y;
-  }
+  const TensorView input = c.buffers.input ? c.buffers.input : Tokens(args.input);
+  const auto run = [&]() -> absl::Status {
+    TensorView x = input;
+    for (int64_t i = 0; i < layers; ++i) {
+      const ContextBuffers::SavedLayer& saved = c.buffers.layers[static_cast<size_t>(i)];
+      const bool last = i + 1 == layers;
+      // Where outputs are not kept they alternate, so that the last is the caller's.
+      const TensorView passing = (layers - 1 - i) % 2 == 0 ? output : chain;
+      const TensorView y = saved.output && !last ? saved.output : passing;
+      const LayerActivations kept =
+          config_.activation_checkpointing ? Recomputed(dims) : saved.activations;
+      const Layer& layer = layers_[static_cast<size_t>(args.layers.begin + i)];
+      LAMINA_RETURN_IF_ERROR(layer.Forward(c.call, x, WithScratch(kept, dims, scratch), y));
+      if (saved.output && last)
+        LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(saved.output.data, y.data, y.bytes()));
+      x = y;
+    }
+    return absl::OkStatus();
+  };
+  LAMINA_RETURN_IF_ERROR(
+      steps_->Run(StepKey(StepKind::kForward, args.layers, c.call, input, output), run));
   ++counters_.rng_counter;
   return context;
 }
@@ -587,28 +627,32 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
   // Recomputation is Forward again, to the bit: it has no part in stochastic_mode.
   LayerCall backward_call = c->call;
   backward_call.workspace.unordered = config_.stochastic_mode;
-  TensorView dy = Tokens(output_grad);
-  TensorView chain = workspace_.chain.Reshaped(dy.shape);
-  TensorView other_chain = training_.chain.Reshaped(dy.shape);
-  for (size_t i = c->buffers.layers.size(); i-- > 0;) {
-    const ContextBuffers::SavedLayer& saved = c->buffers.layers[i];
-    const TensorView x = i == 0 ? c->buffers.input : c->buffers.layers[i - 1].output;
-    const TensorView dx = i == 0 && input_grad ? Tokens(input_grad) : chain;
-    const Layer& layer = layers_[static_cast<size_t>(c->range.begin) + i];
-    LayerActivations activations = saved.activations;
-    activations.y = saved.output;
-    if (config_.activation_checkpointing) {
-      activations = Recomputed(dims);
-      // Post-LN's y is read before anything is written to the branch's scratch.
-      if (!config_.pre_layer_norm) activations.y = scratch.branch;
-      LAMINA_RETURN_IF_ERROR(
-          layer.Forward(c->call, x, WithScratch(activations, dims, scratch), activations.y));
+  const auto run = [&]() -> absl::Status {
+    TensorView dy = Tokens(output_grad);
+    TensorView chain = workspace_.chain.Reshaped(dy.shape);
+    TensorView other_chain = training_.chain.Reshaped(dy.shape);
+    for (size_t i = c->buffers.layers.size(); i-- > 0;) {
+      const ContextBuffers::SavedLayer& saved = c->buffers.layers[i];
+      const TensorView x = i == 0 ? c->buffers.input : c->buffers.layers[i - 1].output;
+      const TensorView dx = i == 0 && input_grad ? Tokens(input_grad) : chain;
+      const Layer& layer = layers_[static_cast<size_t>(c->range.begin) + i];
+      LayerActivations activations = saved.activations;
+      activations.y = saved.output;
+      if (config_.activation_checkpointing) {
+        activations = Recomputed(dims);
+        // Post-LN's y is read before anything is written to the branch's scratch.
+        if (!config_.pre_layer_norm) activations.y = scratch.branch;
+        LAMINA_RETURN_IF_ERROR(
+            layer.Forward(c->call, x, WithScratch(activations, dims, scratch), activations.y));
+      }
+      LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx));
+      dy = dx;
+      std::swap(chain, other_chain);
     }
-    LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx));
-    dy = dx;
-    std::swap(chain, other_chain);
-  }
-  return absl::OkStatus();
+    return absl::OkStatus();
+  };
+  return steps_->Run(StepKey(StepKind::kBackward, c->range, backward_call, output_grad, input_grad),
+                     run);
 }
 
 absl::Status StackImpl::ZeroGradients() {

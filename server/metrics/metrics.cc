@@ -19,7 +19,8 @@ constexpr const char* kDirectionNames[kStepDirections] = {"forward_eval", "forwa
                                                           "backward", "apply"};
 constexpr const char* kPhaseNames[kStepPhases] = {"queue", "input", "compute", "output", "total"};
 constexpr const char* kMemoryKindNames[kDeviceMemoryKinds] = {
-    "weights", "master_weights", "gradients", "optimizer", "activations", "workspace", "staging"};
+    "weights",     "master_weights", "gradients", "optimizer",
+    "activations", "workspace",      "staging",   "graphs"};
 constexpr const char* kCarrierNames[] = {"inline", "memfd"};
 constexpr const char* kRoleNames[] = {"input", "output"};
 constexpr const char* kRejectionNames[kRejections] = {

@@ -37,7 +37,7 @@ enum class StepPhase : uint8_t { kQueue, kInput, kCompute, kOutput, kTotal };
 inline constexpr size_t kStepPhases = 5;
 
 // Kinds of device memory, in the order of lamina::MemoryKind.
-inline constexpr size_t kDeviceMemoryKinds = 7;
+inline constexpr size_t kDeviceMemoryKinds = 8;
 
 enum class TensorCarrier : uint8_t { kInline, kMemfd };
 enum class TensorRole : uint8_t { kInput, kOutput };

@@ -31,6 +31,7 @@ class AnySizes final : public OpSizes {
   size_t WorkspaceBytes(const LayerDims&) const override { return 0; }
   bool host_memory() const override { return true; }
   bool FusedAttention(const LayerDims&) const override { return true; }
+  size_t StepCacheBytes() const override { return 0; }
 };
 
 class CountingBackend final : public Backend {

@@ -1,5 +1,6 @@
 // A backend that hands everything to another one and keeps count: what is allocated, how many ops
-// ran. It can fail on demand.
+// ran. It can fail on demand. A step whose key promises what another one enqueued, and which
+// enqueues something else, fails with INTERNAL.
 #pragma once
 
 #include <atomic>
@@ -9,6 +10,7 @@
 #include <utility>
 
 #include "lamina/kernels/backend.h"
+#include "step_log.h"
 
 namespace lamina::testing {
 
@@ -27,6 +29,11 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> ops{0};               // so far
   std::atomic<int64_t> synchronizations{0};  // so far
   std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
+  std::atomic<int64_t> steps{0};             // so far
+  std::atomic<int64_t> repeated_steps{0};    // so far: with a key that their cache knew
+  // The other backend may keep steps, whose ops then count and fail here only while they are
+  // captured. Looked at when a stack is created.
+  std::atomic<bool> keep_steps{false};
   // --- faults ---
   static constexpr size_t kAsItIs = SIZE_MAX;
   std::atomic<size_t> free_bytes{kAsItIs};      // what FreeBytes answers; kAsItIs: the inner one's
@@ -75,6 +82,7 @@ class CountingBackend final : public Backend {
     return inner_->CopyOut(dst, src, bytes);
   }
   absl::Status CopyWithin(void* dst, const void* src, size_t bytes) override {
+    if (log_ != nullptr) log_->Copy(dst, src, bytes);
     return inner_->CopyWithin(dst, src, bytes);
   }
   absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
@@ -87,6 +95,10 @@ class CountingBackend final : public Backend {
     return inner_->SecondsBetween(begin, end);
   }
   const OpSizes& sizes() const override { return op_sizes_; }
+  std::unique_ptr<StepCache> MakeStepCache() override {
+    return std::make_unique<CheckedSteps>(
+        *this, keep_steps ? inner_->MakeStepCache() : std::make_unique<StepCache>());
+  }
 
  private:
   // The other backend's, but for what set_host_memory claims.
@@ -100,8 +112,44 @@ class CountingBackend final : public Backend {
     }
     bool host_memory() const override { return claimed_host_memory; }
     bool FusedAttention(const LayerDims& dims) const override { return sizes.FusedAttention(dims); }
+    size_t StepCacheBytes() const override { return sizes.StepCacheBytes(); }
     const OpSizes& sizes;
     bool claimed_host_memory = false;
+  };
+
+  class CheckedSteps final : public StepCache {
+   public:
+    CheckedSteps(CountingBackend& backend, std::unique_ptr<StepCache> inner)
+        : backend_(backend), inner_(std::move(inner)) {}
+    absl::Status Run(const Key& key, absl::FunctionRef<absl::Status()> work) override {
+      ++backend_.steps;
+      const auto known = logs_.find(key);
+      if (known != logs_.end()) ++backend_.repeated_steps;
+      StepLog log;
+      absl::Status status = inner_->Run(key, [&] {
+        log.Clear();
+        backend_.log_ = &log;
+        absl::Status result = work();
+        backend_.log_ = nullptr;
+        return result;
+      });
+      if (!status.ok() || log.empty()) return status;
+      if (known == logs_.end()) {
+        logs_.emplace(key, std::move(log));
+      } else if (!(known->second == log)) {
+        return absl::InternalError("a step enqueued other work than one before with its key");
+      }
+      return status;
+    }
+    void Forget() override {
+      logs_.clear();
+      inner_->Forget();
+    }
+
+   private:
+    CountingBackend& backend_;
+    std::unique_ptr<StepCache> inner_;
+    std::map<Key, StepLog> logs_;
   };
 
   template <typename Args>
@@ -110,6 +158,7 @@ class CountingBackend final : public Backend {
     if (fail_op >= 0 && fail_op-- == 0) return absl::InternalError("op failed on demand");
     ++ops;
     if (ws.unordered) ++unordered_ops;
+    if (log_ != nullptr) log_->Op(ws, args);
     return (inner_.get()->*op)(ws, args);
   }
 #define LAMINA_FORWARD_OP(Op)                                               \
@@ -135,6 +184,7 @@ class CountingBackend final : public Backend {
 
   std::unique_ptr<Backend> inner_;
   Sizes op_sizes_;
+  StepLog* log_ = nullptr;  // of the step that runs
   std::map<void*, size_t> sizes_;
 };
 

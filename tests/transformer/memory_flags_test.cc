@@ -130,7 +130,7 @@ TEST_P(MemoryFlagsTest, PlanIsTheAllocationToTheByte) {
         config = Value(Resolve(config, counting_->info().ordinal));
         const MemoryPlan plan = Value(PlanStack(config, counting_->sizes()));
         const std::unique_ptr<Stack> stack = Value(Stack::Create(*counting_, config));
-        EXPECT_EQ(counting_->live_bytes, plan.Total());
+        EXPECT_EQ(counting_->live_bytes, Allocated(plan));
         EXPECT_EQ(plan.Bytes(MemoryKind::kActivations), plan.context_bytes);
         // Each extreme fits: one call of all tokens, dense, packed whole, packed token by token.
         for (const CallData& data : {NoiseCall(config, 3, 7), NoisePackedCall(config, {7, 7, 7}),

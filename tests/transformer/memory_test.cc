@@ -34,13 +34,14 @@ TEST_P(MemoryTest, PlanIsTheAllocationToTheByte) {
         const MemoryPlan plan = Value(PlanStack(config, counting_->sizes()));
         {
           const std::unique_ptr<Stack> stack = Value(Stack::Create(*counting_, config));
-          EXPECT_EQ(counting_->live_bytes, plan.Total());
+          EXPECT_EQ(counting_->live_bytes, Allocated(plan));
           EXPECT_EQ(stack->plan().Total(), plan.Total());
           EXPECT_EQ(plan.Bytes(MemoryKind::kMasterWeights) == 0, dtype == DType::kF32);
           EXPECT_EQ(plan.Bytes(MemoryKind::kGradients) == 0, !training);
           EXPECT_EQ(plan.Bytes(MemoryKind::kOptimizer) == 0, !training);
           EXPECT_EQ(plan.Bytes(MemoryKind::kActivations), training ? plan.context_bytes * 3 : 0u);
           EXPECT_EQ(plan.Bytes(MemoryKind::kStaging) == 0, counting_->info().host_memory);
+          EXPECT_EQ(plan.Bytes(MemoryKind::kGraphs), counting_->sizes().StepCacheBytes());
           size_t by_kind = 0;
           for (int kind = 0; kind < kMemoryKinds; ++kind)
             by_kind += plan.Bytes(static_cast<MemoryKind>(kind));
@@ -142,7 +143,8 @@ TEST_P(MemoryTest, TrainingIsTurnedOffAndOn) {
   StackConfig off = config;
   off.training = false;
   const size_t with_training = Value(PlanStack(config, counting_->sizes())).Total();
-  const size_t without = Value(PlanStack(off, counting_->sizes())).Total();
+  const MemoryPlan plan_without = Value(PlanStack(off, counting_->sizes()));
+  const size_t without = plan_without.Total();
   const std::unique_ptr<Stack> stack = Value(Stack::Create(*counting_, config));
   const CallData data = NoiseCall(config, 3, 7);
   const std::vector<float> before = RunEval(*counting_, *stack, data, {0, 2});
@@ -150,7 +152,7 @@ TEST_P(MemoryTest, TrainingIsTurnedOffAndOn) {
   ASSERT_OK(stack->ApplyGradients({.learning_rate = 0}).status());
 
   ASSERT_OK(stack->Update({.training = false}));
-  EXPECT_EQ(counting_->live_bytes, without);
+  EXPECT_EQ(counting_->live_bytes, Allocated(plan_without));
   EXPECT_EQ(stack->plan().Total(), without);
   EXPECT_FALSE(stack->config().training);
   EXPECT_EQ(RunEval(*counting_, *stack, data, {0, 2}), before);

@@ -89,6 +89,8 @@ std::vector<uint8_t> DeviceTensor::Bytes() const {
   return bytes;
 }
 
+size_t Allocated(const MemoryPlan& plan) { return plan.Total() - plan.Bytes(MemoryKind::kGraphs); }
+
 std::vector<float> Noise(uint64_t seed, int64_t count) {
   std::vector<float> values(static_cast<size_t>(count));
   uint64_t state = seed * 0x9E3779B97F4A7C15u + 1;

@@ -58,6 +58,9 @@ class DeviceTensor {
   TensorView view_;
 };
 
+// What of a plan the backend allocates: graphs are the driver's.
+size_t Allocated(const MemoryPlan& plan);
+
 // Deterministic values in (-1, 1), the same on every machine.
 std::vector<float> Noise(uint64_t seed, int64_t count);
 

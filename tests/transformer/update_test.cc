@@ -29,14 +29,15 @@ class UpdateTest : public DeviceTest {
     Perturb(*stack, 100);
     return stack;
   }
-  size_t Total(const StackConfig& config) {
-    return Value(PlanStack(config, counting_->sizes())).Total();
+  MemoryPlan Plan(const StackConfig& config) {
+    return Value(PlanStack(config, counting_->sizes()));
   }
+  size_t Total(const StackConfig& config) { return Plan(config).Total(); }
   // What nothing may have changed.
   void ExpectUntouched() {
     EXPECT_EQ(ToJson(stack_->config()), ToJson(config_));
     EXPECT_EQ(stack_->plan().Total(), Total(config_));
-    EXPECT_EQ(counting_->live_bytes, Total(config_));
+    EXPECT_EQ(counting_->live_bytes, Allocated(Plan(config_)));
   }
   std::unique_ptr<CountingBackend> counting_;
   StackConfig config_;
@@ -80,7 +81,7 @@ TEST_P(UpdateTest, FlagsChangeBetweenStepsAndTheStepsGoOn) {
     wanted.stochastic_mode = c.stochastic_mode.value_or(wanted.stochastic_mode);
     EXPECT_EQ(ToJson(stack_->config()), ToJson(wanted));
     EXPECT_EQ(stack_->plan().Total(), Total(wanted));
-    EXPECT_EQ(counting_->live_bytes, Total(wanted));
+    EXPECT_EQ(counting_->live_bytes, Allocated(Plan(wanted)));
   }
   EXPECT_EQ(stack_->counters().optimizer_step, 5);
 }
@@ -137,12 +138,12 @@ TEST_P(UpdateTest, ThePlanIsCheckedFirst) {
   EXPECT_THAT(stack_->Update({.activation_checkpointing = false}),
               IsStatus(StatusCode::kResourceExhausted, std::to_string(more) + " more bytes"));
   EXPECT_EQ(counting_->allocations, allocations);
-  EXPECT_EQ(counting_->live_bytes, Total(smaller));
+  EXPECT_EQ(counting_->live_bytes, Allocated(Plan(smaller)));
   EXPECT_TRUE(stack_->config().activation_checkpointing);
   // What is freed counts.
   counting_->free_bytes = more;
   EXPECT_OK(stack_->Update({.activation_checkpointing = false}));
-  EXPECT_EQ(counting_->live_bytes, Total(config_));
+  EXPECT_EQ(counting_->live_bytes, Allocated(Plan(config_)));
   counting_->free_bytes = 0;
   EXPECT_OK(stack_->Update({.gelu_checkpoint = true}));  // a smaller plan always fits
 }
@@ -186,7 +187,7 @@ TEST_P(UpdateTest, FlagsMayChangeWhileTrainingIsOff) {
   StackConfig wanted = config_;
   wanted.gelu_checkpoint = wanted.activation_checkpointing = true;
   EXPECT_EQ(ToJson(stack_->config()), ToJson(wanted));
-  EXPECT_EQ(counting_->live_bytes, Total(wanted));
+  EXPECT_EQ(counting_->live_bytes, Allocated(Plan(wanted)));
   const CallResult got = RunTraining(*counting_, *stack_, data_, {0, 2});
   EXPECT_EQ(got.input_grad, RunTraining(*counting_, *Make(config_), data_, {0, 2}).input_grad);
 }

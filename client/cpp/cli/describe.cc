@@ -17,7 +17,7 @@ using Json = nlohmann::json;
 constexpr MemoryKind kKinds[] = {MemoryKind::kWeights,     MemoryKind::kMasterWeights,
                                  MemoryKind::kGradients,   MemoryKind::kOptimizer,
                                  MemoryKind::kActivations, MemoryKind::kWorkspace,
-                                 MemoryKind::kStaging};
+                                 MemoryKind::kStaging,     MemoryKind::kGraphs};
 
 std::string Ratio(double value) {
   char text[32];

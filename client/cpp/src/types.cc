@@ -113,6 +113,8 @@ const char* Name(MemoryKind kind) {
       return "workspace";
     case MemoryKind::kStaging:
       return "staging";
+    case MemoryKind::kGraphs:
+      return "graphs";
     case MemoryKind::kUnknown:
       break;
   }

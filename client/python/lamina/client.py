@@ -85,7 +85,8 @@ class MemoryPlan:
     fits: Optional[bool] = dataclasses.field(default=None, compare=False)
 
     def bytes_of(self, kind: str) -> int:
-        """kind: "weights", "master_weights", "gradients", "optimizer", "activations", "workspace" or "staging"."""
+        """kind: "weights", "master_weights", "gradients", "optimizer", "activations", "workspace", "staging" or
+        "graphs"."""
         return sum(e.size_bytes for e in self.entries if e.kind == kind)
 
     @classmethod

@@ -24,7 +24,9 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "lamina/kernels/dtype.h"
@@ -310,6 +312,31 @@ class OpSizes {
   virtual bool host_memory() const = 0;
   // Whether Attention at these dims has its fused kernel, or the plain one that every shape has.
   virtual bool FusedAttention(const LayerDims& dims) const = 0;
+  // Device memory that a StepCache may take, beside what Allocate gives. 0: its steps take none.
+  virtual size_t StepCacheBytes() const = 0;
+};
+
+// For steps that come back with the same launches: a device that can keep a step's launches does so
+// when it meets its key again, and replays them from then on. The results have the same bits
+// either way. This class keeps nothing and runs every step.
+//
+// Made by Backend::MakeStepCache, owned by whoever owns the memory that its steps use, and gone
+// before the backend. Threads: as ops.
+class StepCache {
+ public:
+  // All that decides which ops a step enqueues and with which arguments, addresses included.
+  using Key = std::vector<uint64_t>;
+
+  virtual ~StepCache() = default;
+  // Enqueues what work() enqueues, or what it did when it last ran with this key. work() may thus
+  // run once, twice or not at all: it calls ops, CopyWithin and SetZero and changes nothing else.
+  // What differs from one such step to the next must be read from the backend's memory. The status
+  // is that of a plain work(): where a device can't keep a step, that is no error.
+  virtual absl::Status Run(const Key& /*key*/, absl::FunctionRef<absl::Status()> work) {
+    return work();
+  }
+  // The same keys will mean other launches from now on, or other contents of the addresses in them.
+  virtual void Forget() {}
 };
 
 class Backend {
@@ -358,6 +385,9 @@ class Backend {
     return sizes().AttentionSavedBytes(dims);
   }
   size_t WorkspaceBytes(const LayerDims& dims) const { return sizes().WorkspaceBytes(dims); }
+
+  // --- steps ---
+  virtual std::unique_ptr<StepCache> MakeStepCache() { return std::make_unique<StepCache>(); }
 
   // --- ops ---
   absl::Status Linear(const Workspace& ws, const LinearArgs& args);

@@ -92,6 +92,7 @@ enum class MemoryKind : int {
   kActivations = 5,
   kWorkspace = 6,
   kStaging = 7,
+  kGraphs = 8,
 };
 const char* Name(MemoryKind kind);  // "weights", "master_weights", ...
 

@@ -1,5 +1,6 @@
 // The memory plan: what a stack allocates, to the byte, before anything is allocated. The same code
-// lays out the arena, so the two cannot differ.
+// lays out the arena, so the two cannot differ. The device's driver allocates kGraphs by itself, as
+// steps come back, up to what the plan says.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +22,9 @@ enum class MemoryKind : uint8_t {
   kActivations = 4,  // max_contexts full-size contexts
   kWorkspace = 5,    // gradients in flight, op scratch
   kStaging = 6,      // device copies of a call's tensors; zero where kernels read host memory
+  kGraphs = 7,       // captured steps at most; zero on devices that capture none
 };
-inline constexpr int kMemoryKinds = 7;
+inline constexpr int kMemoryKinds = 8;
 const char* Name(MemoryKind kind);  // "weights", "master_weights", ...
 
 struct PlanEntry {
