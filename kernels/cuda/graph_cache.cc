@@ -12,12 +12,13 @@ absl::Status GraphCache::Run(const Key& key, absl::FunctionRef<absl::Status()> w
   if (found == entries_.end()) {
     absl::Status status = work();
     if (!status.ok()) return status;
-    entries_.push_front(Entry{.key = key});
-    if (entries_.size() > kMaxGraphKeys) DropOldest();
+    entries_.push_front(Entry{.key = key, .last_run = ++runs_});
+    if (entries_.size() > kMaxKeys) DropOldest();
     return status;
   }
   entries_.splice(entries_.begin(), entries_, found);
   Entry& entry = *found;
+  entry.last_run = ++runs_;
   if (cudaSetDevice(ordinal_) != cudaSuccess) return work();  // which says so
   if (!entry.graph && !entry.refused) Capture(entry, work);
   if (!entry.graph) return work();
@@ -26,12 +27,12 @@ absl::Status GraphCache::Run(const Key& key, absl::FunctionRef<absl::Status()> w
   static_cast<void>(cudaGetLastError());
   entry.graph.reset();
   bytes_ -= entry.bytes;
-  entry.bytes = 0;
   entry.refused = true;
   return work();
 }
 
 void GraphCache::Capture(Entry& entry, absl::FunctionRef<absl::Status()> work) {
+  if (!MakeRoom(entry.bytes)) return;
   entry.refused = true;  // unless all goes well
   // Other threads may allocate meanwhile; this one may not.
   if (cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal) != cudaSuccess) {
@@ -46,10 +47,16 @@ void GraphCache::Capture(Entry& entry, absl::FunctionRef<absl::Status()> work) {
   if (!captured.ok() || ended != cudaSuccess || !graph) return;
 
   size_t nodes = 0;
-  if (cudaGraphGetNodes(graph.get(), nullptr, &nodes) != cudaSuccess) return;
-  const size_t bytes = nodes * kGraphNodeBytes;
-  if (bytes > kGraphBytes) return;
-  while (bytes_ + bytes > kGraphBytes) DropOldest();  // this entry, the first, has none yet
+  if (cudaGraphGetNodes(graph.get(), nullptr, &nodes) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return;
+  }
+  entry.bytes = nodes * kGraphNodeBytes;
+  if (entry.bytes > kGraphBytes) return;
+  if (!MakeRoom(entry.bytes)) {
+    entry.refused = false;  // there may be room another time
+    return;
+  }
 
   cudaGraphExec_t exec = nullptr;
   cudaError_t error = cudaGraphInstantiate(&exec, graph.get(), 0);
@@ -61,13 +68,17 @@ void GraphCache::Capture(Entry& entry, absl::FunctionRef<absl::Status()> work) {
     entry.graph.reset();
     return;
   }
-  entry.bytes = bytes;
   entry.refused = false;
-  bytes_ += bytes;
+  bytes_ += entry.bytes;
+}
+
+bool GraphCache::MakeRoom(size_t bytes) {
+  while (bytes_ + bytes > kGraphBytes && runs_ - entries_.back().last_run > kIdleRuns) DropOldest();
+  return bytes_ + bytes <= kGraphBytes;
 }
 
 void GraphCache::DropOldest() {
-  bytes_ -= entries_.back().bytes;
+  if (entries_.back().graph) bytes_ -= entries_.back().bytes;
   entries_.pop_back();
 }
 

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <list>
 #include <memory>
 #include <type_traits>
@@ -17,11 +18,15 @@
 
 namespace lamina::cuda {
 
-// The keys last used, up to kMaxGraphKeys of them, and graphs of some of them, up to kGraphBytes of
-// device memory together (kernel_limits.h). Steps that take turns with more than fit are launched
-// one by one or captured now and then: always right, only slower.
+// Keeps the keys last used, up to kMaxKeys of them, and graphs of some of them, up to kGraphBytes
+// of device memory together (kernel_limits.h). A graph makes room for another one only after
+// kIdleRuns runs of other steps: a capture costs as much as several steps' launches, and where more
+// steps take turns than fit it would never pay, so then some of them stay without a graph.
 class GraphCache final : public StepCache {
  public:
+  static constexpr size_t kMaxKeys = 64;
+  static constexpr int64_t kIdleRuns = 256;
+
   // Steps are enqueued on `stream` of device `ordinal`, which outlives the cache.
   GraphCache(int ordinal, cudaStream_t stream) : ordinal_(ordinal), stream_(stream) {}
   ~GraphCache() override { Forget(); }
@@ -41,17 +46,22 @@ class GraphCache final : public StepCache {
   struct Entry {
     Key key;
     Owned<cudaGraphExec_t> graph;  // null: not captured, or not yet
-    size_t bytes = 0;              // of the graph, as they are counted
+    size_t bytes = 0;              // that its graph is counted as; 0: it was never captured
+    int64_t last_run = 0;          // runs_ then
     bool refused = false;          // not to be tried again
   };
 
+  // Sets entry.graph, or not. `entry` is the first.
   void Capture(Entry& entry, absl::FunctionRef<absl::Status()> work);
+  // Drops idle graphs, and says whether so many more bytes may be taken now.
+  bool MakeRoom(size_t bytes);
   void DropOldest();
 
   const int ordinal_;
   const cudaStream_t stream_;
   std::list<Entry> entries_;  // the last used one first
   size_t bytes_ = 0;          // of all graphs
+  int64_t runs_ = 0;
 };
 
 }  // namespace lamina::cuda

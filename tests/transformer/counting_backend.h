@@ -31,6 +31,7 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
   std::atomic<int64_t> steps{0};             // so far
   std::atomic<int64_t> repeated_steps{0};    // so far: with a key that their cache knew
+  std::atomic<int64_t> forgotten{0};         // so far: times that steps were to be forgotten
   // The other backend may keep steps, whose ops then count and fail here only while they are
   // captured. Looked at when a stack is created.
   std::atomic<bool> keep_steps{false};
@@ -142,6 +143,7 @@ class CountingBackend final : public Backend {
       return status;
     }
     void Forget() override {
+      ++backend_.forgotten;
       logs_.clear();
       inner_->Forget();
     }

@@ -2,6 +2,7 @@
 // launched op by op, and what changes a step makes it another one. On devices that keep nothing
 // (the CPU) the same calls show that equal keys mean equal ops, which CountingBackend checks.
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,7 +21,8 @@ struct Caller {
       : backend(device),
         call(device, config, data, layers),
         dy(device, config.dtype, call.shape, data.output_grad),
-        dx(device, config.dtype, call.shape) {}
+        dx(device, config.dtype, call.shape),
+        output_grad(dy.view()) {}
 
   // What a step doesn't write is zeros, which no result is.
   void Clear() {
@@ -30,7 +32,7 @@ struct Caller {
   CallResult Train(Stack& stack, bool want_input_grad = true) {
     Clear();
     const std::unique_ptr<Context> context = Value(stack.ForwardTraining(call.args));
-    EXPECT_OK(stack.Backward(*context, dy.view(), want_input_grad ? dx.view() : TensorView{}));
+    EXPECT_OK(stack.Backward(*context, output_grad, want_input_grad ? dx.view() : TensorView{}));
     return {call.output.Floats(), dx.Floats()};
   }
   std::vector<float> Evaluate(Stack& stack) {
@@ -42,6 +44,7 @@ struct Caller {
   Backend& backend;
   DeviceCall call;
   DeviceTensor dy, dx;
+  TensorView output_grad;  // dy, unless a test gives another one
 };
 
 class StepCacheTest : public DeviceTest {
@@ -152,15 +155,17 @@ TEST_P(StepCacheTest, WhatChangesAStepMakesItAnother) {
                                   {.activation_checkpointing = true},
                                   {.training = false},
                                   {.training = true, .activation_checkpointing = false}};
-  for (const StackChanges& change : changes) {
-    Update(change);
+  std::vector<std::unique_ptr<Caller>> callers;
+  for (const CallData& call : calls)
+    for (const LayerRange range : {LayerRange{0, 2}, LayerRange{0, 1}, LayerRange{1, 2}})
+      callers.push_back(std::make_unique<Caller>(*counting_, config_, call, range));
+  for (size_t change = 0; change < std::size(changes); ++change) {
+    Update(changes[change]);
     if (!kept_->config().training) continue;
-    for (size_t i = 0; i < calls.size(); ++i)
-      for (const LayerRange range : {LayerRange{0, 2}, LayerRange{0, 1}, LayerRange{1, 2}}) {
-        SCOPED_TRACE(::testing::Message() << "call " << i << ", from layer " << range.begin);
-        Caller caller(*counting_, config_, calls[i], range);
-        ExpectTheSame(caller, 3);
-      }
+    for (size_t i = 0; i < callers.size(); ++i) {
+      SCOPED_TRACE(::testing::Message() << "after change " << change << ", caller " << i);
+      ExpectTheSame(*callers[i], 3);
+    }
   }
 }
 
@@ -173,6 +178,63 @@ TEST_P(StepCacheTest, OtherAddressesAreAnotherStep) {
     ExpectTheSame(b, 1);
     // The input gradient is not wanted.
     EXPECT_EQ(a.Train(*kept_, false).output, a.Train(*plain_, false).output);
+    // Only what is read lies elsewhere.
+    std::swap(a.call.args.input, b.call.args.input);
+    std::swap(a.output_grad, b.output_grad);
+  }
+  EXPECT_EQ(ReadAll(*kept_, ParameterPart::kGradient), ReadAll(*plain_, ParameterPart::kGradient));
+}
+
+// The tensors say which keys are seen. What lies at the address in use may differ from what lies at
+// the one before.
+TEST_P(StepCacheTest, OtherMasksAreAnotherStep) {
+  Make();
+  CallData masked = NoiseCall(config_, 3, 7), ragged = masked;
+  masked.mask = Noise(9, 3 * 7);
+  ragged.lengths = {3, 7, 5};
+  Caller mask(*counting_, config_, masked, {0, 2}), length(*counting_, config_, ragged, {0, 2});
+  Caller packed(*counting_, config_, NoisePackedCall(config_, {2, 7, 1, 4}), {0, 2});
+  const DeviceTensor other_mask(*counting_, DType::kF32, {3, 7}, Noise(10, 3 * 7));
+  const DeviceTensor other_lengths(*counting_, {7, 2, 1}),
+      other_offsets(*counting_, {0, 1, 8, 9, 14});
+  for (int i = 0; i < 6; ++i) {
+    SCOPED_TRACE(i);
+    for (Caller* caller : {&mask, &length, &packed}) ExpectTheSame(*caller, 1);
+    if (i % 2 == 0) {
+      mask.call.args.mask = other_mask.view();
+      length.call.args.lengths = other_lengths.view();
+      packed.call.args.cu_seqlens = other_offsets.view();
+    } else {
+      mask.call.args.mask = mask.call.optional[0].view();
+      length.call.args.lengths = length.call.optional[0].view();
+      packed.call.args.cu_seqlens = packed.call.optional[0].view();
+    }
+  }
+}
+
+TEST_P(StepCacheTest, FewerTokensAreAnotherStep) {
+  Make();
+  // As many sequences, as long a longest one, at the same addresses.
+  Caller caller(*counting_, config_, NoisePackedCall(config_, {2, 7, 1, 4}), {0, 2});
+  const std::vector<int32_t> all = {0, 2, 9, 10, 14}, fewer = {0, 2, 9, 10, 12};
+  const TensorView dy = caller.dy.view(), dx = caller.dx.view();
+  const TensorView input = caller.call.args.input, output = caller.call.args.output;
+  for (int i = 0; i < 8; ++i) {
+    SCOPED_TRACE(i);
+    const std::vector<int32_t>& offsets = i % 2 == 0 ? all : fewer;
+    const int64_t tokens = offsets.back();
+    caller.call.args.input = input.Rows(0, tokens);
+    caller.call.args.output = output.Rows(0, tokens);
+    const TensorView cu = caller.call.args.cu_seqlens;
+    ASSERT_OK(counting_->CopyIn(cu.data, offsets.data(), cu.bytes()));
+    std::vector<std::vector<float>> results[2];
+    for (Stack* stack : {plain_.get(), kept_.get()}) {
+      caller.Clear();
+      const std::unique_ptr<Context> context = Value(stack->ForwardTraining(caller.call.args));
+      ASSERT_OK(stack->Backward(*context, dy.Rows(0, tokens), dx.Rows(0, tokens)));
+      results[stack == kept_.get()] = {caller.call.output.Floats(), caller.dx.Floats()};
+    }
+    EXPECT_EQ(results[1], results[0]);
   }
   EXPECT_EQ(ReadAll(*kept_, ParameterPart::kGradient), ReadAll(*plain_, ParameterPart::kGradient));
 }
@@ -234,6 +296,22 @@ TEST_P(StepCacheTest, ContextsKeepTheirPlacesAndRatios) {
     EXPECT_EQ(results[1], results[0]);
   }
   EXPECT_EQ(ReadAll(*kept_, ParameterPart::kGradient), ReadAll(*plain_, ParameterPart::kGradient));
+}
+
+TEST_P(StepCacheTest, ALayoutLeavesNoStepsToTheNext) {
+  Make();
+  Caller caller(*counting_, config_, NoiseCall(config_, 3, 7), {0, 2});
+  for (int i = 0; i < 4; ++i) {
+    SCOPED_TRACE(i);
+    ExpectTheSame(caller, 3);
+    // Without room for both, the new activations may take the old ones' place.
+    for (Stack* stack : {plain_.get(), kept_.get()}) {
+      counting_->fail_allocation = 0;
+      const int64_t forgotten = counting_->forgotten;
+      ASSERT_OK(stack->Update({.gelu_checkpoint = i % 2 == 0}));
+      EXPECT_GT(counting_->forgotten, forgotten);
+    }
+  }
 }
 
 TEST_P(StepCacheTest, SumsInAnyOrderAreAnotherStep) {
@@ -318,29 +396,45 @@ TEST_P(StepCacheTest, AStepThatCannotBeCapturedIsLaunched) {
   }
 }
 
-// Deep stacks have large graphs: more than may be kept.
+// Deep stacks have large graphs: more than may be kept. Shallow ones have many small graphs.
 TEST_P(StepCacheTest, GraphsTakeWhatThePlanSays) {
   if (!DeviceKeepsSteps()) GTEST_SKIP() << "this device keeps no steps";
-  config_.num_hidden_layers = 64;
-  config_.max_contexts = 1;
-  Make();
-  std::vector<std::unique_ptr<Caller>> callers;
-  for (int64_t batch = 1; batch <= 3; ++batch)
-    for (int64_t seq = 1; seq <= 7; ++seq)
-      callers.push_back(std::make_unique<Caller>(
-          *counting_, config_, NoiseCall(config_, batch, seq), LayerRange{0, 64}));
-  // The kernels are loaded at their first launch, and take memory of their own.
-  for (auto& caller : callers) {
-    caller->Train(*plain_);
-    caller->Train(*kept_);
+  for (const int64_t layers : {1, 64}) {
+    SCOPED_TRACE(layers);
+    kept_.reset();
+    plain_.reset();
+    config_.num_hidden_layers = layers;
+    config_.max_contexts = 1;
+    Make();
+    std::vector<std::unique_ptr<Caller>> callers;
+    for (int64_t batch = 1; batch <= 3; ++batch)
+      for (int64_t seq = 1; seq <= 7; ++seq)
+        callers.push_back(std::make_unique<Caller>(
+            *counting_, config_, NoiseCall(config_, batch, seq), LayerRange{0, layers}));
+    const auto train = [&](Caller& caller) {
+      EXPECT_EQ(caller.Train(*kept_).output, caller.Train(*plain_).output);
+    };
+    // The kernels are loaded at their first launch, and take memory of their own.
+    for (auto& caller : callers) train(*caller);
+    const size_t before = Value(counting_->FreeBytes());
+    for (auto& caller : callers)
+      for (int i = 0; i < 2; ++i) train(*caller);
+    const size_t after = Value(counting_->FreeBytes());
+    EXPECT_LE(before - std::min(before, after), kept_->plan().Bytes(MemoryKind::kGraphs));
+
+    Caller &first = *callers.front(), &last = *callers.back();
+    const auto replayed = [&](Caller& caller) { return OpsOf([&] { caller.Train(*kept_); }) == 0; };
+    EXPECT_TRUE(replayed(first));
+    EXPECT_EQ(replayed(last), layers == 1) << "there was no room left";
+    for (Caller* caller : {&first, &last}) caller->Train(*plain_);
+    // In the end graphs that nobody asks for any more make room.
+    for (int i = 0; i < 200; ++i) last.Train(*kept_);
+    EXPECT_TRUE(replayed(last));
+    for (int i = 0; i < 201; ++i) last.Train(*plain_);
+    for (auto& caller : callers) train(*caller);
+    EXPECT_EQ(ReadAll(*kept_, ParameterPart::kGradient),
+              ReadAll(*plain_, ParameterPart::kGradient));
   }
-  const size_t before = Value(counting_->FreeBytes());
-  for (auto& caller : callers)
-    for (int i = 0; i < 3; ++i)
-      EXPECT_EQ(caller->Train(*kept_).output, caller->Train(*plain_).output);
-  const size_t after = Value(counting_->FreeBytes());
-  EXPECT_LE(before - std::min(before, after), kept_->plan().Bytes(MemoryKind::kGraphs));
-  EXPECT_GT(OpsOf([&] { callers.front()->Train(*kept_); }), 0) << "they don't all fit";
 }
 
 INSTANTIATE_TEST_SUITE_P(, StepCacheTest, ::testing::ValuesIn(kDevices), DeviceName);
