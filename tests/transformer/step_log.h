@@ -28,7 +28,9 @@ class StepLog {
 
  private:
   void AddArgs(const LinearArgs& a) { Add(1, a.x, a.w, a.bias, a.y, a.apply_gelu, a.gelu, a.pre); }
-  void AddArgs(const LinearInputGradArgs& a) { Add(2, a.dy, a.w, a.dx); }
+  void AddArgs(const LinearInputGradArgs& a) {
+    Add(2, a.dy, a.w, a.dx, a.apply_gelu, a.gelu, a.pre, a.dbias);
+  }
   void AddArgs(const LinearWeightGradArgs& a) { Add(3, a.dy, a.x, a.dw, a.dbias); }
   void AddArgs(const GeluArgs& a) { Add(4, a.x, a.y, a.gelu); }
   void AddArgs(const GeluBackwardArgs& a) { Add(5, a.x, a.dy, a.dx, a.dbias, a.gelu); }
