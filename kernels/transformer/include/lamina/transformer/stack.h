@@ -14,10 +14,10 @@
 //
 // Memory: everything is allocated in Create (and in Update, where that needs it); Forward, Backward
 // and ApplyGradients allocate no device memory, but that a Backend may keep steps that come back
-// (StepCache), up to what the plan counts as graphs. A Stack is not thread-safe: the engine's device
-// thread owns it. All tensors are in the backend's memory; all calls but the Read*/Write* ones,
-// ApplyGradients and Update only enqueue; with normalize_invertible the first training Forward
-// after a Write* of weights waits too, to look at the norms.
+// (StepCache), up to what the plan counts as graphs. A Stack is not thread-safe: the engine's
+// device thread owns it. All tensors are in the backend's memory; all calls but the Read*/Write*
+// ones, ApplyGradients and Update only enqueue; with normalize_invertible the first training
+// Forward after a Write* of weights waits too, to look at the norms.
 #pragma once
 
 #include <cstddef>
