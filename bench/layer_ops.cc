@@ -105,16 +105,11 @@ class Cases {
   }
 
   void LinearWeightGrad(const std::string& part, int64_t n, int64_t k) {
-    // The other biases' gradients are summed by the ops that make dy.
-    const bool bias = part == "qkv";
-    OpCase& c = Add(absl::StrCat("LinearWeightGrad ", part, bias ? ", dbias" : ""), {1, 1},
-                    [=, *this](Operands& o) {
-                      return Call(o, &Backend::LinearWeightGrad,
-                                  {.dy = o.Read(act_, {t_, n}),
-                                   .x = o.Read(act_, {t_, k}),
-                                   .dw = o.Update(kF32, {n, k}),
-                                   .dbias = bias ? o.Update(kF32, {n}) : TensorView{}});
-                    });
+    OpCase& c = Add(absl::StrCat("LinearWeightGrad ", part), {1, 1}, [=, *this](Operands& o) {
+      return Call(
+          o, &Backend::LinearWeightGrad,
+          {.dy = o.Read(act_, {t_, n}), .x = o.Read(act_, {t_, k}), .dw = o.Update(kF32, {n, k})});
+    });
     c.flops = ProductFlops(t_, n, k);
     c.sums_tokens = true;
   }
@@ -233,20 +228,22 @@ class Cases {
     Add("Attention" + suffix, calls, [=, *this](Operands& o) {
       return Call(o, &Backend::Attention, AttentionArgsOf(o, ratio, causal));
     }).flops = 2 * product;
-    OpCase& backward = Add("AttentionBackward" + suffix, calls, [=, *this](Operands& o) {
-      const AttentionArgs forward = AttentionArgsOf(o, ratio, causal);
-      Check(o.backend().Attention(workspace_, forward));  // fills out and saved
-      return Call(o, &Backend::AttentionBackward,
-                  {.dims = dims_,
-                   .qkv = forward.qkv,
-                   .causal = causal,
-                   .scale = forward.scale,
-                   .dropout = forward.dropout,
-                   .out = forward.out,
-                   .saved = forward.saved,
-                   .dout = o.Read(act_, {t_, h_}),
-                   .dqkv = o.Write(act_, {t_, 3 * h_})});
-    });
+    OpCase& backward =
+        Add("AttentionBackward" + suffix + ", dbias", calls, [=, *this](Operands& o) {
+          const AttentionArgs forward = AttentionArgsOf(o, ratio, causal);
+          Check(o.backend().Attention(workspace_, forward));  // fills out and saved
+          return Call(o, &Backend::AttentionBackward,
+                      {.dims = dims_,
+                       .qkv = forward.qkv,
+                       .causal = causal,
+                       .scale = forward.scale,
+                       .dropout = forward.dropout,
+                       .out = forward.out,
+                       .saved = forward.saved,
+                       .dout = o.Read(act_, {t_, h_}),
+                       .dqkv = o.Write(act_, {t_, 3 * h_}),
+                       .dbias = o.Update(kF32, {3 * h_})});
+        });
     backward.flops = 5 * product;
     backward.sums_tokens = true;
   }

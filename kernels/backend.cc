@@ -372,7 +372,6 @@ absl::Status Backend::LinearWeightGrad(const Workspace& ws, const LinearWeightGr
   check.Act("dy", args.dy, {&t, &n});
   check.Act("x", args.x, {&t, &k});
   check.F32Out("dw", args.dw, {&n, &k});
-  if (args.dbias) check.F32Out("dbias", args.dbias, {&n});
   const absl::Status status = check.Done();
   return status.ok() ? DoLinearWeightGrad(ws, args) : status;
 }
@@ -538,6 +537,7 @@ absl::Status Backend::AttentionBackward(const Workspace& ws, const AttentionBack
       check.Fail("saved is absent; it must be uint8 [", needed, "], as Attention left it");
     check.Act("dout", args.dout, {&t, &h});
     check.ActOut("dqkv", args.dqkv, {&t, &wide});
+    if (args.dbias) check.F32Out("dbias", args.dbias, {&wide});
   }
   const absl::Status status = check.Done();
   return status.ok() ? DoAttentionBackward(ws, args) : status;

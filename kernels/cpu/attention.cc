@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "column_sum.h"
+
 namespace lamina::cpu {
 namespace {
 
@@ -83,7 +85,8 @@ size_t AttentionSaved(const LayerDims& dims) {
 }
 
 size_t AttentionWorkspaceBytes(const LayerDims& dims, int threads) {
-  return ScratchBytes(dims, threads, true);
+  return std::max(ScratchBytes(dims, threads, true),
+                  ColumnSumWorkspaceBytes(dims.tokens(), 3 * dims.hidden));
 }
 
 absl::Status Attention(const Context& context, const Workspace& ws, const AttentionArgs& args) {
@@ -133,7 +136,8 @@ absl::Status AttentionBackward(const Context& context, const Workspace& ws,
       kernel(head);
     };
   });
-  return absl::OkStatus();
+  if (!args.dbias) return absl::OkStatus();
+  return AddColumnSums(context, ws, "AttentionBackward", args.dqkv, args.dbias);
 }
 
 }  // namespace lamina::cpu

@@ -5,8 +5,6 @@
 
 #include <algorithm>
 
-#include "column_sum.h"
-
 namespace lamina::cpu {
 namespace {
 
@@ -37,10 +35,9 @@ size_t FloatBytes(int64_t count) { return static_cast<size_t>(count) * sizeof(fl
 
 size_t LinearWorkspaceBytes(const LayerDims& dims) {
   const int64_t widest = std::max(3 * dims.hidden, dims.intermediate);
-  const size_t sums = ColumnSumWorkspaceBytes(dims.tokens(), widest);
-  if (dims.dtype == DType::kF32) return sums;
+  if (dims.dtype == DType::kF32) return 0;
   const int64_t rows = std::min(kBlockRows, dims.tokens());
-  return std::max(sums, FloatBytes(widest * dims.hidden + rows * 2 * widest));
+  return FloatBytes(widest * dims.hidden + rows * 2 * widest);
 }
 
 absl::Status Linear(const Context& context, const Workspace& ws, const LinearArgs& args) {
@@ -143,10 +140,6 @@ absl::Status LinearWeightGrad(const Context& context, const Workspace& ws,
                               const LinearWeightGradArgs& args) {
   const int64_t t = args.dy.shape[0], n = args.dy.shape[1], k = args.x.shape[1];
   const DType act = args.dy.dtype;
-  if (args.dbias) {
-    const absl::Status status = AddColumnSums(context, ws, "LinearWeightGrad", args.dy, args.dbias);
-    if (!status.ok()) return status;
-  }
   if (Native(context, act))
     return context.products.Multiply({.m = n,
                                       .n = k,

@@ -103,6 +103,11 @@ cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) 
   return LaunchAttentionAny(params, stream);
 }
 
+bool BackwardAddsToBias(const AttentionParams& params) {
+  return params.dbias != nullptr && params.sums != nullptr && UseWarpgroups(params) &&
+         params.seq > kWholeHeadRows;
+}
+
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
   if (UseTensorCores(params) && params.seq <= kWholeHeadRows) {

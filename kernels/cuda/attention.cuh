@@ -46,12 +46,16 @@ struct AttentionParams {
   // Backward only.
   const void* dout = nullptr;  // act [T, H]
   void* dqkv = nullptr;        // act [T, 3H]
+  float* dbias = nullptr;      // fp32 [3H], accumulated: column sums of dqkv; null: none
   float* delta = nullptr;      // workspace [A*T]: row sums of dout * out
+  float* sums = nullptr;       // workspace for BiasSlicesOf these; null: not wanted
 };
 
 // cudaErrorInvalidValue where there are more than 2^31 - 1 blocks.
 [[nodiscard]] cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionBackward(const AttentionParams& params,
                                                   cudaStream_t stream);
+// Whether LaunchAttentionBackward adds to params.dbias; otherwise the caller does, from dqkv.
+bool BackwardAddsToBias(const AttentionParams& params);
 
 }  // namespace lamina::cuda

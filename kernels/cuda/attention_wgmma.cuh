@@ -12,7 +12,7 @@ constexpr int kWgmmaHeadDim = 64;
 constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would have nothing to do
 
 [[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
-// Fills params.delta itself.
+// Fills params.delta itself, and adds to params.dbias where there is params.sums.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
                                                        cudaStream_t stream);
 

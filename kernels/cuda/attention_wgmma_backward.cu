@@ -6,69 +6,15 @@
 // the tensor cores read them transposed. No two blocks write the same element.
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
+#include "column_sum.cuh"
 
 namespace lamina::cuda {
 namespace {
 
-// What a thread needs to know of its rows g and g + 8 of a score tile.
-struct RowPair {
-  SoftmaxRow softmax[2];
-  float delta[2];
-};
-
-// From scores `s` and gradients `dp` of the probabilities of columns `part` * 32 and on of row half
-// `half`: the probability after dropout, without its scale, in s, and the gradient of the score,
-// without its scale, in dp. `s` is already the probability before dropout.
-template <bool kDropout>
-__device__ __forceinline__ void DropGrads(float (&s)[8][4], float (&dp)[8][4], int part, int half,
-                                          const KeptKeys& kept, float dropout_scale, float delta) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
-    float& grad = dp[4 * part + i / 2][2 * half + (i & 1)];
-    if (kDropout) {
-      const bool keep = kept[i];
-      const float difference = fmaf(grad, dropout_scale, -delta);
-      grad = prob * (keep ? difference : -delta);
-      prob = keep ? prob : 0.0f;
-    } else {
-      grad = prob * (grad - delta);
-    }
-  }
-}
-
-// s = exp(s - max) * inverse_sum, of products without their scale where `plain`, otherwise of
-// scores as MaskScores leaves them.
-__device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, float scale,
-                                              const SoftmaxRow (&rows)[2]) {
-  if (plain) {
-    // In one step; where max is no mask's value its sum with a logarithm loses nothing.
-    float shift[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      shift[half] = rows[half].max * kLog2E - __log2f(rows[half].inverse_sum);
-    }
-    const float scale_log2 = scale * kLog2E;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
-    }
-  } else {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const SoftmaxRow& row = rows[i >> 1];
-        s[n][i] = Exp2((s[n][i] - row.max) * kLog2E) * row.inverse_sum;
-      }
-    }
-  }
-}
-
 constexpr int kQueryGroups = 2;
 constexpr int kQueryThreads = kQueryGroups * kWarpgroup;
 constexpr int kQueryRows = kQueryGroups * kTile;
+static_assert(kQueryRows == kWgmmaQueryRows, "what the sums are counted by");
 constexpr int kQueryStages = 4;
 constexpr int kQueryAhead = 2;
 
@@ -81,6 +27,8 @@ struct QueryGradShared {
   Stage stages[kQueryStages];
   float bias[kQueryStages][kTile];
   float delta[kQueryRows];
+  WarpSums sums[kQueryThreads / 32];  // of dq
+  float* block_sums;                  // where their sum goes
   uint64_t full[kQueryStages], empty[kQueryStages];
 };
 
@@ -91,7 +39,21 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<QueryGradShared<T>*>(shared_bytes);
   const Head h = HeadOfBlock<kQueryRows, BlockRows::kQueries>(p);
-  if (h.first >= h.length) return;
+  if (threadIdx.x == 0 && p.sums != nullptr) {
+    const int64_t slice = h.batch * ((p.seq + kQueryRows - 1) / kQueryRows) + h.first / kQueryRows;
+    shared.block_sums = p.sums + slice * p.width + h.column;
+  }
+  const auto store_sums = [&](int warps) {
+    if (p.sums == nullptr) return;
+    __syncthreads();
+    const int column = static_cast<int>(threadIdx.x);
+    if (column >= p.head_dim) return;
+    shared.block_sums[column] = AddWarpSums(shared.sums, warps, p.scale, column);
+  };
+  if (h.first >= h.length) {
+    store_sums(0);
+    return;
+  }
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t stride = 3 * p.width;
   const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
@@ -255,6 +217,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
   const float factor[2] = {p.scale, p.scale};
   StoreRows(static_cast<T*>(p.dqkv) + h.token * stride + h.column, stride, row, head_dim, dq,
             factor);
+  if (p.sums != nullptr) shared.sums[threadIdx.x / 32].pairs[threadIdx.x % 32] = ColumnSums(dq);
+  store_sums(kThreads / 32);
 }
 
 constexpr int kKeyStages = 4;
@@ -274,6 +238,8 @@ struct KeyGradShared {
   SoftmaxRow softmax[kKeyStages][kTile];
   float delta[kKeyStages][kTile];
   float bias[kGroups][kTile];
+  WarpSums sums[2][4 * kGroups];  // of dk and dv
+  float* block_sums;              // where their sums go
   uint64_t full[kKeyStages], empty[kKeyStages];
 };
 
@@ -283,8 +249,27 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
   constexpr int kThreads = kGroups * kWarpgroup;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<KeyGradShared<T, kGroups>*>(shared_bytes);
-  const Head h = HeadOfBlock<kGroups * kTile, BlockRows::kKeys>(p);
-  if (h.first >= h.length) return;
+  constexpr int kRows = kGroups * kTile;
+  const Head h = HeadOfBlock<kRows, BlockRows::kKeys>(p);
+  if (threadIdx.x == 0 && p.sums != nullptr) {
+    // After those of dq.
+    const int64_t first = p.batch * ((p.seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows);
+    const int64_t slice = h.batch * ((p.seq + kRows - 1) / kRows) + h.first / kRows;
+    shared.block_sums = p.sums + (first + 2 * slice) * p.width + h.column;
+  }
+  const auto store_sums = [&](int warps) {
+    if (p.sums == nullptr) return;
+    __syncthreads();
+    const int part = static_cast<int>(threadIdx.x) / 64;
+    const int column = static_cast<int>(threadIdx.x) % 64;
+    if (part >= 2 || column >= p.head_dim) return;
+    shared.block_sums[part * p.width + column] =
+        AddWarpSums(shared.sums[part], warps, part == 0 ? p.scale : p.dropout.scale, column);
+  };
+  if (h.first >= h.length) {
+    store_sums(0);
+    return;
+  }
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t stride = 3 * p.width;
   const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
@@ -471,18 +456,30 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
   const float v_factor[2] = {p.dropout.scale, p.dropout.scale};
   StoreRows(dst + p.width, stride, row, head_dim, dk, k_factor);
   StoreRows(dst + 2 * p.width, stride, row, head_dim, dv, v_factor);
+  if (p.sums != nullptr) {
+    shared.sums[0][threadIdx.x / 32].pairs[threadIdx.x % 32] = ColumnSums(dk);
+    shared.sums[1][threadIdx.x / 32].pairs[threadIdx.x % 32] = ColumnSums(dv);
+  }
+  store_sums(kThreads / 32);
 }
 
 constexpr int kKeyGroups = 3;  // as many as registers allow
+static_assert(kKeyGroups * kTile == kWgmmaKeyRows, "what the sums are counted by");
 
 template <typename T, bool kDropout>
 cudaError_t Backward(const AttentionParams& p, cudaStream_t stream) {
-  const cudaError_t error = LaunchRows<kQueryRows>(QueryGradKernel<T, kDropout>, kQueryThreads,
-                                                   sizeof(QueryGradShared<T>), p, stream);
+  cudaError_t error = LaunchRows<kQueryRows>(QueryGradKernel<T, kDropout>, kQueryThreads,
+                                             sizeof(QueryGradShared<T>), p, stream);
   if (error != cudaSuccess) return error;
-  return LaunchRows<kKeyGroups * kTile>(KeyGradKernel<T, kDropout, kKeyGroups>,
-                                        kKeyGroups * kWarpgroup,
-                                        sizeof(KeyGradShared<T, kKeyGroups>), p, stream);
+  error = LaunchRows<kKeyGroups * kTile>(KeyGradKernel<T, kDropout, kKeyGroups>,
+                                         kKeyGroups * kWarpgroup,
+                                         sizeof(KeyGradShared<T, kKeyGroups>), p, stream);
+  if (error != cudaSuccess || p.sums == nullptr) return error;
+  const BiasSlices slices = BiasSlicesOf(p.tokens, p.batch, p.seq);
+  error = LaunchFinishColumnSum({p.sums, slices.q, p.width, {p.dbias}}, stream);
+  if (error != cudaSuccess) return error;
+  return LaunchFinishColumnSum(
+      {p.sums + slices.q * p.width, slices.kv, 2 * p.width, {p.dbias + p.width}}, stream);
 }
 
 }  // namespace

@@ -176,10 +176,15 @@ __device__ __forceinline__ void MaskScores(float (&s)[8][4], float scale, const 
   }
 }
 
-// The same words in every lane by the compiler's account too, which then keeps the keys of all
-// rounds in uniform registers.
+// What every lane has, by the compiler's account too, which may then keep it in a uniform register.
+template <typename T>
+__device__ __forceinline__ T Uniform(T value) {
+  return __shfl_sync(0xFFFFFFFFu, value, 0);
+}
+
+// So the keys of all of Philox's rounds are in uniform registers.
 __device__ __forceinline__ RngState UniformState(const RngState* state) {
-  return {__shfl_sync(0xFFFFFFFFu, state->seed, 0), __shfl_sync(0xFFFFFFFFu, state->counter, 0)};
+  return {Uniform(state->seed), Uniform(state->counter)};
 }
 
 // Which of 8 neighbouring keys' probabilities are kept: those whose bits, moved to the upper half,
@@ -200,6 +205,104 @@ __device__ __forceinline__ KeptKeys DrawKeys(const DropoutParams& dropout, const
   return {
       DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row), static_cast<uint32_t>(key) >> 3),
       (dropout.threshold << 16) - 1u};
+}
+
+// What a thread needs to know of its rows g and g + 8 of a score tile.
+struct RowPair {
+  SoftmaxRow softmax[2];
+  float delta[2];
+};
+
+// From scores `s` and gradients `dp` of the probabilities of columns `part` * 32 and on of row half
+// `half`: the probability after dropout, without its scale, in s, and the gradient of the score,
+// without its scale, in dp. `s` is already the probability before dropout.
+template <bool kDropout>
+__device__ __forceinline__ void DropGrads(float (&s)[8][4], float (&dp)[8][4], int part, int half,
+                                          const KeptKeys& kept, float dropout_scale, float delta) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
+    float& grad = dp[4 * part + i / 2][2 * half + (i & 1)];
+    if (kDropout) {
+      const bool keep = kept[i];
+      const float difference = fmaf(grad, dropout_scale, -delta);
+      grad = prob * (keep ? difference : -delta);
+      prob = keep ? prob : 0.0f;
+    } else {
+      grad = prob * (grad - delta);
+    }
+  }
+}
+
+// s = exp(s - max) * inverse_sum, of products without their scale where `plain`, otherwise of
+// scores as MaskScores leaves them.
+__device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, float scale,
+                                              const SoftmaxRow (&rows)[2]) {
+  if (plain) {
+    // In one step; where max is no mask's value its sum with a logarithm loses nothing.
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shift[half] = rows[half].max * kLog2E - __log2f(rows[half].inverse_sum);
+    }
+    const float scale_log2 = scale * kLog2E;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const SoftmaxRow& row = rows[i >> 1];
+        s[n][i] = Exp2((s[n][i] - row.max) * kLog2E) * row.inverse_sum;
+      }
+    }
+  }
+}
+
+// Between lanes that differ in the bit kLane: each keeps half of v's sums and adds to them the
+// other lane's. The lane with the bit set keeps the upper half.
+template <int kLane, int kCount>
+__device__ __forceinline__ void ShareSums(const float (&v)[2 * kCount], float (&kept)[kCount]) {
+  const bool upper = (threadIdx.x & kLane) != 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float got = __shfl_xor_sync(0xFFFFFFFFu, upper ? v[i] : v[i + kCount], kLane);
+    kept[i] = (upper ? v[i + kCount] : v[i]) + got;
+  }
+}
+
+// The sums of c's columns over a warp's 16 rows: lane i has those of columns 2 i and 2 i + 1.
+__device__ __forceinline__ float2 ColumnSums(const float (&c)[8][4]) {
+  float sixteen[16], eight[8], four[4], two[2];
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) sixteen[2 * n + e] = c[n][e] + c[n][2 + e];
+  }
+  ShareSums<16>(sixteen, eight);
+  ShareSums<8>(eight, four);
+  ShareSums<4>(four, two);
+  return make_float2(two[0], two[1]);
+}
+
+// A warp's ColumnSums in shared memory.
+struct WarpSums {
+  float2 pairs[32];
+};
+
+// Column `column` of what `warps` warps have summed up, in their order, times `factor`.
+__device__ __forceinline__ float AddWarpSums(const WarpSums* sums, int warps, float factor,
+                                             int column) {
+  float sum = 0.0f;
+  for (int i = 0; i < warps; ++i) {
+    const float2 pair = sums[i].pairs[column / 2];
+    sum += column % 2 == 0 ? pair.x : pair.y;
+  }
+  return sum * factor;
 }
 
 // A block for every kRows rows of a head.

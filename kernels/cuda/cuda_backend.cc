@@ -377,32 +377,16 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
 absl::Status CudaBackend::DoLinearWeightGrad(const Workspace& ws,
                                              const LinearWeightGradArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  const int64_t rows = RowsOf(args.dy);
-  const int64_t cols = ColsOf(args.dy);
-  absl::Status status = products_->Run(ProductArgs{.kind = ProductKind::kWeightGrad,
-                                                   .m = cols,
-                                                   .n = ColsOf(args.x),
-                                                   .k = rows,
-                                                   .dtype = args.dy.dtype,
-                                                   .a = args.dy.data,
-                                                   .b = args.x.data,
-                                                   .d = args.dw.data,
-                                                   .workspace = ws},
-                                       stream_);
-  if (!status.ok() || !args.dbias) return status;
-  status = NeedWorkspace(ws, static_cast<size_t>(cols) * sizeof(float), "LinearWeightGrad");
-  if (!status.ok()) return status;
-  cuda::ColumnSumArgs sums;
-  sums.x = args.dy.data;
-  sums.dst = args.dbias.as<float>();
-  sums.rows = rows;
-  sums.cols = cols;
-  sums.dtype = args.dy.dtype;
-  sums.workspace = ws.data;
-  sums.workspace_bytes = ws.bytes;
-  sums.unordered = ws.unordered;
-  sums.multiprocessors = info_.threads;
-  return Check(cuda::LaunchColumnSum(sums, stream_), "LinearWeightGrad: dbias");
+  return products_->Run(ProductArgs{.kind = ProductKind::kWeightGrad,
+                                    .m = ColsOf(args.dy),
+                                    .n = ColsOf(args.x),
+                                    .k = RowsOf(args.dy),
+                                    .dtype = args.dy.dtype,
+                                    .a = args.dy.data,
+                                    .b = args.x.data,
+                                    .d = args.dw.data,
+                                    .workspace = ws},
+                        stream_);
 }
 
 // --- gelu ---
@@ -587,16 +571,34 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   if (absl::Status status = CheckSaved(args.saved, "AttentionBackward"); !status.ok()) {
     return status;
   }
-  const size_t delta_bytes =
-      static_cast<size_t>(args.dims.tokens() * args.dims.heads) * sizeof(float);
-  if (absl::Status status = NeedWorkspace(ws, delta_bytes, "AttentionBackward"); !status.ok()) {
-    return status;
-  }
   AttentionParams p = AttentionParamsOf(args);
   p.dout = args.dout.data;
   p.dqkv = args.dqkv.data;
+  p.dbias = args.dbias.as<float>();
+  const int64_t rows = p.tokens * p.heads;
+  const int64_t cols = 3 * p.width;
+  const size_t delta_bytes = static_cast<size_t>(rows) * sizeof(float);
+  size_t sums_bytes = 0;
+  if (args.dbias) sums_bytes = cuda::BiasSlicesOf(p.tokens, p.batch, p.seq).Bytes(p.width);
+  const size_t column_bytes = args.dbias ? static_cast<size_t>(cols) * sizeof(float) : 0;
+  absl::Status status =
+      NeedWorkspace(ws, std::max(delta_bytes + sums_bytes, column_bytes), "AttentionBackward");
+  if (!status.ok()) return status;
   p.delta = static_cast<float*>(ws.data);
-  return Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
+  if (sums_bytes > 0) p.sums = p.delta + rows;
+  status = Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
+  if (!status.ok() || !args.dbias || cuda::BackwardAddsToBias(p)) return status;
+  cuda::ColumnSumArgs sums;
+  sums.x = args.dqkv.data;
+  sums.dst = p.dbias;
+  sums.rows = p.tokens;
+  sums.cols = cols;
+  sums.dtype = p.dtype;
+  sums.workspace = ws.data;
+  sums.workspace_bytes = ws.bytes;
+  sums.unordered = ws.unordered;
+  sums.multiprocessors = info_.threads;
+  return Check(cuda::LaunchColumnSum(sums, stream_), "AttentionBackward: dbias");
 }
 
 // --- casts and the optimizer ---

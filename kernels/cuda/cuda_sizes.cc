@@ -14,6 +14,19 @@ constexpr size_t RoundUp(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+// What BiasSlicesOf needs for a call is within what the plan has for its tokens.
+static_assert([] {
+  for (int64_t batch = 1; batch < 40; ++batch) {
+    for (const int64_t seq : {1, 31, 32, 33, 128, 129, 192, 193, 384, 385, 1000}) {
+      for (const int64_t tokens : {batch, batch * 32 - 1, batch * 32, batch * seq}) {
+        if (cuda::BiasSlicesOf(tokens, batch, seq).Bytes(8) > cuda::MostBiasSliceBytes(tokens, 8))
+          return false;
+      }
+    }
+  }
+  return true;
+}());
+
 class Sizes final : public OpSizes {
  public:
   explicit Sizes(int multiprocessors) : multiprocessors_(static_cast<size_t>(multiprocessors)) {}
@@ -24,7 +37,8 @@ class Sizes final : public OpSizes {
 
   size_t WorkspaceBytes(const LayerDims& dims) const override {
     // Ops run one after another on one stream, so each may have all of it.
-    const size_t delta = AttentionRows(dims) * sizeof(float);
+    const size_t attention =
+        AttentionRows(dims) * sizeof(float) + cuda::MostBiasSliceBytes(dims.tokens(), dims.hidden);
     // Slices times columns is bounded: so many blocks a multiprocessor, so many columns each, plus
     // what rounding adds to the slices and to the columns.
     const size_t wide_columns =
@@ -36,7 +50,7 @@ class Sizes final : public OpSizes {
                          cuda::kRowNormBackwardArrays * static_cast<size_t>(dims.hidden) *
                          sizeof(float);
     const size_t gelu = cuda::GeluProductWorkspaceBytes(dims.tokens(), dims.intermediate);
-    return RoundUp(std::max({cuda::kProductWorkspaceBytes, delta, column_sums, norms, gelu,
+    return RoundUp(std::max({cuda::kProductWorkspaceBytes, attention, column_sums, norms, gelu,
                              cuda::kGradientStatsWorkspaceBytes, cuda::kLambWorkspaceBytes}));
   }
 

@@ -37,6 +37,37 @@ constexpr size_t GeluProductWorkspaceBytes(int64_t rows, int64_t cols) {
          static_cast<size_t>(cols) * sizeof(float);
 }
 
+// Tokens of a head whose backward is one block's with wgmma; and for longer sequences the queries
+// and the keys of a block.
+constexpr int64_t kWgmmaHeadRows = 128;
+constexpr int64_t kWgmmaQueryRows = 128;
+constexpr int64_t kWgmmaKeyRows = 192;
+
+// How many sums of each column of dq, and of dk and dv, the blocks of those backwards leave for
+// dbias. None where a block has fewer than kBiasSliceRows tokens on average: a pass over dqkv then
+// takes less.
+constexpr int64_t kBiasSliceRows = 32;
+constexpr size_t BiasSliceBytes(int64_t q, int64_t kv, int64_t hidden) {
+  return static_cast<size_t>((q + 2 * kv) * hidden) * sizeof(float);
+}
+struct BiasSlices {
+  int64_t q = 0, kv = 0;
+  constexpr size_t Bytes(int64_t hidden) const { return BiasSliceBytes(q, kv, hidden); }
+};
+constexpr BiasSlices BiasSlicesOf(int64_t tokens, int64_t batch, int64_t seq) {
+  BiasSlices slices{batch, batch};
+  if (seq > kWgmmaHeadRows) {
+    slices.q *= (seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows;
+    slices.kv *= (seq + kWgmmaKeyRows - 1) / kWgmmaKeyRows;
+  }
+  return slices.q * kBiasSliceRows <= tokens ? slices : BiasSlices{};
+}
+// As much as those of any so many tokens take, however they are cut into sequences: kv is at most
+// q.
+constexpr size_t MostBiasSliceBytes(int64_t tokens, int64_t hidden) {
+  return BiasSliceBytes(tokens / kBiasSliceRows, tokens / kBiasSliceRows, hidden);
+}
+
 // Blocks of a multiprocessor that column reductions are cut for (column_sum.cuh) at most, the
 // columns that a block of them covers at most, and the blocks of a norm's backward, which has three
 // such sums.

@@ -246,8 +246,9 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                          .out = s.attn_out,
                          .saved = s.attn_saved,
                          .dout = dbranch,
-                         .dqkv = dqkv});
-  ops.LinearWeightGrad({.dy = dqkv, .x = n, .dw = g_.attn_qkvw, .dbias = g_.attn_qkvb});
+                         .dqkv = dqkv,
+                         .dbias = g_.attn_qkvb});
+  ops.LinearWeightGrad({.dy = dqkv, .x = n, .dw = g_.attn_qkvw});
   ops.LinearInputGrad({.dy = dqkv, .w = w_.attn_qkvw, .dx = dbranch});
 
   // And to x, with what came by the residual.

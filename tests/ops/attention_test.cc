@@ -114,6 +114,13 @@ std::vector<AttentionCase> AttentionCases() {
       cases.push_back({{1, seq, 40, 1, 8}, kKinds[i++ % 6], 0.5f, 0, causal});
     }
   }
+  // More heads than a device computes at once.
+  cases.push_back({{110, 70, 48, 3, 8}, KeyKind::kLengths, 0.1f, 0, false});
+  cases.push_back({{150, 66, 80, 2, 8}, KeyKind::kBias, 0.1f, 0, true});
+  Packing many{"many", {}};
+  for (int32_t b = 0; b < 300; ++b) many.lengths.push_back(b * 37 % 128 + 1);
+  cases.push_back(Packed(many, 1, 16, 0.1f, false));
+  cases.push_back(Packed(many, 3, 8, 0.0f, true));
   // Packed batches.
   const Packing mixed{"mixed", {1, 2, 7, 64, 65, 130}};
   for (const Packing& packing :
@@ -256,6 +263,18 @@ struct AttentionCall {
   }
 };
 
+// What dbias is added to.
+Vec BiasBefore(const LayerDims& dims) { return Noise(DType::kF32, 57, 3 * dims.hidden, 3.0); }
+
+// dbias against the sums of the dqkv that came with it, whose elements were summed as they are or
+// as they were before they were rounded.
+void ExpectSums(const LayerDims& dims, const Results& results) {
+  const Vec dqkv = results.Values("dqkv", dims.dtype);
+  const Bounded sums =
+      ColumnSumsAddedTo(BiasBefore(dims), dims.dtype, dqkv, Vec(dqkv.size(), Tiny(dims.dtype)));
+  ExpectWithin("dbias", results.Values("dbias", DType::kF32), sums.want, sums.bound);
+}
+
 // Attention without what it saves: as in evaluation.
 absl::Status Evaluate(OpRun& run, const AttentionCall& call) {
   const LayerDims& dims = call.dims;
@@ -277,7 +296,7 @@ absl::Status Evaluate(OpRun& run, const AttentionCall& call) {
 }
 
 // Attention, then AttentionBackward, which is given what Forward left, as in a stack.
-absl::Status Train(OpRun& run, const AttentionCall& call) {
+absl::Status Train(OpRun& run, const AttentionCall& call, bool dbias = true) {
   const LayerDims& dims = call.dims;
   const auto ints = [&](const std::vector<int32_t>& values) {
     return values.empty() ? TensorView{} : run.In(values);
@@ -310,6 +329,7 @@ absl::Status Train(OpRun& run, const AttentionCall& call) {
   if (!status.ok()) return status;
   args.dout = run.In(dims.dtype, {dims.tokens(), dims.hidden}, call.dout);
   args.dqkv = run.Out("dqkv", dims.dtype, {dims.tokens(), 3 * dims.hidden});
+  if (dbias) args.dbias = run.InOut("dbias", DType::kF32, {3 * dims.hidden}, BiasBefore(dims));
   return run.backend().AttentionBackward(workspace, args);
 }
 
@@ -375,6 +395,11 @@ TEST_P(AttentionTest, ForwardAndBackward) {
                                       : RunTwice(backend(), train, param().offset);
     ExpectWithin("out", results.Values("out", act()), out, bounds.out);
     ExpectWithin("dqkv", results.Values("dqkv", act()), dqkv, bounds.dqkv);
+    ExpectSums(call.dims, results);
+    if (any_order) continue;
+    const Results without = RunTwice(
+        backend(), [&](OpRun& run) { return Train(run, call, /*dbias=*/false); }, param().offset);
+    EXPECT_TRUE(without.Bytes("dqkv") == results.Bytes("dqkv")) << "dbias changes dqkv";
   }
   // Evaluation saves nothing.
   const Results evaluation = RunTwice(
@@ -397,7 +422,7 @@ TEST_P(PackedAttentionTest, EqualLengthsAreTheDenseBatch) {
   ASSERT_EQ(backend().AttentionSavedBytes(packed.dims), backend().AttentionSavedBytes(dense.dims));
   const Results want = RunTwice(backend(), [&](OpRun& run) { return Train(run, dense); });
   const Results got = RunTwice(backend(), [&](OpRun& run) { return Train(run, packed); });
-  std::vector<const char*> names = {"out", "dqkv"};
+  std::vector<const char*> names = {"out", "dqkv", "dbias"};
   if (backend().AttentionSavedBytes(dense.dims) > 0) names.push_back("saved");
   for (const char* name : names) EXPECT_TRUE(got.Bytes(name) == want.Bytes(name)) << name;
 }
@@ -445,6 +470,7 @@ TEST_P(LongAttentionTest, CausalBeginningStandsAlone) {
   const Bounds bounds =
       BoundsOf(act(), first.Shape(), first.keys, first.mask, first.qkv, out, first.dout, dqkv);
   const Results results = RunTwice(backend(), [&](OpRun& run) { return Train(run, all); });
+  ExpectSums(all.dims, results);
   Vec got = results.Values("out", act());
   got.resize(out.size());
   ExpectWithin("out", got, out, bounds.out);

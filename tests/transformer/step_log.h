@@ -31,7 +31,7 @@ class StepLog {
   void AddArgs(const LinearInputGradArgs& a) {
     Add(2, a.dy, a.w, a.dx, a.apply_gelu, a.gelu, a.pre, a.dbias);
   }
-  void AddArgs(const LinearWeightGradArgs& a) { Add(3, a.dy, a.x, a.dw, a.dbias); }
+  void AddArgs(const LinearWeightGradArgs& a) { Add(3, a.dy, a.x, a.dw); }
   void AddArgs(const GeluArgs& a) { Add(4, a.x, a.y, a.gelu); }
   void AddArgs(const GeluBackwardArgs& a) { Add(5, a.x, a.dy, a.dx, a.dbias, a.gelu); }
   void AddArgs(const LayerNormArgs& a) { Add(6, a.x, a.gamma, a.beta, a.eps, a.y, a.mean, a.rstd); }
@@ -52,7 +52,7 @@ class StepLog {
   }
   void AddArgs(const AttentionBackwardArgs& a) {
     Add(11, a.dims, a.qkv, a.mask, a.lengths, a.cu_seqlens, a.causal, a.scale, a.dropout, a.out,
-        a.saved, a.dout, a.dqkv);
+        a.saved, a.dout, a.dqkv, a.dbias);
   }
   template <typename Args>
   void AddArgs(const Args&) {

@@ -104,12 +104,11 @@ struct LinearInputGradArgs {
   TensorView dbias;  // fp32 [K], only with apply_gelu, accumulated; absent: none
 };
 
-// dw += dy^T x;  dbias += column sums of dy
+// dw += dy^T x. The biases' gradients are added to by the ops that make dy.
 struct LinearWeightGradArgs {
-  TensorView dy;     // act [T, N]
-  TensorView x;      // act [T, K]
-  TensorView dw;     // fp32 [N, K], accumulated
-  TensorView dbias;  // fp32 [N], accumulated; absent: none
+  TensorView dy;  // act [T, N]
+  TensorView x;   // act [T, K]
+  TensorView dw;  // fp32 [N, K], accumulated
 };
 
 // y = gelu(x): the recomputation that gelu_checkpoint needs.
@@ -220,6 +219,7 @@ struct AttentionArgs {
                      // evaluation
 };
 
+// dbias += column sums of dqkv
 struct AttentionBackwardArgs {
   LayerDims dims;
   TensorView qkv, mask, lengths, cu_seqlens;  // as in Forward
@@ -230,6 +230,7 @@ struct AttentionBackwardArgs {
   TensorView saved;  // uint8: Forward's
   TensorView dout;   // act [T, H]
   TensorView dqkv;   // act [T, 3H], overwritten
+  TensorView dbias;  // fp32 [3H], accumulated; absent: none
 };
 
 struct CastArgs {
