@@ -90,30 +90,34 @@ bool UseTensorCores(const AttentionParams& p) {
   return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
-bool UseWarpgroups(const AttentionParams& p) {
-  return UseTensorCores(p) && p.seq >= kWgmmaMinSeq && p.head_dim <= kWgmmaHeadDim;
+bool FitsWarpgroups(const AttentionParams& p) {
+  return UseTensorCores(p) && p.head_dim <= kWgmmaHeadDim;
 }
 
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
-  if (UseWarpgroups(params)) return LaunchAttentionWgmma(params, stream);
+  if (FitsWarpgroups(params) && params.seq >= kWgmmaMinSeq) {
+    return LaunchAttentionWgmma(params, stream);
+  }
   if (UseTensorCores(params)) return LaunchAttentionMma(params, stream);
   return LaunchAttentionAny(params, stream);
 }
 
 bool BackwardAddsToBias(const AttentionParams& params) {
-  return params.dbias != nullptr && params.sums != nullptr && UseWarpgroups(params) &&
-         params.seq > kWholeHeadRows;
+  return params.dbias != nullptr && params.sums != nullptr && FitsWarpgroups(params);
 }
 
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
+  if (FitsWarpgroups(params)) {
+    return params.seq <= kWgmmaHeadRows ? LaunchAttentionWgmmaHeadBackward(params, stream)
+                                        : LaunchAttentionWgmmaBackward(params, stream);
+  }
   if (UseTensorCores(params) && params.seq <= kWholeHeadRows) {
     return LaunchAttentionHeadBackward(params, stream);
   }
-  if (UseWarpgroups(params)) return LaunchAttentionWgmmaBackward(params, stream);
   if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
   if (UseTensorCores(params)) return LaunchAttentionMmaBackward(params, stream);
   return LaunchAttentionAnyBackward(params, stream);

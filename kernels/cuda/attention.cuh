@@ -3,8 +3,8 @@
 //
 // Three implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples
 // of 8 up to 128), whose backward is attention_head_backward's where a block can hold a head;
-// attention_wgmma, faster than it from 65 tokens on, head dims up to 64; and attention_any (fp32
-// arithmetic; every dtype, S and head dim). The launchers here choose.
+// attention_wgmma, faster than it, head dims up to 64, the forward from 65 tokens on; and
+// attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here choose.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -44,6 +44,7 @@ struct AttentionParams {
   int64_t width = 0;  // H = heads * head_dim
   DType dtype = DType::kF32;
   // Backward only.
+  int multiprocessors = 1;     // the device's
   const void* dout = nullptr;  // act [T, H]
   void* dqkv = nullptr;        // act [T, 3H]
   float* dbias = nullptr;      // fp32 [3H], accumulated: column sums of dqkv; null: none

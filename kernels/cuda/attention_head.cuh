@@ -44,13 +44,14 @@ struct Head {
                    // causality
 };
 
-// `first` may be at or beyond the sequence's end: the grid is as wide as the longest one, and such
-// a block has nothing to do.
+// Of block `grid_block` of a grid with one for every kRows rows of a head. `first` may be at or
+// beyond the sequence's end: the grid is as wide as the longest one, and such a block has nothing
+// to do.
 template <int kRows, BlockRows kBlockRows>
-__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p) {
+__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p, unsigned grid_block) {
   const int64_t blocks = (p.seq + kRows - 1) / kRows;
-  const int64_t index = blockIdx.x / blocks;
-  int64_t block = blockIdx.x - index * blocks;
+  const int64_t index = grid_block / blocks;
+  int64_t block = grid_block - index * blocks;
   // The last queries see the most keys: the longest blocks start first. Of keys, the first ones are
   // seen by the most queries, and start first anyway.
   if (kBlockRows == BlockRows::kQueries && p.causal) block = blocks - 1 - block;
@@ -67,6 +68,11 @@ __device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p) {
   if (p.lengths != nullptr) h.keys = max(0, min(h.keys, p.lengths[h.batch]));
   if (kBlockRows == BlockRows::kQueries && p.causal) h.keys = min(h.keys, h.first + kRows);
   return h;
+}
+
+template <int kRows, BlockRows kBlockRows>
+__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p) {
+  return HeadOfBlock<kRows, kBlockRows>(p, blockIdx.x);
 }
 
 // What is added to the scores of `key`; -inf where it is cut off.

@@ -29,9 +29,6 @@ struct HeadTiles {
   ScoreRow rows[kRows];
 };
 
-// Two blocks a multiprocessor, as far as shared memory goes.
-constexpr int BlocksOf(int dim) { return dim <= 64 ? 2 : 1; }
-
 // Sum over d of dout * out for query `tid / 2`, in both threads of the pair that has a query.
 // `out`, the head's first row, is read before the tiles' copies are waited for.
 template <typename T, int kDim>
@@ -71,7 +68,7 @@ struct DeltaOfPair {
 };
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, BlocksOf(kDim)) HeadBackwardKernel(AttentionParams p) {
+__global__ void __launch_bounds__(kThreads) HeadBackwardKernel(AttentionParams p) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& tiles = *reinterpret_cast<HeadTiles<T, kDim>*>(shared_bytes);
   const Head h = HeadOfBlock<kRows, BlockRows::kKeys>(p);
@@ -166,21 +163,15 @@ cudaError_t Launch(const AttentionParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t LaunchOfDim(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim <= 32) return Launch<T, 32>(p, stream);
-  if (p.head_dim <= 64) return Launch<T, 64>(p, stream);
-  return Launch<T, 128>(p, stream);
-}
-
 }  // namespace
 
 cudaError_t LaunchAttentionHeadBackward(const AttentionParams& p, cudaStream_t stream) {
   if (!HasTensorCoreAttention(p.dtype, p.head_dim) || p.seq > kWholeHeadRows) {
     return cudaErrorInvalidValue;
   }
-  return p.dtype == DType::kBF16 ? LaunchOfDim<__nv_bfloat16>(p, stream)
-                                 : LaunchOfDim<__half>(p, stream);
+  constexpr int kDim = 128;  // attention_wgmma has head dims up to 64
+  return p.dtype == DType::kBF16 ? Launch<__nv_bfloat16, kDim>(p, stream)
+                                 : Launch<__half, kDim>(p, stream);
 }
 
 }  // namespace lamina::cuda

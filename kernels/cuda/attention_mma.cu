@@ -373,13 +373,6 @@ cudaError_t ForwardOfDim(const AttentionParams& p, cudaStream_t stream) {
   return Forward<T, 128>(p, stream);
 }
 
-template <typename T>
-cudaError_t BackwardOfDim(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim <= 32) return Backward<T, 32>(p, stream);
-  if (p.head_dim <= 64) return Backward<T, 64>(p, stream);
-  return Backward<T, 128>(p, stream);
-}
-
 }  // namespace
 
 cudaError_t LaunchAttentionMma(const AttentionParams& p, cudaStream_t stream) {
@@ -390,8 +383,9 @@ cudaError_t LaunchAttentionMma(const AttentionParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchAttentionMmaBackward(const AttentionParams& p, cudaStream_t stream) {
   if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
-  return p.dtype == DType::kBF16 ? BackwardOfDim<__nv_bfloat16>(p, stream)
-                                 : BackwardOfDim<__half>(p, stream);
+  constexpr int kDim = 128;  // attention_wgmma has head dims up to 64
+  return p.dtype == DType::kBF16 ? Backward<__nv_bfloat16, kDim>(p, stream)
+                                 : Backward<__half, kDim>(p, stream);
 }
 
 }  // namespace lamina::cuda

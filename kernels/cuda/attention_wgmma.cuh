@@ -15,5 +15,8 @@ constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would hav
 // Fills params.delta itself, and adds to params.dbias where there is params.sums.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
                                                        cudaStream_t stream);
+// The same for sequences of up to kWgmmaHeadRows tokens, however short, without params.delta.
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaHeadBackward(const AttentionParams& params,
+                                                           cudaStream_t stream);
 
 }  // namespace lamina::cuda

@@ -572,6 +572,7 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
     return status;
   }
   AttentionParams p = AttentionParamsOf(args);
+  p.multiprocessors = info_.threads;
   p.dout = args.dout.data;
   p.dqkv = args.dqkv.data;
   p.dbias = args.dbias.as<float>();

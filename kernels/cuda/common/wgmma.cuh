@@ -233,11 +233,22 @@ __device__ __forceinline__ void MultiplyTile(float (&c)[8][4], const uint32_t (&
   for (int k = 0; k < 4; ++k) ProductStep<T, true, true>(c, a[k], b + k * kStepAlongColumn);
 }
 
-// c += a^T b, both tiles.
-template <typename T>
-__device__ __forceinline__ void MultiplyTransposedTile(float (&c)[8][4], uint64_t a, uint64_t b) {
+// c += a b, or without kAdd c = a b, both tiles.
+template <typename T, bool kAdd>
+__device__ __forceinline__ void MultiplyTiles(float (&c)[8][4], uint64_t a, uint64_t b) {
+  ProductStep<T, kAdd, false, true>(c, a, b);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 1; k < 4; ++k) {
+    ProductStep<T, true, false, true>(c, a + k * kStepAlongRow, b + k * kStepAlongColumn);
+  }
+}
+
+// c += a^T b, or without kAdd c = a^T b, both tiles.
+template <typename T, bool kAdd = true>
+__device__ __forceinline__ void MultiplyTransposedTile(float (&c)[8][4], uint64_t a, uint64_t b) {
+  ProductStep<T, kAdd, true, true>(c, a, b);
+#pragma unroll
+  for (int k = 1; k < 4; ++k) {
     ProductStep<T, true, true, true>(c, a + k * kStepAlongColumn, b + k * kStepAlongColumn);
   }
 }
