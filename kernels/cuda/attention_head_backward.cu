@@ -10,6 +10,7 @@
 #include "attention_head.cuh"
 #include "attention_head_backward.cuh"
 #include "attention_tiles.cuh"
+#include "common/dispatch.cuh"
 
 namespace lamina::cuda {
 namespace {
@@ -170,8 +171,8 @@ cudaError_t LaunchAttentionHeadBackward(const AttentionParams& p, cudaStream_t s
     return cudaErrorInvalidValue;
   }
   constexpr int kDim = 128;  // attention_wgmma has head dims up to 64
-  return p.dtype == DType::kBF16 ? Launch<__nv_bfloat16, kDim>(p, stream)
-                                 : Launch<__half, kDim>(p, stream);
+  return DispatchHalf(
+      p.dtype, [&](auto tag) { return Launch<typename decltype(tag)::type, kDim>(p, stream); });
 }
 
 }  // namespace lamina::cuda

@@ -9,6 +9,7 @@
 #include "attention_head.cuh"
 #include "attention_mma.cuh"
 #include "attention_tiles.cuh"
+#include "common/dispatch.cuh"
 
 namespace lamina::cuda {
 namespace {
@@ -377,15 +378,15 @@ cudaError_t ForwardOfDim(const AttentionParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchAttentionMma(const AttentionParams& p, cudaStream_t stream) {
   if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
-  return p.dtype == DType::kBF16 ? ForwardOfDim<__nv_bfloat16>(p, stream)
-                                 : ForwardOfDim<__half>(p, stream);
+  return DispatchHalf(
+      p.dtype, [&](auto tag) { return ForwardOfDim<typename decltype(tag)::type>(p, stream); });
 }
 
 cudaError_t LaunchAttentionMmaBackward(const AttentionParams& p, cudaStream_t stream) {
   if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
   constexpr int kDim = 128;  // attention_wgmma has head dims up to 64
-  return p.dtype == DType::kBF16 ? Backward<__nv_bfloat16, kDim>(p, stream)
-                                 : Backward<__half, kDim>(p, stream);
+  return DispatchHalf(
+      p.dtype, [&](auto tag) { return Backward<typename decltype(tag)::type, kDim>(p, stream); });
 }
 
 }  // namespace lamina::cuda

@@ -7,6 +7,7 @@
 // of the next tile with Q have been started.
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
+#include "common/dispatch.cuh"
 
 namespace lamina::cuda {
 namespace {
@@ -66,13 +67,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
     ArriveAfterCopies(&shared.full[tile % kStages]);
   };
 
-  if (tid == 0) {
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      StartBarrier(&shared.full[i], kThreads);
-      StartBarrier(&shared.empty[i], kThreads / 32);
-    }
-  }
+  if (tid == 0) StartRing<kThreads>(shared.full, shared.empty);
   // The queries pass through the last stage into registers.
   auto& last = shared.stages[kStages - 1];
   StartSwizzledTile<kThreads, TileOrder::kPlain>(last.k, qkv + h.first * stride, stride,
@@ -106,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
     const int key0 = tile * kTile;
     auto& stage = shared.stages[tile % kStages];
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
-    ShareWithProducts();
+    ShareWithEngines();
     float s[8][4];
     BeginProducts();
     MultiplyRowsOfTile<T>(s, q, DescribeTile(&stage.k));
@@ -243,13 +238,9 @@ cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttentionWgmma(const AttentionParams& p, cudaStream_t stream) {
-  const bool dropout = p.dropout.rng != nullptr;
-  if (p.dtype == DType::kBF16) {
-    return dropout ? Forward<__nv_bfloat16, true>(p, stream)
-                   : Forward<__nv_bfloat16, false>(p, stream);
-  }
-  if (p.dtype != DType::kF16) return cudaErrorInvalidValue;
-  return dropout ? Forward<__half, true>(p, stream) : Forward<__half, false>(p, stream);
+  return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
+    return Forward<typename decltype(tag)::type, dropout.value>(p, stream);
+  });
 }
 
 }  // namespace lamina::cuda

@@ -7,6 +7,7 @@
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
 #include "column_sum.cuh"
+#include "common/dispatch.cuh"
 
 namespace lamina::cuda {
 namespace {
@@ -83,13 +84,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     ArriveAfterCopies(&shared.full[tile % kStages]);
   };
 
-  if (tid == 0) {
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      StartBarrier(&shared.full[i], kThreads);
-      StartBarrier(&shared.empty[i], kThreads / 32);
-    }
-  }
+  if (tid == 0) StartRing<kThreads>(shared.full, shared.empty);
   const int64_t first = h.token + h.first;
   const T* dout = static_cast<const T*>(p.dout) + first * p.width + h.column;
 #pragma unroll
@@ -121,7 +116,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     if (tile < tiles) start(tile);
   }
   WaitForCopies<0>();
-  ShareWithProducts();
+  ShareWithEngines();
   __syncthreads();
   {
     const char* rows = reinterpret_cast<const char*>(shared.dout[own / kTile].rows);
@@ -161,7 +156,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     const int key0 = tile * kTile;
     auto& stage = shared.stages[tile % kStages];
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
-    ShareWithProducts();
+    ShareWithEngines();
     float s[8][4], dp[8][4];
     BeginProducts();
     MultiplyRowsOfTiles<T>(s, q_tile, DescribeTile(&stage.k));
@@ -306,13 +301,7 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     ArriveAfterCopies(&shared.full[tile % kStages]);
   };
 
-  if (tid == 0) {
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      StartBarrier(&shared.full[i], kThreads);
-      StartBarrier(&shared.empty[i], kThreads / 32);
-    }
-  }
+  if (tid == 0) StartRing<kThreads>(shared.full, shared.empty);
   if (tiles > 0) {
     const T* keys = qkv + p.width + h.first * stride;
 #pragma unroll
@@ -340,7 +329,7 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     if (tile < tiles) start(tile);
   }
   WaitForCopies<0>();
-  ShareWithProducts();
+  ShareWithEngines();
   __syncthreads();
 
   float dk[8][4] = {};
@@ -363,7 +352,7 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     auto& stage = shared.stages[tile % kStages];
     auto& exchanged = shared.exchanged[group][(tile - skipped) & 1];
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
-    ShareWithProducts();
+    ShareWithEngines();
     float s[8][4], dp[8][4];
     BeginProducts();
     MultiplyRowsOfTiles<T>(s, DescribeTile(&stage.q), k_tile);
@@ -430,7 +419,7 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     PinProduct(dv);
     PinProduct(dk);
     if (tile > skipped && lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
-    ShareWithProducts();
+    ShareWithEngines();
     WarpgroupBarrier();
   }
   if (skipped < tiles) {
@@ -485,13 +474,9 @@ cudaError_t Backward(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& p, cudaStream_t stream) {
-  const bool dropout = p.dropout.rng != nullptr;
-  if (p.dtype == DType::kBF16) {
-    return dropout ? Backward<__nv_bfloat16, true>(p, stream)
-                   : Backward<__nv_bfloat16, false>(p, stream);
-  }
-  if (p.dtype != DType::kF16) return cudaErrorInvalidValue;
-  return dropout ? Backward<__half, true>(p, stream) : Backward<__half, false>(p, stream);
+  return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
+    return Backward<typename decltype(tag)::type, dropout.value>(p, stream);
+  });
 }
 
 }  // namespace lamina::cuda

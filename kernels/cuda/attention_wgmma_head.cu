@@ -14,6 +14,7 @@
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
 #include "column_sum.cuh"
+#include "common/dispatch.cuh"
 
 namespace lamina::cuda {
 namespace {
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
     // V is done with before the last products.
     const bool early = next && tiles > 0 && key_tiles == tiles;
     WaitForCopies<0>();
-    ShareWithProducts();
+    ShareWithEngines();
     __syncthreads();
     if (tid == 0 && number - index > 2 * gridDim.x) {
       shared.heads[before] = HeadOfBlock<kRows, BlockRows::kKeys>(p, index + 2 * gridDim.x);
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
             StoreFragment(shared.ds[tile][group], warp_row, 2 * part + i, ds[i]);
           }
         }
-        ShareWithProducts();
+        ShareWithEngines();
       }
       __syncthreads();
       if (early && tile + 1 == tiles) start_keys(shared.v, 2, shared.heads[after]);
@@ -336,13 +337,9 @@ cudaError_t HeadBackward(const AttentionParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchAttentionWgmmaHeadBackward(const AttentionParams& p, cudaStream_t stream) {
   if (p.seq > kWgmmaHeadRows) return cudaErrorInvalidValue;
-  const bool dropout = p.dropout.rng != nullptr;
-  if (p.dtype == DType::kBF16) {
-    return dropout ? HeadBackward<__nv_bfloat16, true>(p, stream)
-                   : HeadBackward<__nv_bfloat16, false>(p, stream);
-  }
-  if (p.dtype != DType::kF16) return cudaErrorInvalidValue;
-  return dropout ? HeadBackward<__half, true>(p, stream) : HeadBackward<__half, false>(p, stream);
+  return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
+    return HeadBackward<typename decltype(tag)::type, dropout.value>(p, stream);
+  });
 }
 
 }  // namespace lamina::cuda

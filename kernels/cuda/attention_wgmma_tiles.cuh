@@ -17,6 +17,7 @@
 #include "common/copy_async.cuh"
 #include "common/dropout.cuh"
 #include "common/mbarrier.cuh"
+#include "common/reduce.cuh"
 #include "common/wgmma.cuh"
 
 namespace lamina::cuda {
@@ -88,6 +89,17 @@ struct TilePart {
   }
 };
 
+// The barriers of a ring of stages, which kThreads threads fill and whose warps empty it. One
+// thread calls this; a block's barrier makes it known to the others.
+template <int kThreads, int kStages>
+__device__ __forceinline__ void StartRing(uint64_t (&full)[kStages], uint64_t (&empty)[kStages]) {
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    StartBarrier(&full[i], kThreads);
+    StartBarrier(&empty[i], kThreads / 32);
+  }
+}
+
 // A of products over a tile's columns: rows [row, row + 16).
 template <typename T>
 __device__ __forceinline__ void LoadRowFragments(uint32_t (&a)[4][4], const SwizzledTile<T>& tile,
@@ -105,8 +117,8 @@ template <typename T>
 __device__ __forceinline__ void StoreFragment(SwizzledTile<T>& tile, int row, int k,
                                               const uint32_t (&a)[4]) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(
-      reinterpret_cast<char*>(tile.rows) + Swizzled(row + (lane & 15), 2 * k + (lane >> 4))));
+  const uint32_t address = SharedAddress(reinterpret_cast<char*>(tile.rows) +
+                                         Swizzled(row + (lane & 15), 2 * k + (lane >> 4)));
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
                : "memory");
@@ -263,29 +275,15 @@ __device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, floa
   }
 }
 
-// Between lanes that differ in the bit kLane: each keeps half of v's sums and adds to them the
-// other lane's. The lane with the bit set keeps the upper half.
-template <int kLane, int kCount>
-__device__ __forceinline__ void ShareSums(const float (&v)[2 * kCount], float (&kept)[kCount]) {
-  const bool upper = (threadIdx.x & kLane) != 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float got = __shfl_xor_sync(0xFFFFFFFFu, upper ? v[i] : v[i + kCount], kLane);
-    kept[i] = (upper ? v[i + kCount] : v[i]) + got;
-  }
-}
-
 // The sums of c's columns over a warp's 16 rows: lane i has those of columns 2 i and 2 i + 1.
 __device__ __forceinline__ float2 ColumnSums(const float (&c)[8][4]) {
-  float sixteen[16], eight[8], four[4], two[2];
+  float sixteen[16], two[2];
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) sixteen[2 * n + e] = c[n][e] + c[n][2 + e];
   }
-  ShareSums<16>(sixteen, eight);
-  ShareSums<8>(eight, four);
-  ShareSums<4>(four, two);
+  SumOverRows(sixteen, two);
   return make_float2(two[0], two[1]);
 }
 

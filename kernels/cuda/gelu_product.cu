@@ -21,8 +21,10 @@
 #include "column_sum.cuh"
 #include "common/cluster.cuh"
 #include "common/convert.cuh"
+#include "common/dispatch.cuh"
 #include "common/gelu_math.cuh"
 #include "common/mbarrier.cuh"
+#include "common/reduce.cuh"
 #include "common/wgmma.cuh"
 #include "gelu_product.cuh"
 #include "kernel_limits.h"
@@ -189,27 +191,6 @@ __device__ __forceinline__ void Multiply(const Problem& p, Shared& shared, Ring&
   Release(shared, previous, place);
 }
 
-// One step of SumOverRows: halves the values that a lane is left with.
-template <int kCount>
-__device__ __forceinline__ void FoldRows(float (&v)[32]) {
-  constexpr unsigned kLaneBit = kCount;
-  const bool upper = (threadIdx.x & kLaneBit) != 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float mine = upper ? v[i + kCount] : v[i];
-    const float theirs = upper ? v[i] : v[i + kCount];
-    v[i] = mine + __shfl_xor_sync(0xFFFFFFFFu, theirs, kLaneBit);
-  }
-}
-
-// v[i] summed over the eight lanes of equal lane % 4: afterwards lane 4 g + t has that of
-// v[4 g + i] in v[i].
-__device__ __forceinline__ void SumOverRows(float (&v)[32]) {
-  FoldRows<16>(v);
-  FoldRows<8>(v);
-  FoldRows<4>(v);
-}
-
 // A consumer's buffer, as a thread sees it: the words that belong to its fragments, two elements of
 // a row each.
 class Buffer {
@@ -228,7 +209,7 @@ class Buffer {
   }
   // Hands all threads' words of a box to the copy engine.
   __device__ __forceinline__ void Store(int box, const CUtensorMap* map, int col, int row) const {
-    ShareWithProducts();
+    ShareWithEngines();
     WarpgroupBarrier();
     if (threadIdx.x % kWarpgroup != 0) return;
     StoreBox(map, col, row, boxes_[box]);
@@ -383,21 +364,22 @@ class Epilogue<T, true, kTanh> {
 
  private:
   // A tile's row of partial sums. Outside of the matrix all terms are 0.
-  __device__ __forceinline__ void Sum(Corner corner, float (&sums)[32]) {
+  __device__ __forceinline__ void Sum(Corner corner, const float (&sums)[32]) {
     const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    SumOverRows(sums);
-    // The lane's four are of columns 16 g + 2 t, + 1, + 8, + 9. Warps 2 and 3 give theirs to 0 and
-    // 1, and 1 its own to 0.
+    // The lane's four are of columns 16 g + 2 t, + 1, + 8, + 9.
+    float four[4];
+    SumOverRows(sums, four);
+    // Warps 2 and 3 give theirs to 0 and 1, and 1 its own to 0.
     const auto give = [&](int slot) {
-      sums_[slot][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+      sums_[slot][lane] = make_float4(four[0], four[1], four[2], four[3]);
     };
     const auto take = [&](int slot) {
       const float4 theirs = sums_[slot][lane];
-      sums[0] += theirs.x;
-      sums[1] += theirs.y;
-      sums[2] += theirs.z;
-      sums[3] += theirs.w;
+      four[0] += theirs.x;
+      four[1] += theirs.y;
+      four[2] += theirs.z;
+      four[3] += theirs.w;
     };
     if (warp >= 2) give(warp - 2);
     WarpgroupBarrier();
@@ -409,8 +391,8 @@ class Epilogue<T, true, kTanh> {
     float* row = p_.partials + int64_t{corner.m / kTile} * p_.n;
     const int col = corner.n + lane / 4 * 16 + lane % 4 * 2;
     if (corner.m >= p_.m) return;
-    if (col < p_.n) *reinterpret_cast<float2*>(row + col) = make_float2(sums[0], sums[1]);
-    if (col + 8 < p_.n) *reinterpret_cast<float2*>(row + col + 8) = make_float2(sums[2], sums[3]);
+    if (col < p_.n) *reinterpret_cast<float2*>(row + col) = make_float2(four[0], four[1]);
+    if (col + 8 < p_.n) *reinterpret_cast<float2*>(row + col + 8) = make_float2(four[2], four[3]);
   }
 
   const Problem& p_;
@@ -558,12 +540,9 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
 template <bool kBackward>
 cudaError_t Launch(DType dtype, bool tanh, const Maps& maps, const Problem& problem,
                    cudaStream_t stream) {
-  if (dtype == DType::kBF16) {
-    return tanh ? Launch<__nv_bfloat16, kBackward, true>(maps, problem, stream)
-                : Launch<__nv_bfloat16, kBackward, false>(maps, problem, stream);
-  }
-  return tanh ? Launch<__half, kBackward, true>(maps, problem, stream)
-              : Launch<__half, kBackward, false>(maps, problem, stream);
+  return DispatchHalf(dtype, tanh, [&](auto tag, auto choice) {
+    return Launch<typename decltype(tag)::type, kBackward, choice.value>(maps, problem, stream);
+  });
 }
 
 bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {

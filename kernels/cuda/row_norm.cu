@@ -391,28 +391,46 @@ cudaError_t LaunchAny(const RowNormParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int kChunks, bool kFromOutput>
-cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stream) {
-  const int group_threads = GroupThreads(p.cols / 8, kChunks);
-  const int groups = std::max(1, BackwardThreads(kChunks) / group_threads);
-  const int64_t fitting =
-      static_cast<int64_t>(p.workspace_bytes / (static_cast<size_t>(p.cols) * 3 * sizeof(float)));
-  const int64_t blocks = std::min({(p.rows + groups - 1) / groups,
-                                   int64_t{p.multiprocessors} * kRowNormBackwardBlocks, fitting});
-  if (blocks == 0) return cudaErrorInvalidValue;
-  float* partials = static_cast<float*>(p.workspace);
-  RowNormBackwardKernel<T, kChunks, kFromOutput>
-      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
-         static_cast<size_t>(p.cols) * sizeof(float), stream>>>(p, partials, group_threads);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+// Blocks of `rows` rows at once, as many as the device and the workspace have room for; 0: it has
+// none.
+int64_t BackwardBlocks(const RowNormBackwardParams& p, int64_t rows) {
+  const int64_t fitting = static_cast<int64_t>(
+      p.workspace_bytes / (static_cast<size_t>(p.cols) * kRowNormBackwardArrays * sizeof(float)));
+  return std::min(
+      {(p.rows + rows - 1) / rows, int64_t{p.multiprocessors} * kRowNormBackwardBlocks, fitting});
+}
+
+// Adds up what so many blocks have left in the workspace.
+cudaError_t FinishBackward(const RowNormBackwardParams& p, int64_t blocks, cudaStream_t stream) {
   FinishColumnSumArgs finish;
-  finish.partials = partials;
+  finish.partials = static_cast<const float*>(p.workspace);
   finish.slices = blocks;
   finish.cols = p.cols;
   finish.dst[0] = p.dgamma;
   finish.dst[1] = p.dbeta;
   finish.dst[2] = p.dbias;
   return LaunchFinishColumnSum(finish, stream);
+}
+
+cudaError_t LaunchBackwardStaged(const RowNormBackwardParams& p, cudaStream_t stream) {
+  const int64_t blocks = BackwardBlocks(p, kStagedRows);
+  if (blocks == 0) return cudaErrorInvalidValue;
+  const cudaError_t error = LaunchStagedRowNormBackward(p, blocks, stream);
+  return error != cudaSuccess ? error : FinishBackward(p, blocks, stream);
+}
+
+template <typename T, int kChunks, bool kFromOutput>
+cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stream) {
+  const int group_threads = GroupThreads(p.cols / 8, kChunks);
+  const int groups = std::max(1, BackwardThreads(kChunks) / group_threads);
+  const int64_t blocks = BackwardBlocks(p, groups);
+  if (blocks == 0) return cudaErrorInvalidValue;
+  RowNormBackwardKernel<T, kChunks, kFromOutput>
+      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
+         static_cast<size_t>(p.cols) * sizeof(float), stream>>>(p, static_cast<float*>(p.workspace),
+                                                                group_threads);
+  const cudaError_t error = cudaGetLastError();
+  return error != cudaSuccess ? error : FinishBackward(p, blocks, stream);
 }
 
 template <typename T, bool kFromOutput>
@@ -456,7 +474,10 @@ template <typename T, bool kFromOutput>
 cudaError_t LaunchBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
   const bool wide =
       p.cols % 8 == 0 && Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.gamma, p.dsum_out, p.dx);
-  if (wide && p.cols <= 256 * 8) return LaunchBackwardFast<T, 1, kFromOutput>(p, stream);
+  // Narrower rows of 16 bits are staged.
+  if constexpr (sizeof(T) == 4) {
+    if (wide && p.cols <= 256 * 8) return LaunchBackwardFast<T, 1, kFromOutput>(p, stream);
+  }
   if (wide && p.cols <= 512 * 8) return LaunchBackwardFast<T, 2, kFromOutput>(p, stream);
   if (wide && p.cols <= 1024 * 8) return LaunchBackwardFast<T, 4, kFromOutput>(p, stream);
   return LaunchBackwardAny<T, kFromOutput>(p, stream);
@@ -483,7 +504,7 @@ cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
 cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
   if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
-  if (HasStagedRowNormBackward(p)) return LaunchStagedRowNormBackward(p, stream);
+  if (HasStagedRowNormBackward(p)) return LaunchBackwardStaged(p, stream);
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return p.y != nullptr ? LaunchBackward<T, true>(p, stream)

@@ -5,22 +5,18 @@
 // for them. First a warp has each row: its two sums need no barrier, and its gradients go out. Then
 // a thread has each four columns, over the stage's rows: the column sums stay in its registers from
 // the first stage to the last. The order of every sum is fixed by the shape and the device.
-#include <algorithm>
-
-#include "column_sum.cuh"
 #include "common/convert.cuh"
 #include "common/copy_async.cuh"
+#include "common/dispatch.cuh"
 #include "common/dropout.cuh"
 #include "common/mbarrier.cuh"
 #include "common/reduce.cuh"
-#include "common/wgmma.cuh"
-#include "kernel_limits.h"
 #include "row_norm_staged.cuh"
 
 namespace lamina::cuda {
 namespace {
 
-constexpr int kRows = 8;  // of a stage: one a warp
+constexpr int kRows = kStagedRows;  // of a stage: one a warp
 constexpr int kThreads = kRows * 32;
 constexpr int kStages = 2;
 constexpr int kMaxCols = 2048;
@@ -114,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t first = int64_t{blockIdx.x} * kRows;
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : full) StartBarrier(&barrier, 1);
-    ShareWithProducts();
+    ShareWithEngines();
     for (int stage = 0; stage < kStages; ++stage) fetch(stage, first + stage * step);
   }
   // A warp's row's, a stage ahead.
@@ -229,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    ShareWithProducts();
+    ShareWithEngines();
     __syncthreads();
     if (threadIdx.x == 0) fetch(stage, base + kStages * step);
     if (++stage == kStages) {
@@ -254,37 +250,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <typename T, int kUnits, bool kFromOutput>
-cudaError_t Launch(const RowNormBackwardParams& p, cudaStream_t stream) {
+cudaError_t Launch(const RowNormBackwardParams& p, int64_t blocks, cudaStream_t stream) {
   const Layout layout = LayoutOf(p);
   const size_t shared = kStages * layout.stage_bytes;
   const auto kernel = StagedBackwardKernel<T, kUnits, kFromOutput>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared));
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
-  const int64_t fitting =
-      static_cast<int64_t>(p.workspace_bytes / (static_cast<size_t>(p.cols) * 3 * sizeof(float)));
-  const int64_t blocks = std::min(
-      {(p.rows + kRows - 1) / kRows, int64_t{p.multiprocessors} * kRowNormBackwardBlocks, fitting});
-  float* partials = static_cast<float*>(p.workspace);
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(p, layout, partials);
-  if (error = cudaGetLastError(); error != cudaSuccess) return error;
-  FinishColumnSumArgs finish;
-  finish.partials = partials;
-  finish.slices = blocks;
-  finish.cols = p.cols;
-  finish.dst[0] = p.dgamma;
-  finish.dst[1] = p.dbeta;
-  finish.dst[2] = p.dbias;
-  return LaunchFinishColumnSum(finish, stream);
-}
-
-template <typename T>
-cudaError_t Launch(const RowNormBackwardParams& p, cudaStream_t stream) {
-  const bool narrow = p.cols <= kThreads * 4;
-  if (p.y != nullptr) {
-    return narrow ? Launch<T, 1, true>(p, stream) : Launch<T, 2, true>(p, stream);
-  }
-  return narrow ? Launch<T, 1, false>(p, stream) : Launch<T, 2, false>(p, stream);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(
+      p, layout, static_cast<float*>(p.workspace));
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -292,12 +267,16 @@ cudaError_t Launch(const RowNormBackwardParams& p, cudaStream_t stream) {
 bool HasStagedRowNormBackward(const RowNormBackwardParams& p) {
   return (p.dtype == DType::kBF16 || p.dtype == DType::kF16) && p.cols % 8 == 0 &&
          p.cols <= kMaxCols &&
-         Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.gamma, p.dsum_out, p.dx) &&
-         p.workspace_bytes >= static_cast<size_t>(p.cols) * 3 * sizeof(float);
+         Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.gamma, p.dsum_out, p.dx);
 }
 
-cudaError_t LaunchStagedRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
-  return p.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(p, stream) : Launch<__half>(p, stream);
+cudaError_t LaunchStagedRowNormBackward(const RowNormBackwardParams& p, int64_t blocks,
+                                        cudaStream_t stream) {
+  return DispatchHalf(p.dtype, p.y != nullptr, [&](auto tag, auto from_output) {
+    using T = typename decltype(tag)::type;
+    return p.cols <= kThreads * 4 ? Launch<T, 1, from_output.value>(p, blocks, stream)
+                                  : Launch<T, 2, from_output.value>(p, blocks, stream);
+  });
 }
 
 }  // namespace lamina::cuda

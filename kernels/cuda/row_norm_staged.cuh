@@ -8,10 +8,13 @@
 
 namespace lamina::cuda {
 
-// Whether it takes this one: dtype, width, alignment, and the workspace for at least one block.
+constexpr int kStagedRows = 8;  // that a block has at once
+
+// Whether it takes this one: dtype, width, alignment.
 [[nodiscard]] bool HasStagedRowNormBackward(const RowNormBackwardParams& params);
-// Only where it does.
+// Only where it does. Each of `blocks` blocks leaves its sums in the workspace: of block b and
+// array a, 0 for dgamma, 1 for dbeta, 2 for dbias, fp32 [cols] from (a * blocks + b) * cols on.
 [[nodiscard]] cudaError_t LaunchStagedRowNormBackward(const RowNormBackwardParams& params,
-                                                      cudaStream_t stream);
+                                                      int64_t blocks, cudaStream_t stream);
 
 }  // namespace lamina::cuda

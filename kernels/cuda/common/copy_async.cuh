@@ -11,20 +11,18 @@ namespace lamina::cuda {
 // Starts to copy 16 bytes; where not `inside`, to write 16 zero bytes. Both pointers are aligned to
 // 16 bytes; `src` must be a valid address either way.
 __device__ __forceinline__ void CopyAsync16(void* dst_shared, const void* src, bool inside) {
-  const auto dst = static_cast<uint32_t>(__cvta_generic_to_shared(dst_shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(dst), "l"(src), "r"(inside ? 16 : 0)
+               : "r"(SharedAddress(dst_shared)), "l"(src), "r"(inside ? 16 : 0)
                : "memory");
 }
 
 // The same for 4 and 8 bytes, aligned to as many.
 template <int kBytes>
 __device__ __forceinline__ void CopyAsyncSmall(void* dst_shared, const void* src, bool inside) {
-  const auto dst = static_cast<uint32_t>(__cvta_generic_to_shared(dst_shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                :
-               : "r"(dst), "l"(src), "n"(kBytes), "r"(inside ? kBytes : 0)
+               : "r"(SharedAddress(dst_shared)), "l"(src), "n"(kBytes), "r"(inside ? kBytes : 0)
                : "memory");
 }
 

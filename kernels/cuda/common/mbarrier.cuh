@@ -1,5 +1,5 @@
 // Purpose: barriers in shared memory that threads and copies arrive at and that are waited for
-// separately (PTX ISA, "mbarrier"), for pipelines of tiles.
+// separately (PTX ISA, "mbarrier"), for pipelines of tiles; and the fence that goes with them.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +60,12 @@ __device__ __forceinline__ void WaitForPhase(uint64_t* barrier, uint32_t parity)
       "@!done bra WAIT_%=;\n}" ::"r"(SharedAddress(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// What this thread wrote to shared memory by ordinary stores or copies, or has seen of others', is
+// there for warpgroup products and for bulk copies ("fence.proxy.async").
+__device__ __forceinline__ void ShareWithEngines() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace lamina::cuda

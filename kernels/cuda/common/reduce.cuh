@@ -15,6 +15,29 @@ __device__ __forceinline__ double WarpSum(double v) {
   return v;
 }
 
+// Between lanes that differ in the bit kLane: each keeps half of v's sums and adds to them the
+// other lane's. The lane with the bit set keeps the upper half.
+template <int kLane, int kCount>
+__device__ __forceinline__ void ShareSums(const float (&v)[2 * kCount], float (&kept)[kCount]) {
+  const bool upper = (threadIdx.x & kLane) != 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float theirs = upper ? v[i] : v[i + kCount];
+    const float got = __shfl_xor_sync(0xFFFFFFFFu, theirs, kLane);
+    kept[i] = (upper ? v[i + kCount] : v[i]) + got;
+  }
+}
+
+// The sums of v over the eight lanes of equal lane % 4, which are the rows of a product's
+// fragments: lane 4 g + t is left with those of v[kCount g] and on.
+template <int kCount>
+__device__ __forceinline__ void SumOverRows(const float (&v)[8 * kCount], float (&kept)[kCount]) {
+  float half[4 * kCount], quarter[2 * kCount];
+  ShareSums<16>(v, half);
+  ShareSums<8>(half, quarter);
+  ShareSums<4>(quarter, kept);
+}
+
 // Sums each v[i] over the `warps` neighbouring warps that this thread's group consists of, and
 // gives every thread of the group the total. All threads of the block must call it. `scratch` is
 // shared memory for kCount * 32 floats; before it is used again, the block must pass another

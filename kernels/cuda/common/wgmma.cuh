@@ -66,12 +66,6 @@ __device__ __forceinline__ void PinProduct(float (&c)[kTiles][4]) {
   }
 }
 
-// What this thread wrote to shared memory by ordinary stores or copies, or has seen of others', is
-// there for products and for the bulk copy engine.
-__device__ __forceinline__ void ShareWithProducts() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // A barrier of the warpgroup's threads alone.
 __device__ __forceinline__ void WarpgroupBarrier() {
   const int id = 1 + static_cast<int>(threadIdx.x) / kWarpgroup;
