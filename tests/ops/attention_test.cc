@@ -50,7 +50,7 @@ struct AttentionCase {
   int64_t offset = 0;
   bool causal = false;
   Packing packing = {"", {}};  // no lengths: not packed
-  bool many_blocks = false;    // long for the oracle, and of a size that only a GPU cuts up
+  bool many_blocks = false;
   std::string Name() const {
     return absl::StrCat(shape.Name(), "_", ::lamina::testing::Name(keys), "_p",
                         std::lround(1000 * ratio), causal ? "_causal" : "",
@@ -349,11 +349,6 @@ ref::Mask DropoutOf(float ratio) {
 
 class AttentionTest : public OpTest<AttentionCase> {
  protected:
-  void SetUp() override {
-    if (std::get<0>(GetParam()) == std::string("cpu") && param().many_blocks)
-      GTEST_SKIP() << "long, and a CPU has no such blocks";
-    OpTest<AttentionCase>::SetUp();
-  }
   const LayerShape& s() const { return param().shape; }
 
   AttentionCall Call() const {

@@ -134,7 +134,9 @@ void ExpectWithin(const char* what, const Vec& got, const Vec& want, const Vec& 
 
 inline constexpr DType kActs[] = {DType::kF32, DType::kBF16, DType::kF16};
 
-// A test over device x act x Case; Case has Name(), fit for a test's name.
+// A test over device x act x Case; Case has Name(), fit for a test's name. One that has
+// `many_blocks` set is long for the oracle and of a size that a GPU alone cuts up: the CPU skips
+// it.
 template <typename Case>
 class OpTest : public ::testing::TestWithParam<std::tuple<const char*, DType, Case>> {
  public:
@@ -145,6 +147,10 @@ class OpTest : public ::testing::TestWithParam<std::tuple<const char*, DType, Ca
 
  protected:
   void SetUp() override {
+    if constexpr (requires(const Case& c) { c.many_blocks; }) {
+      if (param().many_blocks && std::string("cpu") == std::get<0>(this->GetParam()))
+        GTEST_SKIP() << "long, and a CPU has no such blocks";
+    }
     std::string reason;
     backend_ = OpenDevice(std::get<0>(this->GetParam()), &reason);
     if (backend_ == nullptr) GTEST_SKIP() << reason;
