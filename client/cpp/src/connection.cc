@@ -51,8 +51,10 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
   arguments.SetMaxSendMessageSize(-1);
   // A daemon that comes back is found again quickly: the retries' budget is seconds, not minutes.
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  // For gRPC this is how long one attempt may take. A daemon that is far or busy answers late; one
+  // that isn't there is known at once, whatever stands here.
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5000);
   connection->channel_ =
       grpc::CreateCustomChannel(connection->target_, grpc::InsecureChannelCredentials(), arguments);
   connection->config_ = pb::ConfigService::NewStub(connection->channel_);
