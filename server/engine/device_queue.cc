@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <new>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -35,6 +36,7 @@ DeviceQueue::~DeviceQueue() {
 absl::Status DeviceQueue::Run(const CallControl& control, Admission admission,
                               absl::FunctionRef<absl::Status(Clock::time_point admitted)> work) {
   Call call{.work = work, .control = control, .admitted = Clock::now()};
+  if (control.has_turn || std::this_thread::get_id() == thread_.get_id()) return Execute(call);
   std::unique_lock<std::mutex> lock(mutex_);
   if (draining_ && admission != Admission::kAlways) {
     metrics_->Rejected(Rejection::kDraining);
@@ -67,7 +69,37 @@ absl::Status DeviceQueue::Run(const CallControl& control, Admission admission,
   return call.status;
 }
 
-absl::Status DeviceQueue::Execute(Call& call) {
+DeviceTurn DeviceQueue::TryTurn() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (draining_ || running_ || !waiting_.empty()) return {};
+  running_ = true;
+  return DeviceTurn([this] {
+    std::lock_guard<std::mutex> relock(mutex_);
+    EndTurn();
+    if (!waiting_.empty()) arrived_.notify_one();
+  });
+}
+
+bool DeviceQueue::TryPost(std::function<void()> task) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (draining_ || running_ || !waiting_.empty()) return false;
+  running_ = true;
+  posted_ = std::move(task);
+  arrived_.notify_one();
+  return true;
+}
+
+bool DeviceQueue::TurnIsWanted() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return draining_ || !waiting_.empty();
+}
+
+void DeviceQueue::EndTurn() {
+  running_ = false;
+  if (waiting_.empty()) idle_.notify_all();
+}
+
+absl::Status DeviceQueue::Execute(const Call& call) {
   if (call.control.cancelled && call.control.cancelled()) {
     metrics_->Rejected(Rejection::kCancelled);
     return absl::CancelledError("cancelled before the device began the call; nothing has changed");
@@ -87,7 +119,15 @@ absl::Status DeviceQueue::Execute(Call& call) {
 void DeviceQueue::Loop() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    arrived_.wait(lock, [this] { return stop_ || !waiting_.empty(); });
+    arrived_.wait(lock, [this] { return posted_ || (!running_ && (stop_ || !waiting_.empty())); });
+    if (posted_) {
+      const std::function<void()> task = std::exchange(posted_, nullptr);
+      lock.unlock();
+      task();
+      lock.lock();
+      EndTurn();
+      continue;
+    }
     if (waiting_.empty()) return;  // stopped, and nothing is left
     Call* const call = waiting_.front();
     waiting_.pop_front();
@@ -97,11 +137,10 @@ void DeviceQueue::Loop() {
     lock.unlock();
     absl::Status status = Execute(*call);
     lock.lock();
-    running_ = false;
     call->status = std::move(status);
     call->state = State::kDone;
     call->done.notify_one();  // with the lock held: the call is gone as soon as its caller sees it
-    if (waiting_.empty()) idle_.notify_all();
+    EndTurn();
   }
 }
 

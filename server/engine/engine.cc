@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <filesystem>
 #include <new>
@@ -18,6 +19,12 @@ namespace lamina {
 static_assert(kDeviceMemoryKinds == kMemoryKinds, "metrics.h lists the plan's kinds of memory");
 
 namespace {
+
+// What one core does in the tens of microseconds that two changes of threads take; it is not worth
+// sharing out among cores either.
+constexpr double kLightFlops = 1e6;
+// Of one parameter's update, about; to copy or zero it is less.
+constexpr double kOptimizerFlops = 16;
 
 // Quotes what can be a name; the rest may be anything, and long.
 absl::Status NoStack(const std::string& name) {
@@ -142,6 +149,23 @@ void EngineImpl::PublishPlans() {
       bytes[kind] += entry->info.plan.Bytes(static_cast<MemoryKind>(kind));
   metrics_->SetDeviceMemory(bytes);
   metrics_->SetStacks(static_cast<int64_t>(stacks_.size()));
+}
+
+bool EngineImpl::IsLight(const std::string& stack, Effort effort, double elements) const {
+  if (!backend_->info().host_memory) return false;  // CUDA's calls belong to one thread
+  if (effort == Effort::kNone) return true;
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = stacks_.find(stack);
+  if (it == stacks_.end()) return true;  // refused at once
+  const StackInfo& info = it->second->info;
+  if (effort == Effort::kParameters)
+    return kOptimizerFlops * static_cast<double>(info.parameter_count) <= kLightFlops;
+  const double tokens = elements / static_cast<double>(info.config.hidden_size);
+  if (!(tokens <= kLightFlops)) return false;  // before it is made an integer
+  const double longest = std::min(tokens, static_cast<double>(info.config.max_seq_length));
+  const double flops = Stack::ForwardFlops(info.config, info.config.num_hidden_layers,
+                                           static_cast<int64_t>(tokens), tokens * longest);
+  return (effort == Effort::kBackward ? 2 : 1) * flops <= kLightFlops;
 }
 
 // --- stacks ---

@@ -1,6 +1,8 @@
 // The engine: stacks, their contexts, and the one device thread that runs every call on them.
 //
 // Calls come from any thread and block until the device thread has finished them (or refused them).
+// Who finds the device idle may spare itself that: by taking the device's turn, or by leaving the
+// whole of its work to the device thread.
 // The queue between is bounded: a full one answers RESOURCE_EXHAUSTED at once. A call whose
 // deadline passes or that is cancelled while it waits in the queue is dropped with nothing changed;
 // once the device thread has begun it, it runs to its end.
@@ -17,6 +19,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -53,8 +56,38 @@ struct HostTensor {
 // How long a call may wait for the device thread.
 struct CallControl {
   absl::Time deadline = absl::InfiniteFuture();
-  std::function<bool()>
-      cancelled;  // empty: never; called from the device thread before the call begins
+  std::function<bool()> cancelled;  // empty: never; asked in its turn, before the call begins
+  // The calling thread has the device's turn (Engine::TryTurn, TryPost) and waits for nothing: a
+  // call that must wait for another one of its session answers NotNow.
+  bool has_turn = false;
+};
+
+// Of a call that was not begun because it would have had to wait. No other call answers ABORTED.
+inline absl::Status NotNow() { return absl::AbortedError("the call would have to wait"); }
+inline bool IsNotNow(const absl::Status& status) { return absl::IsAborted(status); }
+
+// The device's turn, given back when this goes. Empty: it was not to be had.
+class [[nodiscard]] DeviceTurn {
+ public:
+  DeviceTurn() = default;
+  explicit DeviceTurn(std::function<void()> give_back) : give_back_(std::move(give_back)) {}
+  DeviceTurn(DeviceTurn&& other) noexcept : give_back_(std::exchange(other.give_back_, nullptr)) {}
+  DeviceTurn& operator=(DeviceTurn&&) = delete;
+  ~DeviceTurn() {
+    if (give_back_) give_back_();
+  }
+  explicit operator bool() const { return static_cast<bool>(give_back_); }
+
+ private:
+  std::function<void()> give_back_;
+};
+
+// What a call makes the device do, as far as its duration goes.
+enum class Effort : uint8_t {
+  kForward,     // through all layers, at most
+  kBackward,    // through all layers, at most
+  kParameters,  // a pass over all parameters
+  kNone,        // it only gives something back
 };
 
 struct StepTimes {
@@ -167,6 +200,18 @@ class Engine {
   virtual absl::Status DeleteStack(const std::string& name, const CallControl& control) = 0;
   virtual absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) = 0;
 
+  // --- the device's turn ---
+  // Whether a call of this effort takes a caller's thread no longer than two changes of threads
+  // would. `elements`: of its input. Never on a device whose calls belong to one thread.
+  virtual bool IsLight(const std::string& stack, Effort effort, double elements) const = 0;
+  // The turn, if nothing runs or waits. Its holder sets CallControl::has_turn.
+  virtual DeviceTurn TryTurn() = 0;
+  // Has the device thread run `task` in its turn, if nothing runs or waits; the task's calls set
+  // CallControl::has_turn. It throws nothing and waits for no other call.
+  virtual bool TryPost(std::function<void()> task) = 0;
+  // Whether other calls wait for whoever has the turn.
+  virtual bool TurnIsWanted() const = 0;
+
   // --- steps ---
   virtual absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
                                                  const CallControl& control) = 0;
@@ -177,8 +222,10 @@ class Engine {
                                                       bool zero_gradients,
                                                       const CallControl& control) = 0;
   virtual absl::Status ZeroGradients(const std::string& stack, const CallControl& control) = 0;
+  // Whatever `control` says of deadlines: what is given back is never given up.
   virtual absl::Status ReleaseContext(const std::string& stack, SessionKey session,
-                                      const std::string& context_id) = 0;
+                                      const std::string& context_id,
+                                      const CallControl& control) = 0;
 
   // --- parameters; `names` empty: all stored ones ---
   // What a read of these would give, to size a target with. NOT_FOUND names the missing one.

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -37,6 +38,11 @@ class EngineImpl final : public Engine {
   absl::Status DeleteStack(const std::string& name, const CallControl& control) override;
   absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) override;
 
+  bool IsLight(const std::string& stack, Effort effort, double elements) const override;
+  DeviceTurn TryTurn() override { return queue_.TryTurn(); }
+  bool TryPost(std::function<void()> task) override { return queue_.TryPost(std::move(task)); }
+  bool TurnIsWanted() const override { return queue_.TurnIsWanted(); }
+
   absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
                                          const CallControl& control) override;
   absl::StatusOr<BackwardOutcome> Backward(const BackwardCall& call,
@@ -46,7 +52,7 @@ class EngineImpl final : public Engine {
                                               const CallControl& control) override;
   absl::Status ZeroGradients(const std::string& stack, const CallControl& control) override;
   absl::Status ReleaseContext(const std::string& stack, SessionKey session,
-                              const std::string& context_id) override;
+                              const std::string& context_id, const CallControl& control) override;
 
   absl::StatusOr<std::vector<ParameterRead>> DescribeParameters(
       const std::string& stack, const std::vector<std::string>& names, DType dtype,
@@ -73,18 +79,18 @@ class EngineImpl final : public Engine {
   using Admission = DeviceQueue::Admission;
 
   struct Entry {
-    std::unique_ptr<Stack> stack;  // the device thread's
+    std::unique_ptr<Stack> stack;  // whoever's turn it is
     StackInfo info;                // guarded by mutex_: what GetStack shows
   };
 
-  // Runs `work` on the device thread unless the device has failed.
+  // Runs `work` in its turn unless the device has failed.
   absl::Status Run(const CallControl& control, Admission admission,
                    absl::FunctionRef<absl::Status(Clock::time_point admitted)> work);
   // UNAVAILABLE where the device has failed.
   absl::Status CheckDevice() const;
   absl::Status CheckServing() const;
 
-  // --- the rest on the device thread ---
+  // --- the rest in its turn on the device ---
 
   // Work on the device. An INTERNAL status, or memory that runs out on the way, leaves the device's
   // state unknown: the engine then refuses everything. Waits for what was enqueued where `work`
@@ -114,14 +120,14 @@ class EngineImpl final : public Engine {
   const EngineOptions options_;
 
   mutable std::mutex mutex_;
-  // Changed by the device thread alone; guarded by mutex_ for the others' sake.
+  // Changed by who has the turn alone; guarded by mutex_ for the others' sake.
   std::map<std::string, std::unique_ptr<Entry>> stacks_;
   absl::Status health_;                // guarded by mutex_
   std::atomic<bool> failed_{false};    // health_ is not OK
   std::atomic<bool> draining_{false};  // Drain was called
 
-  ContextTable contexts_;  // the device thread's
-  // The device thread's: the running call's lengths or cumulative lengths, checked.
+  ContextTable contexts_;  // whoever's turn it is, as the next
+  // The running call's lengths or cumulative lengths, checked.
   std::vector<int32_t> lengths_;
 
   std::timed_mutex

@@ -278,8 +278,9 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point
 }
 
 absl::Status EngineImpl::ReleaseContext(const std::string& stack, SessionKey session,
-                                        const std::string& context_id) {
-  return Run({}, Admission::kRelease, [&](Clock::time_point) -> absl::Status {
+                                        const std::string& context_id, const CallControl& control) {
+  const CallControl own{.has_turn = control.has_turn};
+  return Run(own, Admission::kRelease, [&](Clock::time_point) -> absl::Status {
     const absl::Status found = contexts_.Find(session, stack, context_id).status();
     if (absl::IsFailedPrecondition(found) && !context_id.empty()) return found;
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));

@@ -40,6 +40,9 @@ absl::StatusOr<MutationLog::Ticket> MutationLog::Begin(uint64_t sequence, const 
     return absl::InvalidArgumentError(
         "mutation.sequence: is 0; a session's first mutation has sequence 1");
   std::unique_lock<std::mutex> lock(mutex_);
+  // Who may not wait leaves no trace here: those behind it must not see it come and go.
+  if (control.has_turn && sequence > applied_ && (running_.has_value() || sequence != applied_ + 1))
+    return NotNow();
   waiting_.insert(sequence);
   const absl::StatusOr<Ticket> ticket = Wait(lock, sequence, digest, control);
   waiting_.erase(waiting_.find(sequence));

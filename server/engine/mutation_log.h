@@ -44,7 +44,8 @@ class MutationLog {
 
   // INVALID_ARGUMENT: sequence 0. ALREADY_EXISTS: used with another body, or used and its answer no
   // longer kept. FAILED_PRECONDITION: beyond the next one (says which is next). DEADLINE_EXCEEDED
-  // or CANCELLED while waiting.
+  // or CANCELLED while waiting. NotNow: `control` has the device's turn, and the sequence is not
+  // the next one yet.
   absl::StatusOr<Ticket> Begin(uint64_t sequence, const BodyDigest& digest,
                                const CallControl& control);
   void Commit(uint64_t sequence, std::string answer);

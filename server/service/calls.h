@@ -1,8 +1,5 @@
-// What every handler does around its own work: how long a call may wait, and running a mutation
-// once.
+// What calls do around their own work: whose session it is, and running a mutation once.
 #pragma once
-
-#include <grpcpp/server_context.h>
 
 #include <memory>
 #include <string>
@@ -16,17 +13,6 @@
 #include "server/service/shared_state.h"
 
 namespace lamina {
-
-// The call's deadline and whether its client has gone. The context must outlive the result.
-inline CallControl ControlOf(grpc::ServerContext* context) {
-  CallControl control;
-  const auto deadline = context->deadline();
-  if (deadline != std::chrono::system_clock::time_point::max()) {
-    control.deadline = absl::FromChrono(deadline);
-  }
-  control.cancelled = [context] { return context->IsCancelled(); };
-  return control;
-}
 
 // The body as one string, the same for the same message.
 template <typename Message>

@@ -3,14 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "absl/status/statusor.h"
@@ -18,16 +16,15 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "server/service/layer_calls.h"
+#include "server/service/serve.h"
 
 namespace lamina {
 namespace {
 
-using Stream = grpc::ServerReaderWriterInterface<v1::ExecuteResponse, v1::ExecuteRequest>;
-
 // Forwards of a stream whose contexts can still be named; of more, the oldest can't.
 constexpr size_t kNamedForwards = 1024;
 
-// The contexts of a stream's Forwards, by their ids. The running thread's alone.
+// The contexts of a stream's Forwards, by their ids. Whoever runs the stream's calls has it alone.
 class NamedContexts {
  public:
   void Made(uint64_t id, std::string context) {
@@ -59,86 +56,174 @@ struct Item {
   std::atomic<bool> cancelled{false};
 };
 
-class ExecuteStream {
+// One stream. Its calls are run one after another, by one thread at a time: by gRPC's own where a
+// call takes no time to speak of, else by one that may wait.
+//
+// Threads: gRPC runs OnReadDone's one after another, and so OnWriteDone's, but both and a runner at
+// a time. What is to be done next is decided with mutex_ held, in Decide, and done without it: an
+// operation of gRPC's may call back before it returns.
+class ExecuteStream final
+    : public grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse> {
  public:
-  ExecuteStream(SharedState& state, const CallControl& control, Stream& stream)
-      : state_(state), control_(control), stream_(stream) {}
-
-  absl::Status Serve() {
-    std::thread runner([this] { RunCalls(); });
-    absl::Status status = ReadCalls();
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      all_read_ = true;
-      // Nothing that came after a broken rule is to be trusted.
-      if (!status.ok()) waiting_.clear();
-    }
-    changed_.notify_all();
-    runner.join();
-    return status;
+  ExecuteStream(SharedState& state, Workers& workers, grpc::CallbackServerContext* context)
+      : state_(state), workers_(workers), control_(ControlOf(context)) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    Do(lock, Decide());
   }
+
+  void OnReadDone(bool ok) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    reading_ = false;
+    if (!ok) {
+      all_read_ = true;
+    } else if (const uint64_t id = read_->request.id(); id <= last_id_) {
+      end_ = absl::InvalidArgumentError(
+          absl::StrCat("id: ", id, " must be above that of the message before, ", last_id_));
+      all_read_ = true;
+      waiting_.clear();  // nothing that came after a broken rule is to be trusted
+    } else {
+      last_id_ = id;
+      Take(std::move(read_));
+    }
+    Do(lock, Decide());
+  }
+
+  void OnWriteDone(bool ok) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    writing_ = false;
+    unsent_.pop_front();
+    if (!ok) {  // nobody hears answers any more
+      broken_ = true;
+      waiting_.clear();
+      unsent_.clear();
+    }
+    Do(lock, Decide());
+  }
+
+  void OnCancel() override {}  // reads and writes fail then
+
+  void OnDone() override { delete this; }
 
  private:
-  absl::Status ReadCalls() {
-    uint64_t last = 0;
-    for (;;) {
-      auto item = std::make_unique<Item>();
-      if (!stream_.Read(&item->request)) return absl::OkStatus();
-      const uint64_t id = item->request.id();
-      if (id <= last)
-        return absl::InvalidArgumentError(
-            absl::StrCat("id: ", id, " must be above that of the message before, ", last));
-      last = id;
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (item->request.call_case() == v1::ExecuteRequest::kCancel) {
-        for (const std::unique_ptr<Item>& other : waiting_)
-          if (other->request.id() == item->request.cancel()) other->cancelled = true;
-        continue;
-      }
-      item->deadline = control_.deadline;
-      if (item->request.has_timeout_seconds() && item->request.timeout_seconds() > 0)
-        item->deadline =
-            std::min(item->deadline, absl::Now() + absl::Seconds(item->request.timeout_seconds()));
-      changed_.wait(lock, [this] { return waiting_.size() < kExecuteStreamDepth || broken_; });
-      if (broken_) return absl::OkStatus();
-      waiting_.push_back(std::move(item));
-      changed_.notify_all();
+  // On whose thread calls are run.
+  enum class Place : uint8_t {
+    kGrpc,    // waits for nothing
+    kDevice,  // has the device's turn, as long as nobody else wants it; waits for nothing
+    kWorker,  // may wait
+  };
+
+  struct Next {
+    bool read = false, write = false, run = false, finish = false;
+  };
+
+  // Needs mutex_.
+  void Take(std::unique_ptr<Item> item) {
+    if (item->request.call_case() == v1::ExecuteRequest::kCancel) {
+      const uint64_t id = item->request.cancel();
+      if (now_ != nullptr && now_->request.id() == id) now_->cancelled = true;
+      for (const std::unique_ptr<Item>& other : waiting_)
+        if (other->request.id() == id) other->cancelled = true;
+      return;
     }
+    item->deadline = control_.deadline;
+    if (item->request.has_timeout_seconds() && item->request.timeout_seconds() > 0)
+      item->deadline =
+          std::min(item->deadline, absl::Now() + absl::Seconds(item->request.timeout_seconds()));
+    if (!broken_) waiting_.push_back(std::move(item));
   }
 
-  void RunCalls() {
-    for (;;) {
-      std::unique_ptr<Item> item;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        changed_.wait(lock, [this] { return !waiting_.empty() || all_read_; });
-        if (waiting_.empty()) return;
-        item = std::move(waiting_.front());
+  // What is to be done in the state that the stream is in; marks it as begun. Needs mutex_.
+  Next Decide() {
+    Next next;
+    if (!running_ && !waiting_.empty() && unsent_.size() < kExecuteUnsentAnswers)
+      next.run = running_ = true;
+    // Who is about to run a call reads on when it knows how long that takes.
+    if (!next.run && !reading_ && !all_read_ && waiting_.size() < kExecuteStreamDepth) {
+      read_ = std::make_unique<Item>();
+      next.read = reading_ = true;
+    }
+    if (!writing_ && !unsent_.empty()) next.write = writing_ = true;
+    if (!finished_ && all_read_ && !reading_ && !writing_ && !running_ && waiting_.empty() &&
+        unsent_.empty())
+      next.finish = finished_ = true;
+    return next;
+  }
+
+  // Does it. Whatever it begins may end on another thread before this returns, and the stream with
+  // it: but for what it has begun itself, nothing of the stream may be touched afterwards.
+  void Do(std::unique_lock<std::mutex>& lock, const Next& next) {
+    v1::ExecuteRequest* const request = next.read ? &read_->request : nullptr;
+    const v1::ExecuteResponse* const response = next.write ? &unsent_.front() : nullptr;
+    const absl::Status end = next.finish ? end_ : absl::OkStatus();
+    lock.unlock();
+    if (next.finish) return Finish(ToGrpc(end));
+    if (next.write) StartWrite(response);
+    if (next.read) StartRead(request);
+    if (next.run) RunCalls(Place::kGrpc);
+  }
+
+  // Runs what waits, as long as there is something and its answers are taken; running_ is this
+  // thread's. It goes on on another one where a call may not be run on this.
+  void RunCalls(Place place) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (now_ != nullptr || (!waiting_.empty() && unsent_.size() < kExecuteUnsentAnswers)) {
+      if (now_ == nullptr) {
+        now_ = std::move(waiting_.front());
         waiting_.pop_front();
-        changed_.notify_all();
+      }
+      // gRPC's thread first runs what it can: that may be all, and over sooner than a read is
+      // begun.
+      if (place == Place::kGrpc && unsent_.empty()) {
+        lock.unlock();
+      } else {
+        Do(lock, Decide());
       }
       v1::ExecuteResponse response;
-      response.set_id(item->request.id());
-      const absl::Status status = Run(*item, &response);
+      response.set_id(now_->request.id());
+      const absl::Status status = Guarded([&] { return Run(*now_, place, &response); });
+      if (IsNotNow(status)) {
+        GoOnElsewhere(place);
+        return;
+      }
       if (!status.ok()) {
         response.clear_result();
         response.set_code(static_cast<int32_t>(status.code()));
         response.set_message(std::string(status.message()));
       }
-      if (!stream_.Write(response)) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        broken_ = true;
-        waiting_.clear();
-        changed_.notify_all();
-      }
+      lock.lock();
+      now_ = nullptr;
+      if (!broken_) unsent_.push_back(std::move(response));
+    }
+    running_ = false;
+    Do(lock, Decide());
+  }
+
+  // Has now_ run where it can be: on the device's own thread, if that is idle, else on a worker.
+  void GoOnElsewhere(Place place) {
+    const auto on_device = [this] { RunCalls(Place::kDevice); };
+    if (place != Place::kDevice && IsShort(now_->request) && state_.engine.TryPost(on_device))
+      return;
+    workers_.Run([this] { RunCalls(Place::kWorker); });
+  }
+
+  static bool IsShort(const v1::ExecuteRequest& request) {
+    switch (request.call_case()) {
+      case v1::ExecuteRequest::kForward:
+        return lamina::IsShort(request.forward());
+      case v1::ExecuteRequest::kBackward:
+        return lamina::IsShort(request.backward());
+      default:
+        return true;  // no tensors
     }
   }
 
-  absl::Status Run(Item& item, v1::ExecuteResponse* response) {
+  // NotNow: it can't be run in this place. Nothing has changed then.
+  absl::Status Run(Item& item, Place place, v1::ExecuteResponse* response) {
     v1::ExecuteRequest& request = item.request;
     const uint64_t id = request.id();
     CallControl control;
     control.deadline = item.deadline;
+    control.has_turn = place == Place::kDevice;
     control.cancelled = [&] {
       return item.cancelled || (control_.cancelled && control_.cancelled());
     };
@@ -153,23 +238,23 @@ class ExecuteStream {
       switch (request.call_case()) {
         case v1::ExecuteRequest::kForward:
           if (absl::Status status = NoContextOf(request); !status.ok()) return status;
-          return RunCall(state_, request.forward(), control, response->mutable_forward());
+          return Begin(request.forward(), control, place, response->mutable_forward());
         case v1::ExecuteRequest::kBackward:
           return WithContext(request, *request.mutable_backward(), [&] {
-            return RunCall(state_, request.backward(), control, response->mutable_backward());
+            return Begin(request.backward(), control, place, response->mutable_backward());
           });
         case v1::ExecuteRequest::kApplyGradients:
           if (absl::Status status = NoContextOf(request); !status.ok()) return status;
-          return RunCall(state_, request.apply_gradients(), control,
-                         response->mutable_apply_gradients());
+          return Begin(request.apply_gradients(), control, place,
+                       response->mutable_apply_gradients());
         case v1::ExecuteRequest::kZeroGradients:
           if (absl::Status status = NoContextOf(request); !status.ok()) return status;
-          return RunCall(state_, request.zero_gradients(), control,
-                         response->mutable_zero_gradients());
+          return Begin(request.zero_gradients(), control, place,
+                       response->mutable_zero_gradients());
         case v1::ExecuteRequest::kReleaseContext:
           return WithContext(request, *request.mutable_release_context(), [&] {
-            return RunCall(state_, request.release_context(), control,
-                           response->mutable_release_context());
+            return Begin(request.release_context(), control, place,
+                         response->mutable_release_context());
           });
         case v1::ExecuteRequest::kCancel:
         case v1::ExecuteRequest::CALL_NOT_SET:
@@ -178,7 +263,7 @@ class ExecuteStream {
       return absl::InvalidArgumentError("call: is needed");
     };
     const absl::Status status = run();
-    if (request.has_forward()) {
+    if (request.has_forward() && !IsNotNow(status)) {
       if (!status.ok()) {
         contexts_.Failed(id);
       } else if (!response->forward().context_id().empty()) {
@@ -207,25 +292,48 @@ class ExecuteStream {
     request.set_context_id(*std::move(context));
     const absl::Status status = run_it();
     if (status.ok()) contexts_.Spent(named);
+    if (IsNotNow(status)) request.clear_context_id();  // as it came, for the next time
     return status;
   }
 
+  template <typename Request, typename Response>
+  absl::Status Begin(const Request& request, const CallControl& control, Place place,
+                     Response* response) {
+    if (place == Place::kDevice) {
+      // Others who wait for the device, and what is long, go before the rest of this stream.
+      if (state_.engine.TurnIsWanted() || !lamina::IsShort(request)) return NotNow();
+      return RunCall(state_, request, control, response);
+    }
+    absl::Status status;
+    if (TryCall(state_, request, control, response, &status)) return status;
+    return place == Place::kWorker ? RunCall(state_, request, control, response) : NotNow();
+  }
+
   SharedState& state_;
-  const CallControl& control_;
-  Stream& stream_;
+  Workers& workers_;
+  const CallControl control_;
   NamedContexts contexts_;
 
   std::mutex mutex_;
-  std::condition_variable changed_;
+  std::unique_ptr<Item> read_;                 // guarded by mutex_: what is being read
   std::deque<std::unique_ptr<Item>> waiting_;  // guarded by mutex_
+  std::unique_ptr<Item> now_;                  // set with mutex_ held, by the runner, whose it is
+  std::deque<v1::ExecuteResponse> unsent_;     // guarded by mutex_; the first is being written
+  uint64_t last_id_ = 0;                       // guarded by mutex_
+  absl::Status end_;                           // guarded by mutex_: the stream's own
+  bool reading_ = false;                       // guarded by mutex_
+  bool writing_ = false;                       // guarded by mutex_
+  bool running_ = false;                       // guarded by mutex_: some thread runs calls
   bool all_read_ = false;                      // guarded by mutex_
   bool broken_ = false;                        // guarded by mutex_: nobody hears answers any more
+  bool finished_ = false;                      // guarded by mutex_
 };
 
 }  // namespace
 
-absl::Status RunExecuteStream(SharedState& state, const CallControl& control, Stream& stream) {
-  return ExecuteStream(state, control, stream).Serve();
+grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse>* NewExecuteStream(
+    SharedState& state, Workers& workers, grpc::CallbackServerContext* context) {
+  return new ExecuteStream(state, workers, context);
 }
 
 }  // namespace lamina

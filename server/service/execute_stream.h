@@ -1,22 +1,26 @@
 // LayerService.Execute: a stream of calls that are run in order while more are read.
 #pragma once
 
-#include <grpcpp/support/sync_stream.h>
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
 
-#include "absl/status/status.h"
+#include <cstddef>
+
 #include "lamina/v1/layer_service.pb.h"
 #include "server/service/shared_state.h"
+#include "server/service/workers.h"
 
 namespace lamina {
 
 // Calls of a stream that wait while one runs; no more are read until there are fewer.
 constexpr size_t kExecuteStreamDepth = 64;
+// Answers of a stream that wait until the client takes them; no more calls are run until there are
+// fewer.
+constexpr size_t kExecuteUnsentAnswers = 4;
 
-// Serves a stream to its end, on the calling thread and one of its own. `control`: the stream's
-// deadline and whether its client is gone; neither lets a call begin. INVALID_ARGUMENT: an id that
-// is not above the one before.
-absl::Status RunExecuteStream(
-    SharedState& state, const CallControl& control,
-    grpc::ServerReaderWriterInterface<v1::ExecuteResponse, v1::ExecuteRequest>& stream);
+// Serves a stream to its end and deletes itself then. The stream's deadline, or its client's going,
+// lets no call begin. INVALID_ARGUMENT: an id that is not above the one before.
+grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse>* NewExecuteStream(
+    SharedState& state, Workers& workers, grpc::CallbackServerContext* context);
 
 }  // namespace lamina

@@ -17,6 +17,7 @@
 #include "server/service/layer_service.h"
 #include "server/service/rpc_metrics.h"
 #include "server/service/session_service.h"
+#include "server/service/workers.h"
 #include "server/session/broker.h"
 
 namespace lamina {
@@ -27,7 +28,8 @@ constexpr const char* kServices[] = {"lamina.v1.LayerService", "lamina.v1.Config
 
 class GrpcServerImpl final : public GrpcServer {
  public:
-  explicit GrpcServerImpl(SharedState& state) : layer_(state), config_(state), session_(state) {}
+  explicit GrpcServerImpl(SharedState& state)
+      : layer_(state, workers_), config_(state, workers_), session_(state, workers_) {}
   ~GrpcServerImpl() override {
     if (server_ != nullptr) Shutdown(absl::Now());
   }
@@ -54,12 +56,6 @@ class GrpcServerImpl final : public GrpcServer {
         static_cast<int>(state.engine.options().inline_cap_bytes + (size_t{1} << 20));
     builder.SetMaxReceiveMessageSize(largest);
     builder.SetMaxSendMessageSize(-1);
-    // gRPC's own 1 to 2 waiting threads a queue would have it start and end a thread at almost
-    // every call.
-    using Option = grpc::ServerBuilder::SyncServerOption;
-    builder.SetSyncServerOption(Option::NUM_CQS, 1);
-    builder.SetSyncServerOption(Option::MIN_POLLERS, 2);
-    builder.SetSyncServerOption(Option::MAX_POLLERS, 8);
     // Two servers must not share a port silently.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>>
@@ -69,6 +65,7 @@ class GrpcServerImpl final : public GrpcServer {
     builder.RegisterService(&layer_);
     builder.RegisterService(&config_);
     builder.RegisterService(&session_);
+    OrderedByGrpc();
     // Nobody else may connect, not even before a chmod.
     const mode_t mask = umask(0177);
     server_ = builder.BuildAndStart();
@@ -100,9 +97,11 @@ class GrpcServerImpl final : public GrpcServer {
     server_->Shutdown(absl::ToChronoTime(deadline));
     server_->Wait();
     server_.reset();
+    OrderedByGrpc();
   }
 
  private:
+  Workers workers_;  // first: the services give it their calls
   LayerServiceImpl layer_;
   ConfigServiceImpl config_;
   SessionServiceImpl session_;

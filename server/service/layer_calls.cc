@@ -1,5 +1,6 @@
 #include "server/service/layer_calls.h"
 
+#include <new>
 #include <utility>
 
 #include "server/service/calls.h"
@@ -176,12 +177,100 @@ absl::Status RunCall(SharedState& state, const v1::ZeroGradientsRequest& request
 }
 
 absl::Status RunCall(SharedState& state, const v1::ReleaseContextRequest& request,
-                     const CallControl&, v1::ReleaseContextResponse*) {
+                     const CallControl& control, v1::ReleaseContextResponse*) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
   auto session = state.sessions.Find(request.session_id());
   if (!session.ok()) return session.status();
-  return state.engine.ReleaseContext(request.stack(), (*session)->key(), request.context_id());
+  return state.engine.ReleaseContext(request.stack(), (*session)->key(), request.context_id(),
+                                     control);
+}
+
+// --- at once ---
+
+namespace {
+
+// To read or write more takes longer than a change of threads.
+constexpr size_t kShort = 4096;
+
+double Elements(const v1::Tensor& tensor) {
+  double elements = 1;
+  for (const int64_t extent : tensor.shape()) elements *= static_cast<double>(extent);
+  return elements;
+}
+
+// Whether a result of so many elements leaves the answer short.
+bool LeavesShort(const v1::TensorTarget& target, double elements) {
+  return target.has_slice() || elements * sizeof(float) <= kShort;
+}
+
+template <typename Request, typename Response>
+bool TryIt(SharedState& state, const Request& request, const std::string& session_id, Effort effort,
+           double elements, CallControl control, Response* response, absl::Status* status) {
+  if (!IsShort(request)) return false;
+  if (!state.engine.IsLight(request.stack(), effort, elements)) return false;
+  // Whoever lets go of an ended session last waits for the device: that must not be while the turn
+  // is held.
+  const auto session = state.sessions.Find(session_id);
+  if (!session.ok()) return false;
+  const DeviceTurn turn = state.engine.TryTurn();
+  if (!turn) return false;
+  control.has_turn = true;
+  try {
+    *status = RunCall(state, request, control, response);
+  } catch (const std::bad_alloc&) {
+    *status = absl::ResourceExhaustedError("the daemon ran out of host memory during the call");
+  }
+  if (!IsNotNow(*status)) return true;
+  response->Clear();
+  return false;
+}
+
+}  // namespace
+
+bool IsShort(const v1::ForwardRequest& request) {
+  return request.ByteSizeLong() <= kShort &&
+         LeavesShort(request.output(), Elements(request.input()));
+}
+
+bool IsShort(const v1::BackwardRequest& request) {
+  return request.ByteSizeLong() <= kShort &&
+         (!request.has_input_grad() ||
+          LeavesShort(request.input_grad(), Elements(request.output_grad())));
+}
+
+bool IsShort(const v1::ApplyGradientsRequest& request) { return request.ByteSizeLong() <= kShort; }
+bool IsShort(const v1::ZeroGradientsRequest& request) { return request.ByteSizeLong() <= kShort; }
+bool IsShort(const v1::ReleaseContextRequest& request) { return request.ByteSizeLong() <= kShort; }
+
+bool TryCall(SharedState& state, const v1::ForwardRequest& request, CallControl control,
+             v1::ForwardResponse* response, absl::Status* status) {
+  return TryIt(state, request, request.session_id(), Effort::kForward, Elements(request.input()),
+               std::move(control), response, status);
+}
+
+bool TryCall(SharedState& state, const v1::BackwardRequest& request, CallControl control,
+             v1::BackwardResponse* response, absl::Status* status) {
+  return TryIt(state, request, request.mutation().session_id(), Effort::kBackward,
+               Elements(request.output_grad()), std::move(control), response, status);
+}
+
+bool TryCall(SharedState& state, const v1::ApplyGradientsRequest& request, CallControl control,
+             v1::ApplyGradientsResponse* response, absl::Status* status) {
+  return TryIt(state, request, request.mutation().session_id(), Effort::kParameters, 0,
+               std::move(control), response, status);
+}
+
+bool TryCall(SharedState& state, const v1::ZeroGradientsRequest& request, CallControl control,
+             v1::ZeroGradientsResponse* response, absl::Status* status) {
+  return TryIt(state, request, request.mutation().session_id(), Effort::kParameters, 0,
+               std::move(control), response, status);
+}
+
+bool TryCall(SharedState& state, const v1::ReleaseContextRequest& request, CallControl control,
+             v1::ReleaseContextResponse* response, absl::Status* status) {
+  return TryIt(state, request, request.session_id(), Effort::kNone, 0, std::move(control), response,
+               status);
 }
 
 }  // namespace lamina

@@ -1,46 +1,75 @@
 #include "server/service/layer_service.h"
 
-#include "server/service/calls.h"
 #include "server/service/execute_stream.h"
 #include "server/service/layer_calls.h"
-#include "server/service/status.h"
+#include "server/service/serve.h"
 
 namespace lamina {
+namespace {
 
-grpc::Status LayerServiceImpl::Forward(grpc::ServerContext* context,
-                                       const v1::ForwardRequest* request,
-                                       v1::ForwardResponse* response) {
-  return ToGrpc(RunCall(state_, *request, ControlOf(context), response));
+// Runs the call here if that takes no time to speak of; else on the device's own thread, if that is
+// idle, with the answer sent from there; else on a thread on which it may wait.
+template <typename Request, typename Response>
+grpc::ServerUnaryReactor* Serve(SharedState& state, Workers& workers,
+                                grpc::CallbackServerContext* context, const Request* request,
+                                Response* response) {
+  CallControl control = ControlOf(context);
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  absl::Status done;
+  if (TryCall(state, *request, control, response, &done)) {
+    reactor->Finish(ToGrpc(done));
+    return reactor;
+  }
+  control.has_turn = true;
+  const auto on_device = [=, &state, &workers] {
+    const absl::Status status =
+        Guarded([&] { return RunCall(state, *request, control, response); });
+    if (IsNotNow(status)) {
+      AnswerOnWorker(state, workers, context, request, response, reactor);
+    } else {
+      reactor->Finish(ToGrpc(status));
+    }
+  };
+  if (!IsShort(*request) || !state.engine.TryPost(on_device))
+    AnswerOnWorker(state, workers, context, request, response, reactor);
+  return reactor;
 }
 
-grpc::Status LayerServiceImpl::Backward(grpc::ServerContext* context,
-                                        const v1::BackwardRequest* request,
-                                        v1::BackwardResponse* response) {
-  return ToGrpc(RunCall(state_, *request, ControlOf(context), response));
+}  // namespace
+
+grpc::ServerUnaryReactor* LayerServiceImpl::Forward(grpc::CallbackServerContext* context,
+                                                    const v1::ForwardRequest* request,
+                                                    v1::ForwardResponse* response) {
+  return Serve(state_, workers_, context, request, response);
 }
 
-grpc::Status LayerServiceImpl::ApplyGradients(grpc::ServerContext* context,
-                                              const v1::ApplyGradientsRequest* request,
-                                              v1::ApplyGradientsResponse* response) {
-  return ToGrpc(RunCall(state_, *request, ControlOf(context), response));
+grpc::ServerUnaryReactor* LayerServiceImpl::Backward(grpc::CallbackServerContext* context,
+                                                     const v1::BackwardRequest* request,
+                                                     v1::BackwardResponse* response) {
+  return Serve(state_, workers_, context, request, response);
 }
 
-grpc::Status LayerServiceImpl::ZeroGradients(grpc::ServerContext* context,
-                                             const v1::ZeroGradientsRequest* request,
-                                             v1::ZeroGradientsResponse* response) {
-  return ToGrpc(RunCall(state_, *request, ControlOf(context), response));
+grpc::ServerUnaryReactor* LayerServiceImpl::ApplyGradients(grpc::CallbackServerContext* context,
+                                                           const v1::ApplyGradientsRequest* request,
+                                                           v1::ApplyGradientsResponse* response) {
+  return Serve(state_, workers_, context, request, response);
 }
 
-grpc::Status LayerServiceImpl::ReleaseContext(grpc::ServerContext* context,
-                                              const v1::ReleaseContextRequest* request,
-                                              v1::ReleaseContextResponse* response) {
-  return ToGrpc(RunCall(state_, *request, ControlOf(context), response));
+grpc::ServerUnaryReactor* LayerServiceImpl::ZeroGradients(grpc::CallbackServerContext* context,
+                                                          const v1::ZeroGradientsRequest* request,
+                                                          v1::ZeroGradientsResponse* response) {
+  return Serve(state_, workers_, context, request, response);
 }
 
-grpc::Status LayerServiceImpl::Execute(
-    grpc::ServerContext* context,
-    grpc::ServerReaderWriter<v1::ExecuteResponse, v1::ExecuteRequest>* stream) {
-  return ToGrpc(RunExecuteStream(state_, ControlOf(context), *stream));
+grpc::ServerUnaryReactor* LayerServiceImpl::ReleaseContext(grpc::CallbackServerContext* context,
+                                                           const v1::ReleaseContextRequest* request,
+                                                           v1::ReleaseContextResponse* response) {
+  return Serve(state_, workers_, context, request, response);
+}
+
+grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse>* LayerServiceImpl::Execute(
+    grpc::CallbackServerContext* context) {
+  return NewExecuteStream(state_, workers_, context);
 }
 
 }  // namespace lamina

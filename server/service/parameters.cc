@@ -96,9 +96,9 @@ absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
   return absl::OkStatus();
 }
 
-absl::Status StreamParametersTo(SharedState& state, const ParameterQuery& query,
-                                const CallControl& control,
-                                grpc::ServerWriter<v1::StreamParametersResponse>* writer) {
+absl::Status StreamParametersTo(
+    SharedState& state, const ParameterQuery& query, const CallControl& control,
+    absl::FunctionRef<bool(const v1::StreamParametersResponse&)> write) {
   auto reads = Describe(state, query);
   if (!reads.ok()) return reads.status();
   for (const ParameterRead& read : *reads) {
@@ -114,7 +114,7 @@ absl::Status StreamParametersTo(SharedState& state, const ParameterQuery& query,
       SetShape(read.info.shape, chunk.mutable_shape());
       chunk.set_offset_bytes(offset);
       chunk.set_data(values.get() + offset, std::min(kChunk, bytes - offset));
-      if (!writer->Write(chunk)) return absl::CancelledError("the client has gone");
+      if (!write(chunk)) return absl::CancelledError("the client has gone");
     }
   }
   return absl::OkStatus();

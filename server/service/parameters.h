@@ -2,11 +2,10 @@
 // back.
 #pragma once
 
-#include <grpcpp/support/sync_stream.h>
-
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "lamina/v1/config_service.pb.h"
 #include "server/service/shared_state.h"
@@ -27,10 +26,10 @@ absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
                               const CallControl& control,
                               google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors);
 
-// One tensor after another, each in chunks.
+// One tensor after another, each in chunks. CANCELLED: `write` said that nobody takes them.
 absl::Status StreamParametersTo(SharedState& state, const ParameterQuery& query,
                                 const CallControl& control,
-                                grpc::ServerWriter<v1::StreamParametersResponse>* writer);
+                                absl::FunctionRef<bool(const v1::StreamParametersResponse&)> write);
 
 absl::Status WriteParametersFrom(SharedState& state, const v1::SetParametersRequest& request,
                                  Session& session, const CallControl& control);

@@ -1,26 +1,16 @@
 #include "server/service/session_service.h"
 
 #include <grpcpp/alarm.h>
-#include <spdlog/spdlog.h>
 
 #include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 
-#include "absl/strings/escaping.h"
-#include "absl/strings/str_cat.h"
 #include "server/service/status.h"
 
 namespace lamina {
 namespace {
-
-void Fill(const Region& region, v1::Region* out) {
-  out->set_region_id(region.id());
-  out->set_kind(v1::REGION_KIND_MEMFD);
-  out->set_length_bytes(region.length());
-  out->set_registered(region.registered());
-}
 
 // One KeepAlive stream. Its end is the session's end, and the session's end, however it comes, is
 // its end.
@@ -127,76 +117,9 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
 
 }  // namespace
 
-grpc::Status SessionServiceImpl::CreateSession(grpc::ServerContext*,
-                                               const v1::CreateSessionRequest* request,
-                                               v1::CreateSessionResponse* response) {
-  const Gate::Pass pass(state_.gate);
-  if (!pass.status().ok()) return ToGrpc(pass.status());
-  auto opened = state_.sessions.Open(request->client_name());
-  if (!opened.ok()) return ToGrpc(opened.status());
-  const SessionOptions& options = state_.sessions.options();
-  response->set_session_id(opened->id);
-  response->set_lease_seconds(absl::ToDoubleSeconds(options.lease));
-  response->set_broker_path(state_.broker_path);
-  response->set_region_cap_bytes(options.region_cap_bytes);
-  response->set_region_cap(options.region_cap);
-  spdlog::info("event=session_opened session={} client=\"{}\"", opened->session->key(),
-               absl::CEscape(opened->session->client_name()));
-  return grpc::Status::OK;
-}
-
 grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::KeepAliveResponse>* SessionServiceImpl::KeepAlive(
     grpc::CallbackServerContext*) {
   return new Keeper(state_);  // deletes itself in OnDone
-}
-
-grpc::Status SessionServiceImpl::DeleteSession(grpc::ServerContext*,
-                                               const v1::DeleteSessionRequest* request,
-                                               v1::DeleteSessionResponse*) {
-  return ToGrpc(state_.sessions.Delete(request->session_id()));
-}
-
-grpc::Status SessionServiceImpl::CreateRegion(grpc::ServerContext*,
-                                              const v1::CreateRegionRequest* request,
-                                              v1::CreateRegionResponse* response) {
-  const Gate::Pass pass(state_.gate);
-  if (!pass.status().ok()) return ToGrpc(pass.status());
-  auto session = state_.sessions.Find(request->session_id());
-  if (!session.ok()) return ToGrpc(session.status());
-  switch (request->kind()) {
-    case v1::REGION_KIND_UNSPECIFIED:
-    case v1::REGION_KIND_MEMFD:
-      break;
-    case v1::REGION_KIND_DEVICE:
-      return ToGrpc(absl::UnimplementedError(
-          "kind: REGION_KIND_DEVICE is not offered by this version; use MEMFD"));
-    default:
-      return ToGrpc(absl::InvalidArgumentError(
-          absl::StrCat("kind: ", static_cast<int>(request->kind()), " must be REGION_KIND_MEMFD")));
-  }
-  auto region = (*session)->CreateRegion(request->size_bytes());
-  if (!region.ok()) return ToGrpc(region.status());
-  Fill(**region, response->mutable_region());
-  return grpc::Status::OK;
-}
-
-grpc::Status SessionServiceImpl::ListRegions(grpc::ServerContext*,
-                                             const v1::ListRegionsRequest* request,
-                                             v1::ListRegionsResponse* response) {
-  const Gate::Pass pass(state_.gate);
-  if (!pass.status().ok()) return ToGrpc(pass.status());
-  auto session = state_.sessions.Find(request->session_id());
-  if (!session.ok()) return ToGrpc(session.status());
-  for (const auto& region : (*session)->ListRegions()) Fill(*region, response->add_regions());
-  return grpc::Status::OK;
-}
-
-grpc::Status SessionServiceImpl::ReleaseRegion(grpc::ServerContext*,
-                                               const v1::ReleaseRegionRequest* request,
-                                               v1::ReleaseRegionResponse*) {
-  auto session = state_.sessions.Find(request->session_id());
-  if (!session.ok()) return ToGrpc(session.status());
-  return ToGrpc((*session)->ReleaseRegion(request->region_id()));
 }
 
 }  // namespace lamina

@@ -20,7 +20,7 @@ class ContextTest : public ::testing::Test {
         .status();
   }
   absl::Status Release(SessionKey session, const std::string& id, const std::string& stack = "s") {
-    return rig_.engine().ReleaseContext(stack, session, id);
+    return rig_.engine().ReleaseContext(stack, session, id, {});
   }
   int64_t Outstanding() { return Value(rig_.engine().GetStack("s")).outstanding_contexts; }
 

@@ -126,12 +126,12 @@ TEST_F(DeviceQueueTest, DropsACallWhoseDeadlinePassesWhileItWaits) {
 }
 
 TEST_F(DeviceQueueTest, ACallThatHasBegunOutlivesItsDeadline) {
-  EXPECT_OK(queue_.Run({.deadline = absl::Now() + absl::Milliseconds(20)}, Admission::kCall,
-                       [&](Clock::time_point) {
-                         std::this_thread::sleep_for(std::chrono::milliseconds(60));
-                         ++runs_;
-                         return absl::OkStatus();
-                       }));
+  const absl::Time deadline = absl::Now() + absl::Milliseconds(500);
+  EXPECT_OK(queue_.Run({.deadline = deadline}, Admission::kCall, [&](Clock::time_point) {
+    absl::SleepFor(deadline - absl::Now() + absl::Milliseconds(20));
+    ++runs_;
+    return absl::OkStatus();
+  }));
   EXPECT_EQ(runs_, 1);
 }
 
@@ -209,9 +209,71 @@ TEST_F(DeviceQueueTest, MemoryThatRunsOutIsAStatus) {
   EXPECT_OK(Nothing({}));
 }
 
+TEST_F(DeviceQueueTest, WhoHasTheTurnRunsHereAndOthersWait) {
+  std::thread waiter;
+  {
+    const DeviceTurn turn = queue_.TryTurn();
+    ASSERT_TRUE(turn);
+    EXPECT_FALSE(queue_.TurnIsWanted());
+    EXPECT_FALSE(queue_.TryTurn());
+    EXPECT_FALSE(queue_.TryPost([] {}));
+    waiter = std::thread([&] { EXPECT_OK(Nothing({})); });
+    WaitUntil([&] { return Depth() == 1; });
+    EXPECT_TRUE(queue_.TurnIsWanted());
+    EXPECT_OK(queue_.Run({.has_turn = true}, Admission::kCall, [&](Clock::time_point) {
+      EXPECT_EQ(runs_, 0) << "the waiting call was let past";
+      return absl::OkStatus();
+    }));
+    EXPECT_EQ(runs_, 0);
+  }
+  waiter.join();
+  EXPECT_EQ(runs_, 1);
+  EXPECT_TRUE(queue_.TryTurn()) << "it was given back";
+}
+
+TEST_F(DeviceQueueTest, WhatIsPostedRunsOnTheDeviceThreadInItsTurn) {
+  std::thread::id device, posted;
+  EXPECT_OK(queue_.Run({}, Admission::kCall, [&](Clock::time_point) {
+    device = std::this_thread::get_id();
+    return absl::OkStatus();
+  }));
+  std::atomic<bool> open{false}, done{false};
+  ASSERT_TRUE(queue_.TryPost([&] {
+    WaitUntil([&] { return open.load(); });
+    posted = std::this_thread::get_id();
+    // The last to let go of a session may be the device thread itself.
+    EXPECT_OK(Nothing({}, Admission::kAlways));
+    EXPECT_EQ(runs_, 1);
+    done = true;
+  }));
+  EXPECT_FALSE(queue_.TryTurn());
+  EXPECT_FALSE(queue_.TryPost([] {}));
+  std::thread waiter([&] { EXPECT_OK(Nothing({})); });
+  WaitUntil([&] { return queue_.TurnIsWanted(); });
+  open = true;
+  waiter.join();
+  EXPECT_TRUE(done) << "the waiting call was let past";
+  EXPECT_EQ(posted, device);
+  EXPECT_EQ(runs_, 2);
+}
+
+TEST_F(DeviceQueueTest, DrainWaitsForTheTurnAndNobodyTakesItAfterwards) {
+  std::thread drainer;
+  {
+    const DeviceTurn turn = queue_.TryTurn();
+    drainer = std::thread([&] { queue_.Drain(); });
+    WaitUntil([&] { return queue_.TurnIsWanted(); });
+    EXPECT_FALSE(queue_.drained());
+  }
+  drainer.join();
+  EXPECT_FALSE(queue_.TryTurn());
+  EXPECT_FALSE(queue_.TryPost([] {}));
+}
+
 TEST_F(DeviceQueueTest, ManyThreadsLoseNothing) {
   DeviceQueue queue(64, &metrics_);
-  int64_t sum = 0;  // the device thread's
+  int64_t sum = 0;  // whoever's turn it is
+  std::atomic<int64_t> posted{0};
   std::vector<std::thread> threads;
   for (int t = 0; t < 6; ++t)
     threads.emplace_back([&] {
@@ -222,9 +284,19 @@ TEST_F(DeviceQueueTest, ManyThreadsLoseNothing) {
                               return absl::OkStatus();
                             }));
     });
+  for (int t = 0; t < 2; ++t)
+    threads.emplace_back([&] {
+      for (int i = 0; i < 300; ++i) {
+        if (const DeviceTurn turn = queue.TryTurn()) {
+          ++sum;
+          ++posted;
+        }
+        if (queue.TryPost([&] { ++sum; })) ++posted;
+      }
+    });
   for (std::thread& thread : threads) thread.join();
   queue.Drain();
-  EXPECT_EQ(sum, 1800);
+  EXPECT_EQ(sum, 1800 + posted);
 }
 
 }  // namespace

@@ -352,7 +352,7 @@ TEST(Steps, FromManyThreadsAtOnce) {
       for (uint64_t i = 0; i < 15; ++i) {
         rig.ForwardBackward(session == 1 ? "a" : "b", session, i);
         Value(rig.engine().ApplyGradients("a", {.learning_rate = 1e-3}, false, {}));
-        rig.engine().ReleaseContext("a", session, "7").IgnoreError();
+        rig.engine().ReleaseContext("a", session, "7", {}).IgnoreError();
       }
       rig.Forward("b", session, 1);
       rig.engine().EndSession(session);
@@ -393,7 +393,7 @@ TEST(Drain, RefusesWhatIsNewAndLetsTheFinalCheckpointThrough) {
   EXPECT_EQ(engine.GetStack("s").status().code(), kUnavailable);
   EXPECT_EQ(engine.PlanMemory(TinyConfig()).status().code(), kUnavailable);
   EXPECT_EQ(engine.LoadCheckpoint("s", "", false, {}).status().code(), kUnavailable);
-  EXPECT_EQ(engine.ReleaseContext("s", kSession, id).code(), kUnavailable);
+  EXPECT_EQ(engine.ReleaseContext("s", kSession, id, {}).code(), kUnavailable);
   EXPECT_OK(engine.SaveCheckpoint("s", "final", {}).status());
   EXPECT_THAT(folder.Files(), ::testing::ElementsAre("final.safetensors"));
   engine.EndSession(kSession);
@@ -420,7 +420,7 @@ TEST(DeviceFailure, StopsEverythingAfterwards) {
   EXPECT_EQ(engine.GetStack("s").status().code(), kUnavailable);
   EXPECT_EQ(engine.ZeroGradients("s", {}).code(), kUnavailable);
   EXPECT_EQ(engine.DeleteStack("s", {}).code(), kUnavailable);
-  EXPECT_EQ(engine.ReleaseContext("s", kSession, id).code(), kUnavailable);
+  EXPECT_EQ(engine.ReleaseContext("s", kSession, id, {}).code(), kUnavailable);
   EXPECT_GE(rig.Metric("lamina_admission_rejections_total{reason=\"device_failed\"}"), 5);
   engine.EndSession(kSession);  // and the destructor: both must come to an end
 }

@@ -246,7 +246,7 @@ TEST(Recomputation, IsRefusedOnceWeightsHaveChanged) {
             .status(),
         IsStatus(kPrecondition, "weights of its layers have changed"));
     EXPECT_EQ(rig.Snapshot("s"), before) << "the context is unspent";
-    EXPECT_OK(engine.ReleaseContext("s", kSession, id));
+    EXPECT_OK(engine.ReleaseContext("s", kSession, id, {}));
     rig.ForwardBackward("s", kSession, 3);
   }
 }

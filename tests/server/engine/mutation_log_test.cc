@@ -57,6 +57,33 @@ TEST(Digest, IsSha256) {
   EXPECT_NE(DigestOf(""), digest);
 }
 
+TEST_F(MutationLogTest, WhoHasTheTurnNeitherWaitsNorDisturbs) {
+  const CallControl here{.has_turn = true};
+  RunOne(1);
+  EXPECT_TRUE(IsNotNow(Begin(3, "three", here).status())) << "2 may be on its way";
+  auto two = Begin(2, "two", here);
+  ASSERT_TRUE(two.ok());
+  EXPECT_TRUE(IsNotNow(Begin(3, "three", here).status()));
+  EXPECT_TRUE(IsNotNow(Begin(2, "two", here).status())) << "its answer isn't there yet";
+  Waiter four, three;
+  BeginLater(three, 3, "three");
+  ExpectWaits(three);
+  BeginLater(four, 4, "four");
+  ExpectWaits(four);
+  // Whoever waits for 3 must not take this for its end.
+  EXPECT_TRUE(IsNotNow(Begin(3, "three", here).status()));
+  ExpectWaits(four);
+  log_.Commit(2, "answer 2");
+  three.thread.join();
+  EXPECT_OK(three.ticket.status());
+  log_.Commit(3, "answer 3");
+  four.thread.join();
+  EXPECT_OK(four.ticket.status());
+  const auto again = Begin(3, "three", here);
+  ASSERT_TRUE(again.ok());
+  EXPECT_EQ(*again->replay, "answer 3");
+}
+
 TEST_F(MutationLogTest, RunsEachSequenceOnce) {
   RunOne(1);
   RunOne(2);

@@ -286,7 +286,7 @@ TEST(Packed, ContextsRunOutAndComeBack) {
   const std::string before = rig.Snapshot("s");
   EXPECT_THAT(rig.engine().Forward(f.call, {}).status(), IsStatus(kExhausted, "bytes"));
   EXPECT_EQ(rig.Snapshot("s"), before);
-  EXPECT_OK(rig.engine().ReleaseContext("s", kSession, id));
+  EXPECT_OK(rig.engine().ReleaseContext("s", kSession, id, {}));
   EXPECT_OK(rig.engine().Forward(f.call, {}).status());
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "server/service/execute_stream.h"
 #include "tests/server/service/service_rig.h"
@@ -237,6 +238,78 @@ TEST_F(ExecuteTest, AWaitingCallIsCancelled) {
   EXPECT_OK(stream.Finish());
   EXPECT_EQ(client.Describe().forward_count(), 0u);
   client.Train();  // its sequence is free
+}
+
+// The test's stack is so small that gRPC's threads run its calls: as on a card, the device's own
+// thread runs them here.
+class ExecuteOnDeviceTest : public ::testing::Test {
+ protected:
+  ExecuteOnDeviceTest() { client.Create(); }
+
+  Service service{{.host_memory = false}};
+  Client client{service.address()};
+};
+
+TEST_F(ExecuteOnDeviceTest, StreamsAndCallsTakeTurns) {
+  constexpr uint64_t kSteps = 30;
+  const auto drive = [&](const std::string& stack) {
+    Client own(service.address());
+    own.Create(stack);
+    const MappedRegion region = own.Region();
+    ExecuteClient stream(own);
+    for (uint64_t step = 0; step < kSteps; ++step) {
+      v1::ForwardRequest forward = own.TrainRequest(step);
+      forward.set_stack(stack);
+      *forward.mutable_input() = SliceOf(region.id, 0);
+      *forward.mutable_output() = TargetOf(region.id, kBytes);
+      forward.mutable_mutation()->set_sequence(2 * step + 1);
+      const uint64_t id = stream.Send(forward);
+      v1::BackwardRequest backward = own.BackwardRequestFor("");
+      backward.set_stack(stack);
+      *backward.mutable_output_grad() = SliceOf(region.id, kBytes);
+      backward.mutable_mutation()->set_sequence(2 * step + 2);
+      stream.SendBackward(backward, id);
+    }
+    for (uint64_t call = 1; call <= 2 * kSteps; ++call) EXPECT_OK(stream.Outcome(call));
+    EXPECT_OK(stream.Finish());
+    EXPECT_EQ(own.Describe(stack).forward_count(), kSteps);
+  };
+  std::vector<std::thread> threads;
+  for (const char* stack : {"one", "two"}) threads.emplace_back(drive, stack);
+  for (uint64_t i = 0; i < kSteps; ++i) client.Do(client.EvalRequest(i));
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST_F(ExecuteOnDeviceTest, ACallThatWaitsForItsTurnIsCancelled) {
+  ExecuteClient stream(client);
+  uint64_t first = 0;
+  {
+    Blocker blocker(service.engine());
+    first = stream.Send(client.EvalRequest());
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    stream.Send([&](v1::ExecuteRequest& r) { r.set_cancel(first); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  }
+  EXPECT_THAT(stream.Outcome(first), IsStatus(kCancelled, "nothing has changed"));
+  EXPECT_OK(stream.Finish());
+}
+
+TEST_F(ExecuteTest, ASessionThatEndsDuringItsCallsIsNoDeadlock) {
+  // Whoever of a call's threads lets go of the session last has the device free its contexts.
+  for (int round = 0; round < 20; ++round) {
+    Client ending(service.address());
+    std::thread calls([&] {
+      for (int i = 0; i < 50; ++i) {
+        if (!ending.Send(ending.EvalRequest()).ok()) return;
+      }
+    });
+    std::this_thread::sleep_for(std::chrono::microseconds(300 * round));
+    v1::DeleteSessionRequest request;
+    request.set_session_id(ending.session_id);
+    EXPECT_OK(ending.Send(request));
+    calls.join();
+  }
+  client.Do(client.EvalRequest());
 }
 
 TEST_F(ExecuteTest, ATimeoutIsACallsOwn) {

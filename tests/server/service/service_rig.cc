@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
+#include "server/service/rpc_metrics.h"
 #include "tests/server/session/broker_client.h"
 
 namespace lamina::testing {
@@ -19,6 +20,7 @@ namespace lamina::testing {
 Service::Service(const ServiceOptions& options)
     : address_("unix:" + folder_.path() + "/s.sock"),
       metrics_({.version = "0", .commit = "", .backend = "cpu", .device = "test"}) {
+  OrderedByGrpc();  // another service's calls, which have been answered, logged to the last one
   auto logger = std::make_shared<spdlog::logger>(
       "test", std::make_shared<spdlog::sinks::ostream_sink_mt>(log_));
   logger->set_pattern("%v");

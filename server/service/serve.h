@@ -1,0 +1,58 @@
+// From gRPC's callbacks to the calls, which are plain functions
+//   absl::Status RunCall(SharedState&, const Request&, const CallControl&, Response*).
+#pragma once
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <new>
+
+#include "absl/status/status.h"
+#include "server/service/shared_state.h"
+#include "server/service/status.h"
+#include "server/service/workers.h"
+
+namespace lamina {
+
+// A call's deadline and whether its client has gone. The context must outlive the result.
+inline CallControl ControlOf(grpc::ServerContextBase* context) {
+  CallControl control;
+  const auto deadline = context->deadline();
+  if (deadline != std::chrono::system_clock::time_point::max()) {
+    control.deadline = absl::FromChrono(deadline);
+  }
+  control.cancelled = [context] { return context->IsCancelled(); };
+  return control;
+}
+
+// What `run` (absl::Status()) says, also where host memory runs out in it.
+template <typename Run>
+absl::Status Guarded(Run run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("the daemon ran out of host memory during the call");
+  }
+}
+
+// Runs a unary call on a thread on which it may wait, and answers it by its reactor.
+template <typename Request, typename Response>
+void AnswerOnWorker(SharedState& state, Workers& workers, grpc::CallbackServerContext* context,
+                    const Request* request, Response* response, grpc::ServerUnaryReactor* reactor) {
+  workers.Run([=, &state] {
+    reactor->Finish(
+        ToGrpc(Guarded([&] { return RunCall(state, *request, ControlOf(context), response); })));
+  });
+}
+
+// The whole of a method whose calls may wait.
+template <typename Request, typename Response>
+grpc::ServerUnaryReactor* ServeOnWorker(SharedState& state, Workers& workers,
+                                        grpc::CallbackServerContext* context,
+                                        const Request* request, Response* response) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  AnswerOnWorker(state, workers, context, request, response, reactor);
+  return reactor;
+}
+
+}  // namespace lamina
