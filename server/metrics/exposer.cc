@@ -1,8 +1,14 @@
 #include "server/metrics/exposer.h"
 
 #include <CivetServer.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <exception>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -18,6 +24,24 @@ thread_local std::string start_messages;
 int KeepMessage(const mg_connection*, const char* message) {
   absl::StrAppend(&start_messages, start_messages.empty() ? "" : "; ", message);
   return 1;  // it shall not print it itself
+}
+
+// Connects to the address and hangs up. What goes wrong is of no interest.
+void Knock(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  std::string host = address.substr(0, colon);
+  if (host.size() > 2 && host.front() == '[') host = host.substr(1, host.size() - 2);
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (getaddrinfo(host.c_str(), address.c_str() + colon + 1, &hints, &found) != 0) return;
+  for (const addrinfo* a = found; a != nullptr; a = a->ai_next) {
+    const int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0) continue;
+    static_cast<void>(connect(fd, a->ai_addr, a->ai_addrlen));
+    close(fd);
+  }
+  freeaddrinfo(found);
 }
 
 }  // namespace
@@ -55,6 +79,18 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std:
   return result;
 }
 
-MetricsExposer::~MetricsExposer() = default;
+MetricsExposer::~MetricsExposer() {
+  // The HTTP server looks whether it shall end when somebody connects, else every two seconds only.
+  std::atomic<bool> ended{false};
+  std::thread knocking([&] {
+    while (!ended) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      Knock(address_);
+    }
+  });
+  exposer_.reset();
+  ended = true;
+  knocking.join();
+}
 
 }  // namespace lamina

@@ -15,7 +15,7 @@ from daemon import BINARY, ROOT
 def need(language, *tools):
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"no {language} toolchain here: {', '.join(missing)} missing (scripts/setup installs it)")
+        pytest.skip(f"no {language} toolchain here: {', '.join(missing)} missing (scripts/setup tests installs it)")
 
 
 def run(*words, **options):
