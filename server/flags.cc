@@ -132,6 +132,13 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->envname("LAMINA_LEASE")
       ->check(CLI::Range(0.1, 86400.0))
       ->capture_default_str();
+  f.resume_grace_cap_seconds = 60;
+  app.add_option("--resume-grace-cap", f.resume_grace_cap_seconds,
+                 "Longest time that a session whose KeepAlive stream broke waits to be resumed, "
+                 "seconds; sessions ask for theirs; 0: none waits")
+      ->envname("LAMINA_RESUME_GRACE_CAP")
+      ->check(CLI::Range(0.0, 86400.0))
+      ->capture_default_str();
   f.drain_seconds = 30;
   app.add_option("--drain-timeout", f.drain_seconds,
                  "Longest wait for running calls when stopped, seconds")

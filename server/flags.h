@@ -25,6 +25,7 @@ struct Flags {
   uint64_t region_cap_bytes = 0;
   uint64_t total_region_cap_bytes = 0;
   double lease_seconds = 0;
+  double resume_grace_cap_seconds = 0;
   double drain_seconds = 0;
   std::vector<uid_t> allow_uids;
   bool insecure = false;

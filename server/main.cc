@@ -41,6 +41,7 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const Flags& flags) {
 SessionOptions ToSessionOptions(const Flags& flags) {
   SessionOptions options;
   options.lease = absl::Seconds(flags.lease_seconds);
+  options.resume_grace_cap = absl::Seconds(flags.resume_grace_cap_seconds);
   options.session_cap = flags.session_cap;
   options.region_cap = flags.region_cap;
   options.region_cap_bytes = flags.region_cap_bytes;
@@ -117,8 +118,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
   const std::unique_ptr<SessionManager> sessions =
       SessionManager::Create(ToSessionOptions(flags), std::move(hooks));
   metrics.SetRefresh([&] {
-    metrics.SetSessions(sessions->live_sessions(), sessions->live_regions(),
-                        sessions->region_bytes());
+    metrics.SetSessions(sessions->live_sessions(), sessions->adrift_sessions(),
+                        sessions->live_regions(), sessions->region_bytes());
   });
 
   std::unique_ptr<Broker> broker;

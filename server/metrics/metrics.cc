@@ -29,7 +29,10 @@ constexpr const char* kRejectionNames[kRejections] = {
 constexpr const char* kCheckpointOpNames[] = {"save", "load"};
 // What a session manager can say; the last stands for anything else.
 constexpr const char* kSessionEndNames[] = {
-    "deleted", "keep_alive_closed", "keep_alive_silent", "lease_expired", "shutdown", "other"};
+    "deleted",           "keep_alive_closed", "keep_alive_broken",
+    "keep_alive_silent", "lease_expired",     "grace_over",
+    "protocol_error",    "shutdown",          "other"};
+constexpr const char* kResumptionNames[kResumptions] = {"break", "takeover"};
 constexpr const char* kCodeNames[] = {
     "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
@@ -184,12 +187,19 @@ MetricSet::MetricSet(const BuildInfo& build)
   stacks_ = OneGauge(r, "lamina_stacks", "Stacks that exist.");
   contexts_ = OneGauge(r, "lamina_contexts", "Activation contexts that wait for their Backward.");
   sessions_ = OneGauge(r, "lamina_sessions", "Live sessions.");
+  adrift_ = OneGauge(r, "lamina_sessions_adrift",
+                     "Live sessions whose KeepAlive stream broke and that can be resumed.");
   regions_ = OneGauge(r, "lamina_regions", "Live shared-memory regions.");
   region_bytes_ = OneGauge(r, "lamina_region_bytes", "Bytes of live shared-memory regions.");
   auto& ended =
       CounterFamily(r, "lamina_sessions_ended_total", "Sessions that ended, by what ended them.");
   for (const char* reason : kSessionEndNames)
     session_ends_.emplace_back(reason, &ended.Add({{"reason", reason}}));
+  auto& resumed = CounterFamily(r, "lamina_sessions_resumed_total",
+                                "KeepAlive streams that resumed a session, by what became of the "
+                                "stream before.");
+  for (size_t i = 0; i < kResumptions; ++i)
+    resumptions_[i] = &resumed.Add({{"after", kResumptionNames[i]}});
 
   auto& checkpoints = HistogramFamily(r, "lamina_checkpoint_duration_seconds",
                                       "Time of a checkpoint's save or load, in seconds.");
@@ -265,8 +275,10 @@ void MetricSet::SetActivations(size_t bytes_in_use, size_t bytes_high_water) {
 void MetricSet::SetStacks(int64_t stacks) { stacks_->Set(static_cast<double>(stacks)); }
 void MetricSet::SetContexts(int64_t contexts) { contexts_->Set(static_cast<double>(contexts)); }
 
-void MetricSet::SetSessions(int64_t sessions, int64_t regions, size_t region_bytes) {
+void MetricSet::SetSessions(int64_t sessions, int64_t adrift, int64_t regions,
+                            size_t region_bytes) {
   sessions_->Set(static_cast<double>(sessions));
+  adrift_->Set(static_cast<double>(adrift));
   regions_->Set(static_cast<double>(regions));
   region_bytes_->Set(static_cast<double>(region_bytes));
 }
@@ -278,6 +290,10 @@ void MetricSet::SessionEnded(absl::string_view reason) {
     return;
   }
   session_ends_.back().second->Increment();
+}
+
+void MetricSet::SessionResumed(Resumption how) {
+  resumptions_[static_cast<size_t>(how)]->Increment();
 }
 
 void MetricSet::CheckpointDone(CheckpointOp op, double seconds, uint64_t bytes) {

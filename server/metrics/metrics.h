@@ -54,6 +54,11 @@ enum class Rejection : uint8_t {
 };
 inline constexpr size_t kRejections = 7;
 
+// What became of a session's KeepAlive stream before the one that resumes it: it broke, or it stood
+// still (as one does whose client lost it unnoticed here) and was taken over.
+enum class Resumption : uint8_t { kBreak, kTakeover };
+inline constexpr size_t kResumptions = 2;
+
 enum class CheckpointOp : uint8_t { kSave, kLoad };
 
 // One step that was done. Counts that a direction has not are zero.
@@ -117,9 +122,11 @@ class MetricSet {
   void SetActivations(size_t bytes_in_use, size_t bytes_high_water);
   void SetStacks(int64_t stacks);
   void SetContexts(int64_t contexts);
-  void SetSessions(int64_t sessions, int64_t regions, size_t region_bytes);
+  // `adrift`: those of the sessions whose keeper broke and that can be resumed.
+  void SetSessions(int64_t sessions, int64_t adrift, int64_t regions, size_t region_bytes);
   // `reason` as the session manager says it; one that is not known counts as "other".
   void SessionEnded(absl::string_view reason);
+  void SessionResumed(Resumption how);
 
   // --- checkpoints ---
   void CheckpointDone(CheckpointOp op, double seconds, uint64_t bytes);
@@ -157,10 +164,11 @@ class MetricSet {
   std::array<prometheus::Gauge*, kDeviceMemoryKinds> device_memory_{};
   std::array<prometheus::Histogram*, 2> checkpoint_seconds_{};
   std::vector<std::pair<std::string, prometheus::Counter*>> session_ends_;
+  std::array<prometheus::Counter*, kResumptions> resumptions_{};
   prometheus::Counter *skipped_steps_, *loss_scale_growths_, *loss_scale_backoffs_;
   prometheus::Gauge *gradient_norm_, *loss_scale_;
   prometheus::Gauge *queue_depth_, *activations_, *activations_high_water_;
-  prometheus::Gauge *stacks_, *contexts_, *sessions_, *regions_, *region_bytes_;
+  prometheus::Gauge *stacks_, *contexts_, *sessions_, *adrift_, *regions_, *region_bytes_;
   prometheus::Gauge *checkpoint_bytes_, *checkpoint_timestamp_, *serving_;
 
   prometheus::Family<prometheus::Counter>* rpc_started_;

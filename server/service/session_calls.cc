@@ -21,7 +21,12 @@ absl::Status RunCall(SharedState& state, const v1::CreateSessionRequest& request
                      const CallControl&, v1::CreateSessionResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
-  auto opened = state.sessions.Open(request.client_name());
+  const double grace = request.resume_grace_seconds();
+  if (!(grace >= 0)) {  // nor a number that is none
+    return absl::InvalidArgumentError(
+        absl::StrCat("resume_grace_seconds: ", grace, " must be at least 0"));
+  }
+  auto opened = state.sessions.Open(request.client_name(), absl::Seconds(grace));
   if (!opened.ok()) return opened.status();
   const SessionOptions& options = state.sessions.options();
   response->set_session_id(opened->id);
@@ -29,8 +34,10 @@ absl::Status RunCall(SharedState& state, const v1::CreateSessionRequest& request
   response->set_broker_path(state.broker_path);
   response->set_region_cap_bytes(options.region_cap_bytes);
   response->set_region_cap(options.region_cap);
-  spdlog::info("event=session_opened session={} client=\"{}\"", opened->session->key(),
-               absl::CEscape(opened->session->client_name()));
+  const double granted = absl::ToDoubleSeconds(opened->session->resume_grace());
+  response->set_resume_grace_seconds(granted);
+  spdlog::info("event=session_opened session={} client=\"{}\" resume_grace_seconds={}",
+               opened->session->key(), absl::CEscape(opened->session->client_name()), granted);
   return absl::OkStatus();
 }
 

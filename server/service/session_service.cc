@@ -1,6 +1,7 @@
 #include "server/service/session_service.h"
 
 #include <grpcpp/alarm.h>
+#include <spdlog/spdlog.h>
 
 #include <memory>
 #include <mutex>
@@ -12,14 +13,18 @@
 namespace lamina {
 namespace {
 
-// One KeepAlive stream. Its end is the session's end, and the session's end, however it comes, is
-// its end.
+// One KeepAlive stream. The session's end, however it comes, is its end. Its own end is the
+// session's, or leaves that adrift where it broke and the session has a grace.
+//
+// Whether it broke is known for certain only when it is done: a read fails alike when the client
+// has sent its last message and when the client is gone, but only the former hears the status.
 //
 // Threads: gRPC runs the On... methods one after another; Close may come from any thread at any
 // time, so who wants to do that holds a Link, which knows whether the stream is still there.
 class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::KeepAliveResponse> {
  public:
-  explicit Keeper(SharedState& state) : state_(state), link_(std::make_shared<Link>()) {
+  Keeper(SharedState& state, const grpc::CallbackServerContext& context)
+      : state_(state), context_(context), link_(std::make_shared<Link>()) {
     link_->keeper = this;
     // A client that opens a stream must say whose it is, or the stream would stay for ever.
     first_message_.Set(absl::ToChronoTime(absl::Now() + state_.sessions.options().lease),
@@ -32,22 +37,22 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
   void OnReadDone(bool ok) override {
     if (!ok) {
       // The client closed its side, or is gone, or this side has finished.
-      Leave(kClosed, absl::OkStatus());
+      Close(*link_, absl::OkStatus());
       return;
     }
     if (session_id_.empty()) {
       if (absl::Status status = Bind(); !status.ok()) {
-        Leave("", status);
+        Close(*link_, status);
         return;
       }
     } else if (!request_.session_id().empty() && request_.session_id() != session_id_) {
-      Leave("protocol_error",
-            absl::InvalidArgumentError("session_id: a KeepAlive stream keeps one session"));
+      state_.sessions.UnbindKeeper(session_id_, keeper_, "protocol_error");
+      Close(*link_, absl::InvalidArgumentError("session_id: a KeepAlive stream keeps one session"));
       return;
     }
     auto session = state_.sessions.Find(session_id_);
     if (!session.ok()) {
-      Leave("", absl::DeadlineExceededError(kSilent));  // the reaper was faster
+      Close(*link_, absl::DeadlineExceededError(kSilent));  // the reaper was faster
       return;
     }
     response_.set_applied_sequence(state_.mutations.For((*session)->key())->applied());
@@ -58,16 +63,18 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
     if (ok) {
       StartRead(&request_);  // fails where the stream was closed meanwhile
     } else {
-      Leave(kClosed, absl::OkStatus());
+      Close(*link_, absl::OkStatus());
     }
   }
 
   void OnCancel() override {}  // reads and writes fail then
 
-  void OnDone() override { delete this; }
+  void OnDone() override {
+    if (!session_id_.empty()) Leave();
+    delete this;
+  }
 
  private:
-  static constexpr const char* kClosed = "keep_alive_closed";
   static constexpr const char* kSilent =
       "the session's lease has ended: no message for lease_seconds";
 
@@ -87,30 +94,49 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
     if (keeper != nullptr) keeper->Finish(ToGrpc(status));
   }
 
-  absl::Status Bind() {
-    auto lost = [link = link_](const std::string& reason) {
-      Close(*link, reason == "deleted" ? absl::NotFoundError("session_id: the session was deleted")
-                                       : absl::DeadlineExceededError(kSilent));
-    };
-    absl::Status status = state_.sessions.BindKeeper(request_.session_id(), std::move(lost));
-    if (!status.ok()) return status;
-    session_id_ = request_.session_id();
-    first_message_.Cancel();
-    return status;
+  static absl::Status StatusOfLoss(const std::string& reason) {
+    if (reason == "deleted") return absl::NotFoundError("session_id: the session was deleted");
+    if (reason == "taken_over")
+      return absl::AbortedError("another KeepAlive stream of the session took over from this one");
+    return absl::DeadlineExceededError(kSilent);
   }
 
-  void Leave(const std::string& reason, const absl::Status& status) {
-    if (!session_id_.empty()) {
-      // At the daemon's end it is gRPC that cuts the streams.
-      state_.sessions.UnbindKeeper(session_id_, state_.gate.closed() ? "shutdown" : reason);
+  absl::Status Bind() {
+    auto lost = [link = link_](const std::string& reason) { Close(*link, StatusOfLoss(reason)); };
+    auto keeping = state_.sessions.BindKeeper(request_.session_id(), std::move(lost));
+    if (!keeping.ok()) return keeping.status();
+    session_id_ = request_.session_id();
+    keeper_ = keeping->keeper;
+    session_key_ = keeping->session->key();
+    first_message_.Cancel();
+    if (keeping->arrival != SessionManager::Arrival::kFirst) {
+      const bool took_over = keeping->arrival == SessionManager::Arrival::kTookOver;
+      state_.metrics.SessionResumed(took_over ? Resumption::kTakeover : Resumption::kBreak);
+      spdlog::info("event=session_resumed session={} after={} adrift_seconds={:.3f}", session_key_,
+                   took_over ? "takeover" : "break", absl::ToDoubleSeconds(keeping->adrift));
     }
-    Close(*link_, status);
+    return absl::OkStatus();
+  }
+
+  // What the stream's end means for its session. Nothing where that has ended, or was taken over.
+  void Leave() {
+    if (state_.gate.closed()) {
+      // At the daemon's end it is gRPC that cuts the streams, and nobody comes back.
+      state_.sessions.UnbindKeeper(session_id_, keeper_, "shutdown");
+    } else if (!context_.IsCancelled()) {
+      state_.sessions.UnbindKeeper(session_id_, keeper_, "keep_alive_closed");
+    } else if (state_.sessions.BreakKeeper(session_id_, keeper_)) {
+      spdlog::info("event=keep_alive_broken session={}", session_key_);
+    }
   }
 
   SharedState& state_;
+  const grpc::CallbackServerContext& context_;  // lives until OnDone has returned
   const std::shared_ptr<Link> link_;
   grpc::Alarm first_message_;
   std::string session_id_;  // empty until the first message named it
+  uint64_t keeper_ = 0;     // from then on: this stream's number there
+  uint64_t session_key_ = 0;
   v1::KeepAliveRequest request_;
   v1::KeepAliveResponse response_;
 };
@@ -118,8 +144,8 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
 }  // namespace
 
 grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::KeepAliveResponse>* SessionServiceImpl::KeepAlive(
-    grpc::CallbackServerContext*) {
-  return new Keeper(state_);  // deletes itself in OnDone
+    grpc::CallbackServerContext* context) {
+  return new Keeper(state_, *context);  // deletes itself in OnDone
 }
 
 }  // namespace lamina

@@ -40,12 +40,14 @@ absl::Status NoSession() {
 
 class SessionImpl final : public Session {
  public:
-  SessionImpl(uint64_t key, std::string client_name, int64_t region_cap, size_t byte_cap,
-              std::shared_ptr<Ledger> total, std::shared_ptr<const SessionHooks> hooks)
+  SessionImpl(uint64_t key, std::string client_name, absl::Duration resume_grace,
+              const SessionOptions& options, std::shared_ptr<Ledger> total,
+              std::shared_ptr<const SessionHooks> hooks)
       : key_(key),
         client_name_(std::move(client_name)),
-        region_cap_(region_cap),
-        ledger_(std::make_shared<Ledger>(byte_cap)),
+        resume_grace_(resume_grace),
+        region_cap_(options.region_cap),
+        ledger_(std::make_shared<Ledger>(options.region_cap_bytes)),
         total_(std::move(total)),
         hooks_(std::move(hooks)) {}
 
@@ -57,6 +59,7 @@ class SessionImpl final : public Session {
 
   uint64_t key() const override { return key_; }
   const std::string& client_name() const override { return client_name_; }
+  absl::Duration resume_grace() const override { return resume_grace_; }
 
   absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) override {
     if (bytes < 1 || bytes > kLargestRegion) {
@@ -121,12 +124,15 @@ class SessionImpl final : public Session {
 
   // The manager's; guarded by its mutex.
   absl::Time expires;
-  bool has_keeper = false;
-  SessionManager::Lost lost;
+  uint64_t keeper = 0;        // 0: none
+  SessionManager::Lost lost;  // the keeper's
+  bool adrift = false;        // its keeper broke, and `expires` is the end of the grace
+  absl::Time adrift_since;
 
  private:
   const uint64_t key_;
   const std::string client_name_;
+  const absl::Duration resume_grace_;
   const int64_t region_cap_;
   const std::shared_ptr<Ledger> ledger_, total_;
   const std::shared_ptr<const SessionHooks> hooks_;
@@ -156,7 +162,8 @@ class SessionManagerImpl final : public SessionManager {
     for (auto& [id, session] : sessions_) session->EndFor("shutdown");
   }
 
-  absl::StatusOr<Opened> Open(const std::string& client_name) override {
+  absl::StatusOr<Opened> Open(const std::string& client_name,
+                              absl::Duration resume_grace) override {
     const bool printable = std::all_of(client_name.begin(), client_name.end(),
                                        [](char c) { return c >= 0x20 && c < 0x7F; });
     if (client_name.size() > kLongestName || !printable) {
@@ -172,8 +179,9 @@ class SessionManagerImpl final : public SessionManager {
             absl::StrCat("there are ", sessions_.size(),
                          " sessions, the most that this daemon holds (--session-cap)"));
       }
-      auto session = std::make_shared<SessionImpl>(++last_key_, client_name, options_.region_cap,
-                                                   options_.region_cap_bytes, total_, hooks_);
+      auto session = std::make_shared<SessionImpl>(
+          ++last_key_, client_name, std::min(resume_grace, options_.resume_grace_cap), options_,
+          total_, hooks_);
       session->expires = absl::Now() + options_.lease;
       sessions_[opened.id] = session;
       opened.session = std::move(session);
@@ -186,34 +194,70 @@ class SessionManagerImpl final : public SessionManager {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return NoSession();
-    found->second->expires = absl::Now() + options_.lease;
+    if (!found->second->adrift) found->second->expires = absl::Now() + options_.lease;
     return std::shared_ptr<Session>(found->second);
   }
 
-  absl::Status BindKeeper(const std::string& id, Lost lost) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = sessions_.find(id);
-    if (found == sessions_.end()) return NoSession();
-    if (found->second->has_keeper) {
-      return absl::AlreadyExistsError("the session has a KeepAlive stream already");
-    }
-    found->second->has_keeper = true;
-    found->second->lost = std::move(lost);
-    found->second->expires = absl::Now() + options_.lease;
-    return absl::OkStatus();
-  }
-
-  void UnbindKeeper(const std::string& id, const std::string& reason) override {
+  absl::StatusOr<Keeping> BindKeeper(const std::string& id, Lost lost) override {
+    Keeping keeping;
+    Lost taken_over;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const auto found = sessions_.find(id);
+      if (found == sessions_.end()) return NoSession();
+      SessionImpl& session = *found->second;
+      const absl::Time now = absl::Now();
+      if (session.adrift) {
+        if (session.expires <= now) return NoSession();  // the reaper is about to come
+        keeping.arrival = Arrival::kReconnected;
+        keeping.adrift = now - session.adrift_since;
+        session.adrift = false;
+      } else if (session.keeper != 0) {
+        if (session.resume_grace() == absl::ZeroDuration()) {
+          return absl::AlreadyExistsError("the session has a KeepAlive stream already");
+        }
+        keeping.arrival = Arrival::kTookOver;
+        taken_over = std::move(session.lost);
+      }
+      session.keeper = keeping.keeper = ++last_keeper_;
+      session.lost = std::move(lost);
+      session.expires = now + options_.lease;
+      keeping.session = found->second;
+    }
+    if (taken_over) taken_over("taken_over");
+    return keeping;
+  }
+
+  void UnbindKeeper(const std::string& id, uint64_t keeper, const std::string& reason) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = KeptBy(id, keeper);
       if (found == sessions_.end()) return;
-      found->second->EndFor(reason);
-      found->second->lost = nullptr;
-      leaving_.push_back(std::move(found->second));
-      sessions_.erase(found);
+      LeaveToReaper(found, reason);
     }
     changed_.notify_all();
+  }
+
+  bool BreakKeeper(const std::string& id, uint64_t keeper) override {
+    bool adrift = false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = KeptBy(id, keeper);
+      if (found == sessions_.end()) return false;
+      SessionImpl& session = *found->second;
+      adrift = session.resume_grace() > absl::ZeroDuration();
+      if (adrift) {
+        session.keeper = 0;
+        session.lost = nullptr;
+        session.adrift = true;
+        session.adrift_since = absl::Now();
+        session.expires = session.adrift_since + session.resume_grace();
+      } else {
+        LeaveToReaper(found, "keep_alive_broken");
+      }
+    }
+    changed_.notify_all();
+    return adrift;
   }
 
   absl::Status Delete(const std::string& id) override {
@@ -232,6 +276,11 @@ class SessionManagerImpl final : public SessionManager {
     std::lock_guard<std::mutex> lock(mutex_);
     return static_cast<int64_t>(sessions_.size());
   }
+  int64_t adrift_sessions() const override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::count_if(sessions_.begin(), sessions_.end(),
+                         [](const auto& entry) { return entry.second->adrift; });
+  }
   int64_t live_regions() const override { return total_->count.load(); }
   size_t region_bytes() const override { return total_->bytes(); }
   const SessionOptions& options() const override { return options_; }
@@ -245,6 +294,21 @@ class SessionManagerImpl final : public SessionManager {
     Lost lost;
   };
 
+  // The session, if this is its keeper. Needs mutex_.
+  Sessions::iterator KeptBy(const std::string& id, uint64_t keeper) {
+    const auto found = sessions_.find(id);
+    const bool kept = found != sessions_.end() && keeper != 0 && found->second->keeper == keeper;
+    return kept ? found : sessions_.end();
+  }
+
+  // Ends a session whose keeper knows it; the rest is the reaper's. Needs mutex_.
+  void LeaveToReaper(Sessions::iterator found, const std::string& reason) {
+    found->second->EndFor(reason);
+    found->second->lost = nullptr;
+    leaving_.push_back(std::move(found->second));
+    sessions_.erase(found);
+  }
+
   // Needs mutex_.
   Ended Take(Sessions::iterator found, const std::string& reason) {
     Ended ended{std::move(found->second), nullptr};
@@ -255,7 +319,13 @@ class SessionManagerImpl final : public SessionManager {
     return ended;
   }
 
-  // The reaper's thread: ends what is silent, and what UnbindKeeper left to it.
+  // Why a session ends whose time has run out.
+  static const char* ReasonToExpire(const SessionImpl& session) {
+    if (session.adrift) return "grace_over";
+    return session.keeper != 0 ? "keep_alive_silent" : "lease_expired";
+  }
+
+  // The reaper's thread: ends those whose time has run out, and what LeaveToReaper left to it.
   void Reap() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_) {
@@ -265,8 +335,7 @@ class SessionManagerImpl final : public SessionManager {
       for (auto it = sessions_.begin(); it != sessions_.end();) {
         const auto here = it++;
         if (here->second->expires <= now) {
-          expired.push_back(
-              Take(here, here->second->has_keeper ? "keep_alive_silent" : "lease_expired"));
+          expired.push_back(Take(here, ReasonToExpire(*here->second)));
         } else {
           next = std::min(next, here->second->expires);
         }
@@ -295,6 +364,7 @@ class SessionManagerImpl final : public SessionManager {
   Sessions sessions_;                                  // by id; guarded by mutex_
   std::vector<std::shared_ptr<SessionImpl>> leaving_;  // for the reaper; guarded by mutex_
   uint64_t last_key_ = 0;                              // guarded by mutex_
+  uint64_t last_keeper_ = 0;                           // guarded by mutex_
   bool stopping_ = false;                              // guarded by mutex_
   std::thread reaper_;
 };

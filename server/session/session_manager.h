@@ -5,6 +5,10 @@
 // new call finds it; the calls that found it before finish; as the last of them lets go, the end
 // hook runs (the engine frees the contexts), the regions are unmapped, their bytes uncharged.
 //
+// A session may have a grace. If its keeper breaks, it is adrift: calls find it as before, and it
+// ends when the grace is over unless another keeper is bound until then. Calls do not prolong the
+// grace: who is there to call is there to bind a keeper.
+//
 // Session and region ids are 128-bit capabilities in hexadecimal; they appear in no status message
 // and no log line. Threads: all methods from any thread.
 #pragma once
@@ -37,6 +41,7 @@ class Region {
 
 struct SessionOptions {
   absl::Duration lease = absl::Seconds(30);
+  absl::Duration resume_grace_cap = absl::Seconds(60);  // longest grace that a session gets
   int64_t session_cap = 1024;
   int64_t region_cap = 256;                          // regions a session
   size_t region_cap_bytes = size_t{8} << 30;         // bytes a session's regions have together
@@ -48,7 +53,8 @@ struct SessionHooks {
   std::function<absl::Status(void* data, size_t bytes)> register_host;  // pin for DMA; empty: none
   std::function<void(void* data)> unregister_host;
   // Free contexts; may block until the device is free. The reason is for metrics and the log:
-  // "deleted", "lease_expired", "keep_alive_silent", "shutdown", or what UnbindKeeper was given.
+  // "deleted", "lease_expired", "keep_alive_silent", "keep_alive_broken", "grace_over", "shutdown",
+  // or what UnbindKeeper was given.
   std::function<void(uint64_t key, const std::string& reason)> ended;
 };
 
@@ -59,6 +65,7 @@ class Session {
   virtual ~Session() = default;
   virtual uint64_t key() const = 0;  // no secret; never used twice
   virtual const std::string& client_name() const = 0;
+  virtual absl::Duration resume_grace() const = 0;  // as granted; zero: none
 
   // RESOURCE_EXHAUSTED with the numbers of the cap, or of the memory that is free; INVALID_ARGUMENT
   // for size 0 or over 2^46; NOT_FOUND once the session has ended.
@@ -78,20 +85,38 @@ class SessionManager {
     std::string id;
     std::shared_ptr<Session> session;
   };
-  virtual absl::StatusOr<Opened> Open(const std::string& client_name) = 0;
+  // `resume_grace`, >= 0, is granted up to the cap. INVALID_ARGUMENT: the name.
+  // RESOURCE_EXHAUSTED: the cap on sessions.
+  virtual absl::StatusOr<Opened> Open(const std::string& client_name,
+                                      absl::Duration resume_grace = absl::ZeroDuration()) = 0;
   // Renews the lease. NOT_FOUND.
   virtual absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id) = 0;
-  // Binds the lease to a KeepAlive stream: one a session (ALREADY_EXISTS). `lost` may be empty; it
-  // is called, once and without locks held, if the session ends in another way than by
-  // UnbindKeeper.
+
+  // How a keeper came to a session: as its first, to one that was adrift, or in place of another.
+  enum class Arrival : uint8_t { kFirst, kReconnected, kTookOver };
+  struct Keeping {
+    uint64_t keeper = 0;  // what UnbindKeeper and BreakKeeper take; never used twice
+    Arrival arrival = Arrival::kFirst;
+    absl::Duration adrift;  // how long nobody had kept it: more than zero if reconnected
+    std::shared_ptr<Session> session;
+  };
+  // Binds the lease to a KeepAlive stream: one a session. Where there is one already it is told
+  // that it is taken over if the session has a grace; else this one is refused (ALREADY_EXISTS).
+  // NOT_FOUND. `lost` may be empty; it is called, once and without locks held, if the session ends
+  // in another way than by this keeper, or is taken over: then its reason is "taken_over".
   using Lost = std::function<void(const std::string& reason)>;
-  virtual absl::Status BindKeeper(const std::string& id, Lost lost) = 0;
-  // Ends the session; the end hook runs on another thread. Nothing happens where it has ended.
-  virtual void UnbindKeeper(const std::string& id, const std::string& reason) = 0;
+  virtual absl::StatusOr<Keeping> BindKeeper(const std::string& id, Lost lost) = 0;
+  // The keeper has ended in order. Ends the session; the end hook runs on another thread. Nothing
+  // happens where that has ended, or has another keeper.
+  virtual void UnbindKeeper(const std::string& id, uint64_t keeper, const std::string& reason) = 0;
+  // The keeper is gone without a word. True: the session is adrift now. False: it had no grace and
+  // ends for "keep_alive_broken", or nothing happened, as for UnbindKeeper.
+  virtual bool BreakKeeper(const std::string& id, uint64_t keeper) = 0;
   // Ends the session; where no call holds it, its end hook has run when this returns. NOT_FOUND.
   virtual absl::Status Delete(const std::string& id) = 0;
 
   virtual int64_t live_sessions() const = 0;
+  virtual int64_t adrift_sessions() const = 0;  // of those
   virtual int64_t live_regions() const = 0;
   virtual size_t region_bytes() const = 0;
   virtual const SessionOptions& options() const = 0;

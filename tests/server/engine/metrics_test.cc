@@ -116,6 +116,14 @@ TEST_F(MetricsTest, SessionEndsHaveBoundedReasons) {
   EXPECT_TRUE(Has("lamina_sessions_ended_total{reason=\"other\"} 2"));
 }
 
+TEST_F(MetricsTest, ResumedSessionsAreCountedByWhatCameBefore) {
+  metrics_.SessionResumed(Resumption::kBreak);
+  metrics_.SessionResumed(Resumption::kBreak);
+  metrics_.SessionResumed(Resumption::kTakeover);
+  EXPECT_TRUE(Has("lamina_sessions_resumed_total{after=\"break\"} 2"));
+  EXPECT_TRUE(Has("lamina_sessions_resumed_total{after=\"takeover\"} 1"));
+}
+
 TEST_F(MetricsTest, RpcsAreCountedByCode) {
   RpcMethodMetrics& forward = metrics_.Rpc("lamina.v1.LayerService", "Forward", "unary");
   EXPECT_EQ(&forward, &metrics_.Rpc("lamina.v1.LayerService", "Forward", "unary"));
@@ -136,11 +144,12 @@ TEST_F(MetricsTest, RpcsAreCountedByCode) {
 
 TEST_F(MetricsTest, RefreshRunsBeforeEachScrape) {
   int64_t sessions = 3;
-  metrics_.SetRefresh([&] { metrics_.SetSessions(sessions++, 2, 4096); });
+  metrics_.SetRefresh([&] { metrics_.SetSessions(sessions++, 1, 2, 4096); });
   EXPECT_TRUE(Has("lamina_sessions 3"));
   EXPECT_TRUE(Has("lamina_sessions 4"));
   EXPECT_TRUE(Has("lamina_region_bytes 4096"));
   metrics_.SetRefresh({});
+  EXPECT_TRUE(Has("lamina_sessions_adrift 1"));
   EXPECT_TRUE(Has("lamina_sessions 5"));
   EXPECT_TRUE(Has("lamina_sessions 5"));
 }

@@ -177,8 +177,9 @@ TEST(Server, TheLogTellsNoCapability) {
   remove.set_session_id(client.session_id);
   client.Do(remove);
   const std::string log = service.Log();
-  EXPECT_NE(log.find("event=session_opened session=1 client=\"test\"\n"), std::string::npos);
-  EXPECT_NE(log.find("client=\"quote\\\" and \\\\\"\n"), std::string::npos) << log;
+  EXPECT_NE(log.find("event=session_opened session=1 client=\"test\" resume_grace_seconds=0\n"),
+            std::string::npos);
+  EXPECT_NE(log.find("client=\"quote\\\" and \\\\\" resume"), std::string::npos) << log;
   EXPECT_NE(log.find("event=stack_created stack=s "), std::string::npos);
   EXPECT_NE(log.find("event=stack_deleted stack=s\n"), std::string::npos);
   for (const std::string& secret : {client.session_id, second, region.id})

@@ -1,6 +1,7 @@
 // SessionService: sessions, KeepAlive streams and regions, and each status that the contract lists.
 #include <chrono>
 #include <filesystem>
+#include <limits>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -51,8 +52,10 @@ absl::Status List(Client& client, const std::string& session_id) {
   return client.Send(request);
 }
 
-std::string NewSession(Client& client) {
-  return client.Do(v1::CreateSessionRequest()).session_id();
+std::string NewSession(Client& client, double resume_grace_seconds = 0) {
+  v1::CreateSessionRequest request;
+  request.set_resume_grace_seconds(resume_grace_seconds);
+  return client.Do(request).session_id();
 }
 
 TEST(SessionService, CreateSessionSaysTheTerms) {
@@ -72,6 +75,25 @@ TEST(SessionService, CreateSessionSaysTheTerms) {
   EXPECT_THAT(client.Send(request), IsStatus(kExhausted, "2 sessions"));
   request.set_client_name("\n");
   EXPECT_THAT(client.Send(request), IsStatus(kInvalid, "client_name"));
+}
+
+TEST(SessionService, CreateSessionGrantsAGraceUpToTheCap) {
+  Service service({.sessions = {.resume_grace_cap = absl::Seconds(5)}});
+  Client client(service.address());
+  v1::CreateSessionRequest request;
+  EXPECT_EQ(client.Do(request).resume_grace_seconds(), 0);
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const auto& [asked, granted] :
+       {std::pair{0.25, 0.25}, {5.0, 5.0}, {6.0, 5.0}, {infinity, 5.0}, {-0.0, 0.0}}) {
+    request.set_resume_grace_seconds(asked);
+    EXPECT_EQ(client.Do(request).resume_grace_seconds(), granted);
+  }
+  const int64_t sessions = service.sessions().live_sessions();
+  for (const double asked : {-1e-9, -infinity, std::numeric_limits<double>::quiet_NaN()}) {
+    request.set_resume_grace_seconds(asked);
+    EXPECT_THAT(client.Send(request), IsStatus(kInvalid, "resume_grace_seconds"));
+  }
+  EXPECT_EQ(service.sessions().live_sessions(), sessions);
 }
 
 TEST(SessionService, DeleteSession) {
@@ -177,7 +199,7 @@ TEST(KeepAlive, ItsEndIsTheSessionsEnd) {
     WaitUntil([&] { return client.Describe().outstanding_contexts() == 0; });
     WaitUntil([&] { return service.sessions().live_regions() == 0; });
   }
-  EXPECT_THAT(service.ended(), ElementsAre("keep_alive_closed", "keep_alive_closed"));
+  EXPECT_THAT(service.ended(), ElementsAre("keep_alive_closed", "keep_alive_broken"));
 }
 
 TEST(KeepAlive, ADeadConnectionIsTheSessionsEnd) {
@@ -287,6 +309,205 @@ TEST(KeepAlive, ManyStreamsTakeNoThreadEach) {
   }
   EXPECT_EQ(service.sessions().live_sessions(), 101);
   EXPECT_LT(threads(), 50);
+}
+
+// --- a KeepAlive stream that breaks, of a session with a grace ---
+
+class ResumeTest : public ::testing::Test {
+ protected:
+  explicit ResumeTest(const ServiceOptions& options = {}, double grace = 60)
+      : service(options), client(service.address()) {
+    client.Create();
+    client.session_id = NewSession(client, grace);
+  }
+
+  // How many sessions were resumed after a break, and by taking over.
+  std::pair<double, double> Resumed() {
+    return {service.Metric("lamina_sessions_resumed_total{after=\"break\"}"),
+            service.Metric("lamina_sessions_resumed_total{after=\"takeover\"}")};
+  }
+
+  Service service;
+  Client client;
+};
+
+TEST_F(ResumeTest, AnotherStreamResumesTheSessionAndLearnsWhatWasApplied) {
+  const MappedRegion region = client.Region();
+  const std::string context = client.Train();
+  {
+    Stream first(client);
+    ASSERT_TRUE(first.Say(client.session_id));
+    EXPECT_EQ(first.Hear(), 1);
+    first.Cancel();
+    EXPECT_EQ(first.Finish().code(), kCancelled);
+  }
+  WaitUntil([&] { return service.sessions().adrift_sessions() == 1; });
+  // Meanwhile its calls are served.
+  client.Back(context);
+  Stream second(client);
+  ASSERT_TRUE(second.Say(client.session_id));
+  EXPECT_EQ(second.Hear(), 2);
+  EXPECT_EQ(service.sessions().adrift_sessions(), 0);
+  EXPECT_EQ(service.sessions().live_regions(), 1);
+  EXPECT_EQ(Resumed(), (std::pair{1.0, 0.0}));
+  const std::string log = service.Log();
+  EXPECT_NE(log.find("event=keep_alive_broken session="), std::string::npos) << log;
+  EXPECT_NE(log.find("after=break adrift_seconds="), std::string::npos) << log;
+  EXPECT_EQ(log.find(client.session_id), std::string::npos);
+  EXPECT_TRUE(service.ended().empty());
+}
+
+TEST_F(ResumeTest, ADeadConnectionIsResumedOnAnother) {
+  const std::string context = client.Train();
+  {
+    Client dying(service.address());
+    Stream stream(dying);
+    ASSERT_TRUE(stream.Say(client.session_id));
+    EXPECT_EQ(stream.Hear(), 1);
+  }
+  WaitUntil([&] { return service.sessions().adrift_sessions() == 1; });
+  Stream stream(client);
+  ASSERT_TRUE(stream.Say(client.session_id));
+  EXPECT_EQ(stream.Hear(), 1);
+  client.Back(context);
+}
+
+// A repeat of what was lost runs once, whether the first one had run or not.
+TEST_F(ResumeTest, WhatWasSentBeforeTheBreakRunsOnce) {
+  const v1::ForwardRequest request = client.TrainRequest();
+  {
+    Stream stream(client);
+    ASSERT_TRUE(stream.Say(client.session_id));
+    EXPECT_EQ(stream.Hear(), 0);
+    Blocker blocker(service.engine());
+    grpc::ClientContext context;
+    std::thread call([&] {
+      v1::ForwardResponse unheard;
+      EXPECT_FALSE(client.layer->Forward(&context, request, &unheard).ok());
+    });
+    WaitUntil([&] { return service.Metric("lamina_queue_depth") == 1; });
+    stream.Cancel();
+    context.TryCancel();
+    call.join();
+    WaitUntil([&] { return service.sessions().adrift_sessions() == 1; });
+  }
+  Stream stream(client);
+  ASSERT_TRUE(stream.Say(client.session_id));
+  EXPECT_GE(stream.Hear(), 0);
+  EXPECT_FALSE(client.Do(request).context_id().empty());
+  EXPECT_EQ(client.Describe().forward_count(), 1u);
+  EXPECT_EQ(client.Describe().outstanding_contexts(), 1);
+  ASSERT_TRUE(stream.Say(""));
+  EXPECT_EQ(stream.Hear(), 1);
+}
+
+TEST_F(ResumeTest, AHalfCloseIsTheSessionsEndAllTheSame) {
+  Stream stream(client);
+  ASSERT_TRUE(stream.Say(client.session_id));
+  EXPECT_EQ(stream.Hear(), 0);
+  stream.Close();
+  EXPECT_EQ(stream.Hear(), -1);
+  EXPECT_TRUE(stream.Finish().ok());
+  WaitUntil([&] { return !service.ended().empty(); });
+  EXPECT_THAT(service.ended(), ElementsAre("keep_alive_closed"));
+}
+
+TEST_F(ResumeTest, ANewStreamTakesOverFromOneThatIsOpen) {
+  const std::string context = client.Train();
+  Stream old(client), young(client);
+  ASSERT_TRUE(old.Say(client.session_id));
+  EXPECT_EQ(old.Hear(), 1);
+  ASSERT_TRUE(young.Say(client.session_id));
+  EXPECT_EQ(young.Hear(), 1);
+  EXPECT_EQ(old.Hear(), -1);
+  EXPECT_THAT(old.Finish(), IsStatus(absl::StatusCode::kAborted, "took over"));
+  EXPECT_EQ(Resumed(), (std::pair{0.0, 1.0}));
+  client.Back(context);
+  ASSERT_TRUE(young.Say(""));
+  EXPECT_EQ(young.Hear(), 2);
+  EXPECT_EQ(service.sessions().adrift_sessions(), 0) << "the old one's end is nothing to it";
+  EXPECT_TRUE(service.ended().empty());
+}
+
+TEST_F(ResumeTest, AdriftItCanBeDeleted) {
+  client.Region();
+  {
+    Stream stream(client);
+    ASSERT_TRUE(stream.Say(client.session_id));
+    EXPECT_EQ(stream.Hear(), 0);
+  }
+  WaitUntil([&] { return service.sessions().adrift_sessions() == 1; });
+  v1::DeleteSessionRequest request;
+  request.set_session_id(client.session_id);
+  client.Do(request);
+  // The broker's thread may have it in hand for a moment still.
+  WaitUntil([&] { return service.sessions().live_regions() == 0; });
+  EXPECT_THAT(service.ended(), ElementsAre("deleted"));
+}
+
+TEST_F(ResumeTest, ADaemonThatDrainsDoesNotWait) {
+  Stream stream(client);
+  ASSERT_TRUE(stream.Say(client.session_id));
+  EXPECT_EQ(stream.Hear(), 0);
+  EXPECT_TRUE(service.gate().Close(absl::Now() + absl::Seconds(10)));
+  stream.Cancel();
+  (void)stream.Finish();
+  WaitUntil([&] { return !service.ended().empty(); });
+  EXPECT_THAT(service.ended(), ElementsAre("shutdown"));
+}
+
+class ShortGraceTest : public ResumeTest {
+ protected:
+  ShortGraceTest() : ResumeTest({}, 0.3) {}
+};
+
+TEST_F(ShortGraceTest, WhenTheGraceIsOverEverythingIsFreed) {
+  Client witness(service.address());
+  const MappedRegion region = client.Region();
+  client.Train();
+  {
+    Stream stream(client);
+    ASSERT_TRUE(stream.Say(client.session_id));
+    EXPECT_EQ(stream.Hear(), 1);
+  }
+  WaitUntil([&] { return service.sessions().live_regions() == 0; });
+  EXPECT_THAT(service.ended(), ElementsAre("grace_over"));
+  EXPECT_EQ(witness.Describe().outstanding_contexts(), 0);
+  Stream late(client);
+  late.Say(client.session_id);
+  EXPECT_EQ(late.Hear(), -1);
+  EXPECT_THAT(late.Finish(), IsStatus(kNotFound, "session_id"));
+  EXPECT_TRUE(witness.Send(witness.EvalRequest()).ok());
+}
+
+// The grace ends the session under a call that waits for the device: that finishes first.
+TEST_F(ShortGraceTest, ACallOutlivesTheGrace) {
+  const MappedRegion region = client.Region();
+  v1::ForwardRequest request = client.TrainRequest();
+  *request.mutable_output() = TargetOf(region.id, 0);
+  Client witness(service.address());
+  absl::Status status;
+  {
+    Blocker blocker(service.engine());
+    std::thread call([&] { status = client.Send(request); });
+    WaitUntil([&] { return service.Metric("lamina_queue_depth") == 1; });
+    {
+      Stream stream(client);
+      ASSERT_TRUE(stream.Say(client.session_id));
+      EXPECT_EQ(stream.Hear(), 0);
+    }
+    WaitUntil([&] { return List(client, client.session_id).code() == kNotFound; });
+    EXPECT_EQ(service.sessions().live_regions(), 1) << "held by the call";
+    EXPECT_TRUE(service.ended().empty());
+    blocker.Release();
+    call.join();
+  }
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_EQ(std::string(region.data, kBytes),
+            witness.Do(witness.EvalRequest()).output().inline_data());
+  WaitUntil([&] { return service.sessions().live_regions() == 0; });
+  EXPECT_THAT(service.ended(), ElementsAre("grace_over"));
+  EXPECT_EQ(witness.Describe().outstanding_contexts(), 0);
 }
 
 // --- regions ---

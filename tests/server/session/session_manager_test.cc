@@ -45,7 +45,7 @@ TEST(SessionManager, FindsItsOwnAndNothingElse) {
     const absl::Status status = rig.manager->Find(id).status();
     EXPECT_THAT(status, IsStatus(kNotFound, "session_id"));
     EXPECT_EQ(status, rig.manager->Delete(id)) << "every wrong id gets the same answer";
-    EXPECT_EQ(status, rig.manager->BindKeeper(id, nullptr));
+    EXPECT_EQ(status, rig.manager->BindKeeper(id, nullptr).status());
     EXPECT_TRUE(id.empty() || std::string(status.message()).find(id) == std::string::npos);
   }
 }
@@ -96,20 +96,24 @@ TEST(SessionManager, OneKeeperASession) {
   SessionRig rig;
   const std::string id = Value(rig.manager->Open("")).id;
   EXPECT_TRUE(rig.manager->BindKeeper(id, nullptr).ok());
-  EXPECT_THAT(rig.manager->BindKeeper(id, nullptr), IsStatus(kExists, "KeepAlive"));
+  EXPECT_THAT(rig.manager->BindKeeper(id, nullptr).status(), IsStatus(kExists, "KeepAlive"));
 }
 
 TEST(SessionManager, AKeepersEndIsTheSessionsEndAndIsNotToldToTheKeeper) {
   SessionRig rig;
   const std::string id = Value(rig.manager->Open("")).id;
   std::atomic<int> told{0};
-  ASSERT_TRUE(rig.manager->BindKeeper(id, [&](const std::string&) { ++told; }).ok());
-  rig.manager->UnbindKeeper(id, "keep_alive_closed");
+  const uint64_t keeper =
+      Value(rig.manager->BindKeeper(id, [&](const std::string&) { ++told; })).keeper;
+  rig.manager->UnbindKeeper(id, keeper + 1, "not this one's");
+  EXPECT_TRUE(rig.manager->Find(id).ok());
+  rig.manager->UnbindKeeper(id, keeper, "keep_alive_closed");
   EXPECT_FALSE(rig.manager->Find(id).ok());
   WaitUntil([&] { return !rig.events().empty(); });
   EXPECT_THAT(rig.events(), ElementsAre("ended 1 keep_alive_closed"));
-  rig.manager->UnbindKeeper(id, "again");
-  rig.manager->UnbindKeeper("nobody", "again");
+  rig.manager->UnbindKeeper(id, keeper, "again");
+  rig.manager->UnbindKeeper("nobody", keeper, "again");
+  EXPECT_FALSE(rig.manager->BreakKeeper(id, keeper));
   EXPECT_EQ(rig.events().size(), 1u);
   EXPECT_EQ(told, 0);
 }
@@ -134,6 +138,117 @@ TEST(SessionManager, AKeeperIsToldOfEveryOtherEnd) {
   EXPECT_THAT(told, ElementsAre("deleted", "keep_alive_silent"));
   WaitUntil([&] { return rig.events().size() == 2; });
   EXPECT_THAT(rig.events(), ElementsAre("ended 1 deleted", "ended 2 keep_alive_silent"));
+}
+
+// --- a grace ---
+
+using Arrival = SessionManager::Arrival;
+
+TEST(SessionManager, WithoutAGraceABrokenKeeperIsTheSessionsEnd) {
+  SessionRig rig;
+  const std::string id = Value(rig.manager->Open("")).id;
+  const uint64_t keeper = Value(rig.manager->BindKeeper(id, nullptr)).keeper;
+  EXPECT_FALSE(rig.manager->BreakKeeper(id, keeper));
+  EXPECT_FALSE(rig.manager->Find(id).ok());
+  WaitUntil([&] { return !rig.events().empty(); });
+  EXPECT_THAT(rig.events(), ElementsAre("ended 1 keep_alive_broken"));
+}
+
+TEST(SessionManager, TheGraceIsGrantedUpToTheCap) {
+  SessionRig rig({.resume_grace_cap = absl::Seconds(5)});
+  const auto granted = [&](absl::Duration asked) {
+    return Value(rig.manager->Open("", asked)).session->resume_grace();
+  };
+  EXPECT_EQ(granted(absl::Seconds(3)), absl::Seconds(3));
+  EXPECT_EQ(granted(absl::Seconds(7)), absl::Seconds(5));
+  EXPECT_EQ(granted(absl::InfiniteDuration()), absl::Seconds(5));
+  EXPECT_EQ(Value(rig.manager->Open("")).session->resume_grace(), absl::ZeroDuration());
+}
+
+TEST(SessionManager, ABrokenKeeperLeavesASessionWithAGraceAdriftUntilTheNextOne) {
+  SessionRig rig;
+  SessionManager::Opened opened = Value(rig.manager->Open("", absl::Seconds(60)));
+  const std::string region = Value(opened.session->CreateRegion(1))->id();
+  std::atomic<int> told{0};
+  const auto lost = [&](const std::string&) { ++told; };
+  const SessionManager::Keeping first = Value(rig.manager->BindKeeper(opened.id, lost));
+  EXPECT_EQ(first.arrival, Arrival::kFirst);
+  EXPECT_EQ(first.session->key(), opened.session->key());
+  for (int round = 0; round < 2; ++round) {
+    const uint64_t keeper = round == 0 ? first.keeper : first.keeper + 1;
+    EXPECT_EQ(rig.manager->adrift_sessions(), 0);
+    EXPECT_TRUE(rig.manager->BreakKeeper(opened.id, keeper));
+    EXPECT_FALSE(rig.manager->BreakKeeper(opened.id, keeper)) << "it is not its keeper any more";
+    EXPECT_EQ(rig.manager->adrift_sessions(), 1);
+    EXPECT_TRUE(Value(rig.manager->Find(opened.id))->FindRegion(region).ok());
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const SessionManager::Keeping next = Value(rig.manager->BindKeeper(opened.id, lost));
+    EXPECT_EQ(next.arrival, Arrival::kReconnected);
+    EXPECT_GE(next.adrift, absl::Milliseconds(20));
+    EXPECT_EQ(next.keeper, keeper + 1);
+    rig.manager->UnbindKeeper(opened.id, keeper, "the old one's");
+  }
+  EXPECT_TRUE(rig.manager->Find(opened.id).ok());
+  EXPECT_EQ(told, 0);
+  EXPECT_THAT(rig.events(), ElementsAre());
+}
+
+TEST(SessionManager, CallsDoNotProlongTheGrace) {
+  SessionRig rig({.lease = absl::Seconds(60)});
+  const std::string id = Value(rig.manager->Open("", absl::Milliseconds(300))).id;
+  ASSERT_TRUE(rig.manager->BreakKeeper(id, Value(rig.manager->BindKeeper(id, nullptr)).keeper));
+  const absl::Time broke = absl::Now();
+  WaitUntil([&] { return !rig.manager->Find(id).ok(); });
+  EXPECT_GE(absl::Now() - broke, absl::Milliseconds(290));
+  WaitUntil([&] { return !rig.events().empty(); });
+  EXPECT_THAT(rig.events(), ElementsAre("ended 1 grace_over"));
+  EXPECT_EQ(rig.manager->adrift_sessions(), 0);
+  EXPECT_THAT(rig.manager->BindKeeper(id, nullptr).status(), IsStatus(kNotFound, "session_id"));
+}
+
+// The lease counts what is heard of a session, and of one that is adrift nothing may be heard.
+TEST(SessionManager, TheGraceMayBeLongerThanTheLease) {
+  SessionRig rig(Lease(absl::Milliseconds(100)));
+  const std::string id = Value(rig.manager->Open("", absl::Seconds(60))).id;
+  ASSERT_TRUE(rig.manager->BreakKeeper(id, Value(rig.manager->BindKeeper(id, nullptr)).keeper));
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  ASSERT_TRUE(rig.manager->BindKeeper(id, nullptr).ok());
+  // With a keeper, silence counts again.
+  WaitUntil([&] { return !rig.events().empty(); });
+  EXPECT_THAT(rig.events(), ElementsAre("ended 1 keep_alive_silent"));
+}
+
+TEST(SessionManager, ANewKeeperTakesOverFromAnOpenOneThatIsTold) {
+  SessionRig rig;
+  const std::string id = Value(rig.manager->Open("", absl::Seconds(60))).id;
+  std::vector<std::string> told;
+  const auto lost = [&](const std::string& reason) { told.push_back(reason); };
+  const uint64_t old = Value(rig.manager->BindKeeper(id, lost)).keeper;
+  const SessionManager::Keeping next = Value(rig.manager->BindKeeper(id, nullptr));
+  EXPECT_EQ(next.arrival, Arrival::kTookOver);
+  EXPECT_THAT(told, ElementsAre("taken_over"));
+  // What the old one says from now on is nothing to the session.
+  EXPECT_FALSE(rig.manager->BreakKeeper(id, old));
+  rig.manager->UnbindKeeper(id, old, "keep_alive_closed");
+  EXPECT_TRUE(rig.manager->Find(id).ok());
+  EXPECT_EQ(rig.manager->adrift_sessions(), 0);
+  rig.manager->UnbindKeeper(id, next.keeper, "keep_alive_closed");
+  EXPECT_FALSE(rig.manager->Find(id).ok());
+  EXPECT_EQ(told.size(), 1u);
+}
+
+TEST(SessionManager, ASessionThatIsAdriftCanBeDeletedAndEndsWithTheManager) {
+  SessionRig rig;
+  const auto adrift = [&] {
+    const std::string id = Value(rig.manager->Open("", absl::Seconds(60))).id;
+    EXPECT_TRUE(rig.manager->BreakKeeper(id, Value(rig.manager->BindKeeper(id, nullptr)).keeper));
+    return id;
+  };
+  EXPECT_TRUE(rig.manager->Delete(adrift()).ok());
+  adrift();
+  EXPECT_THAT(rig.events(), ElementsAre("ended 1 deleted"));
+  rig.manager.reset();
+  EXPECT_THAT(rig.events(), ElementsAre("ended 1 deleted", "ended 2 shutdown"));
 }
 
 TEST(SessionManager, DeletingEndsAtOnceWhereNoCallRuns) {
@@ -181,9 +296,15 @@ TEST(SessionManager, ManyThreadsAtOnce) {
   for (int t = 0; t < 8; ++t) {
     threads.emplace_back([&, t] {
       for (int i = 0; i < 30; ++i) {
-        const std::string id = Value(rig.manager->Open(absl::StrCat(t))).id;
-        ASSERT_TRUE(rig.manager->BindKeeper(id, [](const std::string&) {}).ok());
+        const std::string id =
+            Value(rig.manager->Open(absl::StrCat(t), absl::Milliseconds(i % 4 * 10))).id;
         // The lease may end in the middle of this on a busy machine.
+        const auto bind = [&]() -> uint64_t {
+          auto keeping = rig.manager->BindKeeper(id, [](const std::string&) {});
+          return keeping.ok() ? keeping->keeper : 0;
+        };
+        uint64_t keeper = bind();
+        if (i % 2 == 1 && rig.manager->BreakKeeper(id, keeper)) keeper = bind();
         if (auto session = rig.manager->Find(id); session.ok()) {
           if (auto region = (*session)->CreateRegion(4096); region.ok()) {
             static_cast<char*>((*region)->data())[4095] = 1;
@@ -191,7 +312,7 @@ TEST(SessionManager, ManyThreadsAtOnce) {
           }
         }
         if (i % 3 == 0) (void)rig.manager->Delete(id);
-        if (i % 3 == 1) rig.manager->UnbindKeeper(id, "keep_alive_closed");
+        if (i % 3 == 1) rig.manager->UnbindKeeper(id, keeper, "keep_alive_closed");
         EXPECT_GE(rig.manager->live_regions(), 0);
       }
     });
