@@ -69,6 +69,28 @@ def test_a_client_killed_mid_step_leaves_nothing_behind():
         assert stack.info().outstanding_contexts == 0
 
 
+def test_a_client_that_hangs_loses_its_session_and_others_do_not_notice():
+    with Daemon("--lease", "2") as daemon, lamina.connect(daemon.target) as survivor:
+        stack = survivor.create_stack("shared", **CONFIG, max_contexts=16)
+        x = np.ones((4, 16, 32), np.float32)
+        y, context = stack.forward(x)
+        baseline = daemon.metrics()
+        child = subprocess.Popen(
+            [sys.executable, "-c", LOOP.format(path=str(ROOT / "client/python"), target=daemon.target)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+        assert child.stdout.readline() == b"running\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGSTOP)
+        wait_until(lambda: daemon.metrics()['lamina_sessions_ended_total{reason="keep_alive_silent"}'] == 1)
+        after = daemon.metrics()
+        for series in ("lamina_sessions", "lamina_contexts", "lamina_regions", "lamina_region_bytes"):
+            assert after[series] == baseline[series], series
+        stack.backward(context, y)
+        child.send_signal(signal.SIGCONT)
+        _, error = child.communicate(timeout=60)
+        assert child.returncode == 1 and b"this session has ended" in error, error
+
+
 def test_a_silent_session_ends_with_its_lease():
     with Daemon("--lease", "2") as daemon:  # longer than a busy machine takes for these calls
         raw = Raw(daemon.target)

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "lamina/kernels/backend.h"
@@ -41,6 +43,8 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> fail_allocation{-1};     // this Allocate from now on fails; 0 is the next
   std::atomic<int64_t> failing_allocations{1};  // so many from that one on
   std::atomic<int64_t> fail_op{-1};             // this op from now on fails; 0 is the next
+  std::atomic<int64_t> hold_op{-1};             // this op from now on waits; 0 is the next
+  std::atomic<bool> holding{false};             // it does, until a test makes this false
   void set_host_memory(bool host_memory) {
     info_.host_memory = host_memory;
     op_sizes_.claimed_host_memory = host_memory;
@@ -158,6 +162,10 @@ class CountingBackend final : public Backend {
   absl::Status Run(absl::Status (Backend::*op)(const Workspace&, const Args&), const Workspace& ws,
                    const Args& args) {
     if (fail_op >= 0 && fail_op-- == 0) return absl::InternalError("op failed on demand");
+    if (hold_op >= 0 && hold_op-- == 0) {
+      holding = true;
+      while (holding) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
     ++ops;
     if (ws.unordered) ++unordered_ops;
     if (log_ != nullptr) log_->Op(ws, args);

@@ -127,6 +127,106 @@ TEST_F(EndingsTest, ADeletedSessionsRunningCallFinishesInItsRegions) {
   EXPECT_EQ(witness.Describe().outstanding_contexts(), 0) << "its context went with it";
 }
 
+// In the middle of a step, which another mutation of the session and a call of another one wait
+// for.
+class MidStepTest : public EndingsTest, public ::testing::WithParamInterface<std::string> {
+ protected:
+  MidStepTest() : stream_context(NewContext()) {
+    stream = client.sessions->KeepAlive(stream_context.get());
+    v1::KeepAliveRequest hello;
+    hello.set_session_id(client.session_id);
+    v1::KeepAliveResponse response;
+    EXPECT_TRUE(stream->Write(hello) && stream->Read(&response));
+  }
+  ~MidStepTest() override {
+    stream_context->TryCancel();
+    (void)stream->Finish();
+  }
+
+  // Ends the client's session in the way that the case is called; it is gone when this returns.
+  void End() {
+    if (GetParam() == "deleted") {
+      v1::DeleteSessionRequest request;
+      request.set_session_id(client.session_id);
+      EXPECT_TRUE(client.Send(request).ok());
+    } else if (GetParam() == "keep_alive_closed") {
+      stream->WritesDone();
+    } else {
+      stream_context->TryCancel();
+    }
+    WaitUntil([&] { return service.sessions().live_sessions() == 1; });
+    EXPECT_TRUE(service.ended().empty()) << "a call holds it";
+  }
+
+  void Hold(int64_t op) { service.backend().hold_op = op; }
+  void WaitUntilHeld() {
+    WaitUntil([&] { return service.backend().holding.load(); });
+  }
+  void LetGo() { service.backend().holding = false; }
+
+  const std::unique_ptr<grpc::ClientContext> stream_context;
+  std::unique_ptr<grpc::ClientReaderWriter<v1::KeepAliveRequest, v1::KeepAliveResponse>> stream;
+};
+
+TEST_P(MidStepTest, AForwardFinishesInItsRegionsAndLeavesNoContext) {
+  Client witness(service.address());
+  const std::string expected = witness.Do(witness.EvalRequest()).output().inline_data();
+  const MappedRegion region = client.Region();
+  v1::ForwardRequest first = client.TrainRequest();
+  *first.mutable_output() = TargetOf(region.id, 0);
+  client.Took();
+  v1::ForwardRequest second = client.TrainRequest();
+  *second.mutable_output() = TargetOf(region.id, 8192);
+  Hold(3);
+  Async running(client, first);
+  WaitUntilHeld();
+  Async waiting(client, second), other(witness, witness.EvalRequest());
+  WaitUntil([&] { return Queued(service, 1); });
+  // The one that waits for its turn has found its session by then.
+  WaitUntil([&] {
+    return service.Metric(
+               "grpc_server_started_total{grpc_method=\"Forward\",grpc_service=\"lamina."
+               "v1.LayerService\",grpc_type=\"unary\"}") == 4;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  End();
+  EXPECT_EQ(client.Send(client.EvalRequest()).code(), kNotFound) << "no new call";
+  EXPECT_EQ(service.sessions().live_regions(), 1);
+  LetGo();
+  EXPECT_TRUE(running.Join().ok());
+  EXPECT_TRUE(waiting.Join().ok());
+  EXPECT_TRUE(other.Join().ok()) << "the other session did not notice";
+  EXPECT_EQ(std::string(region.data, kBytes), expected);
+  EXPECT_EQ(std::string(region.data + 8192, kBytes), expected);
+  WaitUntil([&] { return !service.ended().empty(); });
+  EXPECT_EQ(service.ended(), std::vector<std::string>{GetParam()});
+  WaitUntil([&] { return service.sessions().live_regions() == 0; });
+  EXPECT_EQ(service.sessions().region_bytes(), 0u);
+  EXPECT_EQ(witness.Describe().forward_count(), 2u);
+  EXPECT_EQ(witness.Describe().outstanding_contexts(), 0);
+}
+
+TEST_P(MidStepTest, ABackwardAddsItsGradientsWholly) {
+  Client witness(service.address());
+  witness.Back(witness.Train());
+  const std::string expected = witness.Parameters(/*gradients=*/true);
+  witness.Do(witness.ZeroRequest());
+  const std::string context = client.Train();
+  Hold(3);
+  Async running(client, client.BackwardRequestFor(context));
+  WaitUntilHeld();
+  End();
+  LetGo();
+  EXPECT_TRUE(running.Join().ok());
+  WaitUntil([&] { return !service.ended().empty(); });
+  EXPECT_EQ(witness.Parameters(/*gradients=*/true), expected);
+  EXPECT_EQ(witness.Describe().outstanding_contexts(), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Ends, MidStepTest,
+                         ::testing::Values("deleted", "keep_alive_closed", "keep_alive_broken"),
+                         [](const auto& ending) { return ending.param; });
+
 TEST_F(EndingsTest, AReleasedRegionStaysUntilTheCallIsDone) {
   const MappedRegion region = client.Region();
   v1::ForwardRequest request = client.EvalRequest();
