@@ -15,6 +15,14 @@ ON_CPU = os.environ.get("LAMINA_TEST_DEVICE", "cpu") == "cpu"
 START_SECONDS = 60  # a sanitizer's build on a busy machine
 
 
+def wait_until(condition, seconds=30):
+    """Returns once condition() holds; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
 class Daemon:
     """with Daemon(device="cpu") as d: lamina.connect(d.target). More arguments go to laminad as they are.
 

@@ -12,7 +12,7 @@ import grpc
 import lamina
 import numpy as np
 import pytest
-from daemon import ROOT, Daemon
+from daemon import ROOT, Daemon, wait_until
 from lamina.v1 import config_service_pb2 as cpb
 from lamina.v1 import layer_service_pb2 as lpb
 from lamina.v1 import session_service_pb2 as spb
@@ -20,13 +20,6 @@ from raw import SHAPE, Raw, refused
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=2, attn_dropout_ratio=0.1,
               hidden_dropout_ratio=0.1, seed=11)
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 LOOP = """

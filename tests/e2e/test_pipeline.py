@@ -11,7 +11,7 @@ import grpc
 import lamina
 import numpy as np
 import pytest
-from daemon import ON_CPU, Daemon
+from daemon import ON_CPU, Daemon, wait_until
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=3, seed=11, max_contexts=8)
 DROPOUT = dict(attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1)
@@ -36,13 +36,6 @@ def busy(client):
     """busy(p): an evaluation that takes a while is under way, and now others; returns the last."""
     stack = client.create_stack("long", **LONG)
     return lambda p, count=6: [p.forward(stack, LONG_X, training=False) for _ in range(count)][-1]
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def contexts(client, stack):

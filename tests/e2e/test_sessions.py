@@ -12,7 +12,7 @@ import grpc
 import lamina
 import numpy as np
 import pytest
-from daemon import ON_CPU, ROOT, Daemon
+from daemon import ON_CPU, ROOT, Daemon, wait_until
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=2, seed=11)
 # Steps of tens of milliseconds, on a card too.
@@ -20,13 +20,6 @@ LONG = dict(batch_size=8, max_seq_length=128, hidden_size=256, heads=4, num_hidd
             max_contexts=3)
 X = np.random.default_rng(5).standard_normal((4, 16, 32)).astype(np.float32)
 LONG_X = np.random.default_rng(5).standard_normal((8, 128, 256)).astype(np.float32)
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 class Lost(grpc.RpcError):

@@ -15,8 +15,9 @@ import numpy as np
 
 from lamina.config import StackConfig
 from lamina.errors import translated
+from lamina.lease import call_with_retries
 from lamina.pipeline import Pipeline
-from lamina.session import Session, call_with_retries
+from lamina.session import Session, on_this_host, usual_grace
 from lamina.stack import Stack
 from lamina.v1 import (config_service_pb2, config_service_pb2_grpc, layer_service_pb2_grpc, session_service_pb2_grpc,
                        tensor_pb2)
@@ -28,7 +29,13 @@ _CHANNEL = [
     # A new client tries a daemon that is back at once, whatever an earlier client's attempts came to.
     ("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # For gRPC this is how long one attempt may take.
+    ("grpc.min_reconnect_backoff_ms", 5000),
 ]
+
+# A connection over which nothing comes any more, not even an answer to a ping, is broken although nobody closed it: that
+# is to be known within the lease, so that another one can resume the session.
+_TCP_CHANNEL = [("grpc.keepalive_time_ms", 10000), ("grpc.keepalive_timeout_ms", 10000)]
 
 
 def default_target() -> str:
@@ -127,6 +134,10 @@ class Client:
     who this is, for people who read the daemon's log. timeout: of every call, in seconds; None: none. Nothing is sent
     before the first call. Threads: any. A process that forks is to connect in the child.
 
+    resume_grace: how many seconds the session outlives a connection that broke (the daemon may grant less). Meanwhile it
+    is connected again by itself, and calls wait and are repeated, each run once; when the time is over the session has
+    ended. 0: it ends with its connection. None: 10 over TCP, 0 over a Unix socket, which breaks with its process alone.
+
     >>> with connect() as client:
     ...     stack = client.create_stack("client-example", batch_size=4, max_seq_length=16, hidden_size=32, heads=4,
     ...                                 num_hidden_layers=2)
@@ -139,15 +150,19 @@ class Client:
     """
 
     def __init__(self, target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
-                 timeout: Optional[float] = None) -> None:
+                 timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> None:
         transport = transport or os.environ.get("LAMINA_TRANSPORT") or None
         if transport not in (None, "memfd", "inline"):
             raise ValueError(f"transport: {transport!r} must be None, 'memfd' or 'inline'")
+        if resume_grace is not None and not resume_grace >= 0:
+            raise ValueError(f"resume_grace: {resume_grace!r} must be at least 0")
         self.target = target or default_target()
         self.timeout = timeout
         self._wanted_transport = transport
         self._client_name = client_name
-        self._channel = grpc.insecure_channel(self.target, options=_CHANNEL)
+        self._resume_grace = usual_grace(self.target) if resume_grace is None else float(resume_grace)
+        options = _CHANNEL if on_this_host(self.target) else _CHANNEL + _TCP_CHANNEL
+        self._channel = grpc.insecure_channel(self.target, options=options)
         self._stubs = _Stubs(config_service_pb2_grpc.ConfigServiceStub(self._channel),
                              layer_service_pb2_grpc.LayerServiceStub(self._channel),
                              session_service_pb2_grpc.SessionServiceStub(self._channel))
@@ -183,7 +198,8 @@ class Client:
             if self._closed:
                 raise ValueError("this client was closed")
             if self._session is None:
-                self._session = Session(self._stubs, self._client_name, self._wanted_transport, self.timeout)
+                self._session = Session(self._stubs, self._client_name, self._wanted_transport, self.timeout,
+                                        self._resume_grace)
                 # A client that is dropped without close() ends its session as well.
                 weakref.finalize(self, self._session.abandon)
             return self._session
@@ -220,7 +236,7 @@ class Client:
     def _read(self, call: Any, request: Any) -> Any:
         if self._closed:
             raise ValueError("this client was closed")
-        return call_with_retries(call, request, self.timeout)
+        return call_with_retries(call, request, self.timeout, self._session.lease if self._session else None)
 
     def _change(self, call: Any, request: Any) -> Any:
         """A call without a sequence that must not be repeated."""
@@ -290,7 +306,7 @@ class Client:
 
 
 def connect(target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
-            timeout: Optional[float] = None) -> Client:
+            timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> Client:
     """A Client of the daemon at `target` (default: LAMINA_TARGET, or the usual socket); see Client.
 
     >>> with connect() as client:
@@ -298,4 +314,4 @@ def connect(target: Optional[str] = None, transport: Optional[str] = None, clien
     >>> backend in ("cpu", "cuda")
     True
     """
-    return Client(target, transport, client_name, timeout)
+    return Client(target, transport, client_name, timeout, resume_grace)

@@ -390,7 +390,9 @@ class Pipeline:
 
     timeout (of a call): seconds, within which it must begin, else DeadlineExceeded; the client's own does not apply here.
     Where the stream itself breaks or its time is over, what is under way ends with Unavailable or DeadlineExceeded and may
-    have run, once; what is asked for later ends with Unavailable, and one makes another pipeline.
+    have run, once; what is asked for later ends with Unavailable, and one makes another pipeline. Of a broken connection
+    the session may survive the break (Client's resume_grace): wait() returns when it is settled which mutations ran.
+    Contexts of forwards that ran unheard are released; Stack.info says how many steps were applied.
 
     Threads: any.
     """

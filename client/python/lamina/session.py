@@ -5,45 +5,34 @@ from __future__ import annotations
 import collections
 import dataclasses
 import gc
-import queue
 import threading
-import time
-from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Set, Tuple
 
 import grpc
 import numpy as np
 
 from lamina import dtypes
-from lamina.errors import (AlreadyExists, Cancelled, DeadlineExceeded, LaminaError, ResourceExhausted, Unavailable,
-                           from_rpc, translated)
+from lamina.errors import (AlreadyExists, Cancelled, DeadlineExceeded, LaminaError, ResourceExhausted, Unavailable)
+from lamina.lease import Lease, call_with_retries
 from lamina.regions import RegionPool
 from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as layer_pb
 from lamina.v1 import session_service_pb2 as pb
 from lamina.v1 import tensor_pb2
 
-# A call that the daemon did not answer is asked again this many times, waiting twice as long each time.
-_RETRIES = 5
-_FIRST_WAIT = 0.05
-_SLOWEST_ANSWER = 60.0  # seconds, to a keep-alive message
+_LONGEST_FAREWELL = 5.0  # seconds
+_RESUME_GRACE = 10.0  # seconds, that a session over TCP asks for
 
 
-def call_with_retries(call: Callable, request: Any, timeout: Optional[float] = None,
-                      over: Callable[[], Optional[str]] = lambda: None) -> Any:
-    """Runs an RPC that is safe to repeat. over(): why repeating is useless, or None. LaminaError."""
-    wait = _FIRST_WAIT
-    for attempt in range(_RETRIES + 1):
-        try:
-            return call(request, timeout=timeout)
-        except grpc.RpcError as error:
-            reason = over()
-            if reason is not None:
-                raise Unavailable(f"{reason}; the call heard {from_rpc(error)}") from None
-            if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == _RETRIES:
-                raise from_rpc(error) from None
-            time.sleep(wait)
-            wait *= 2
-    raise AssertionError("unreachable")
+def usual_grace(target: str) -> float:
+    """How long, in seconds, a session is to outlive its connection to `target` by default: over TCP the network may have
+    broken it; a Unix socket breaks with its process alone, whose memory should be free at once."""
+    return 0.0 if on_this_host(target) else _RESUME_GRACE
+
+
+def on_this_host(target: str) -> bool:
+    """Whether it is a Unix socket."""
+    return target.startswith(("unix:", "unix-abstract:"))
 
 
 def _may_have_run(error: BaseException) -> bool:
@@ -65,34 +54,31 @@ class Lost:
 class Session:
     """Opened lazily by Client. Threads: any; mutations run one after another."""
 
-    def __init__(self, stubs: Any, client_name: str, transport: Optional[str], timeout: Optional[float]) -> None:
+    def __init__(self, stubs: Any, client_name: str, transport: Optional[str], timeout: Optional[float],
+                 resume_grace: float) -> None:
+        """resume_grace: seconds that the session is to outlive a broken connection; the daemon may grant less."""
         self._stubs = stubs
         self._timeout = timeout
-        opened = call_with_retries(stubs.session.CreateSession, pb.CreateSessionRequest(client_name=client_name), timeout)
+        request = pb.CreateSessionRequest(client_name=client_name, resume_grace_seconds=resume_grace)
+        opened = call_with_retries(stubs.session.CreateSession, request, timeout)
         self.id: str = opened.session_id
-        self._lease: float = opened.lease_seconds
         self._mutations = threading.Lock()  # whose turn it is: a mutation's, or a pipeline's that has some under way
         self._next_sequence = 1
         self._lost: List[Lost] = []  # mutations that may have taken _next_sequence or one above
         self._quarantine: List[Any] = []  # arrays that the daemon may be using until the session ends
         self._garbage: Deque[Tuple[str, str]] = collections.deque()  # (stack, context) that will get no Backward
-        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._answers = threading.Condition()
-        self._sent = 1  # keep-alive messages; guarded by _answers, like the three below
-        self._received = 0
-        self._applied = 0
-        self._over: Optional[str] = None
+        self._regions: Set[str] = set()  # ids of those that are ours and known to be there
         self._closed = threading.Event()
-        threading.Thread(target=self._keep, name="lamina-keepalive", daemon=True).start()
         self.pool: Optional[RegionPool] = None
         self.inline_cap = 0  # bytes; set where there is no pool
+        # From here on the session lives by its stream.
+        self.lease = Lease(stubs.session.KeepAlive, self.id, opened.lease_seconds, opened.resume_grace_seconds)
         try:
-            self._await_answer(1)  # the lease is bound to the stream from here on
             threading.Thread(target=self._tick, name="lamina-tick", daemon=True).start()
             if transport != "inline":
                 self.pool = self._open_pool(opened.broker_path, insist=transport == "memfd")
             if self.pool is None:
-                info = call_with_retries(stubs.config.GetServerInfo, config_pb.GetServerInfoRequest(), timeout)
+                info = call_with_retries(stubs.config.GetServerInfo, config_pb.GetServerInfoRequest(), timeout, self.lease)
                 self.inline_cap = info.inline_cap_bytes
         except BaseException:
             self.abandon()
@@ -112,87 +98,56 @@ class Session:
 
     # --- lease ---
 
-    def _keep(self) -> None:
-        def messages() -> Iterator[pb.KeepAliveRequest]:
-            yield pb.KeepAliveRequest(session_id=self.id)
-            while True:
-                message = self._outbox.get()
-                if message is None:
-                    return
-                yield message
-
-        reason = "the daemon ended it"
-        try:
-            for answer in self._stubs.session.KeepAlive(messages()):
-                with self._answers:
-                    self._received += 1
-                    self._applied = answer.applied_sequence
-                    self._answers.notify_all()
-        except grpc.RpcError as error:
-            reason = str(from_rpc(error))
-        except ValueError as error:  # the channel was closed under it
-            reason = str(error)
-        with self._answers:
-            self._over = "closed" if self._closed.is_set() else reason
-            self._answers.notify_all()
-
     def _tick(self) -> None:
-        while not self._closed.wait(self._lease / 3):
+        while not self._closed.wait(self.lease.beat):
             try:
                 self.ping()
                 self.release_garbage()
             except LaminaError:
-                return  # the next call says what is wrong
+                if self.over() is not None:
+                    return  # the next call says what is wrong
 
     def over(self) -> Optional[str]:
-        """Why the session has ended, in words; None while it lives."""
-        over = self._over
-        return None if over is None else f"this session has ended ({over}): its regions and contexts are gone, connect again"
+        """Why the session has ended, in words; None while it lives or may be resumed."""
+        return self.lease.over()
 
     def ping(self) -> int:
         """The last applied sequence, from the daemon. Unavailable when the session has ended."""
-        with self._answers:
-            self._sent += 1
-            number = self._sent
-            self._outbox.put(pb.KeepAliveRequest())
-        return self._await_answer(number)
-
-    def _await_answer(self, number: int) -> int:
-        with self._answers:
-            answered = self._answers.wait_for(lambda: self._received >= number or self._over is not None, _SLOWEST_ANSWER)
-            if self._over is not None:
-                raise Unavailable(str(self.over()))
-            if not answered:
-                raise Unavailable(f"the daemon did not answer the session's keep-alive for {_SLOWEST_ANSWER:g} s")
-            return self._applied
+        return self.lease.ping()
 
     def close(self) -> None:
         """Ends the session in the daemon. Idempotent."""
         if self._closed.is_set():
             return
         self._closed.set()
-        if self._over is None:
-            try:
-                self._stubs.session.DeleteSession(pb.DeleteSessionRequest(session_id=self.id), timeout=5)
-            except grpc.RpcError:
-                pass  # the daemon is gone, and the session with it
-        self._outbox.put(None)
-        with self._answers:
-            self._answers.wait_for(lambda: self._over is not None, 5)
+        if self.over() is None:
+            self.lease.leave()
+            # Where the connection is broken and the session waits for another, so does this, for a moment.
+            for patient in (False, True) if self.lease.grace > 0 else (False,):
+                try:
+                    self._stubs.session.DeleteSession(pb.DeleteSessionRequest(session_id=self.id),
+                                                      timeout=_LONGEST_FAREWELL, wait_for_ready=patient)
+                    break
+                except grpc.RpcError as error:
+                    if error.code() != grpc.StatusCode.UNAVAILABLE:
+                        break  # the daemon is gone, and the session with it
+        self.lease.hang_up()
+        self.lease.wait_until_over(_LONGEST_FAREWELL)
 
     def abandon(self) -> None:
         """Ends the session without waiting: the keep-alive stream's end is the session's. For finalizers."""
         self._closed.set()
-        self._outbox.put(None)
+        self.lease.leave()
+        self.lease.hang_up()
 
     # --- calls ---
 
     def read(self, call: Callable, request: Any, keep: Sequence[Any] = ()) -> Any:
         """Runs a call that changes nothing, again where it was not answered. keep: arrays that it names. LaminaError."""
         try:
-            return call_with_retries(call, request, self._timeout, self.over)
+            return call_with_retries(call, request, self._timeout, self.lease)
         except BaseException as error:
-            if keep and _may_have_run(error) and self._over is None:
+            if keep and _may_have_run(error) and self.over() is None:
                 self.quarantine(keep)  # it may still be running
             raise
 
@@ -212,7 +167,7 @@ class Session:
             while True:
                 request.mutation.sequence = self._next_sequence
                 try:
-                    answer = call_with_retries(call, request, self._timeout, self.over)
+                    answer = call_with_retries(call, request, self._timeout, self.lease)
                     self._next_sequence += 1
                     self._lost.clear()
                     return answer
@@ -243,7 +198,7 @@ class Session:
         lost: those sent after it that were not answered; asks the daemon which of them have run."""
         try:
             self._next_sequence = next_sequence
-            if lost and self._over is None:
+            if lost and self.over() is None:
                 self._lost.extend(lost)
                 self._drop_lost(self.ping())
         except LaminaError:
@@ -261,7 +216,7 @@ class Session:
             if not isinstance(one.request, layer_pb.ForwardRequest):
                 continue
             try:
-                answer = call_with_retries(one.call, one.request, self._timeout, self.over)
+                answer = call_with_retries(one.call, one.request, self._timeout, self.lease)
             except LaminaError:
                 continue  # it was another one
             self.discard(one.request.stack, answer.context_id)
@@ -286,9 +241,12 @@ class Session:
         any_released = False
         for request in self.take_garbage():
             try:
-                self._stubs.layer.ReleaseContext(request, timeout=self._timeout)
+                call_with_retries(self._stubs.layer.ReleaseContext, request, self._timeout, self.lease)
                 any_released = True
-            except grpc.RpcError:
+            except (Unavailable, DeadlineExceeded):
+                self.discard(request.stack, request.context_id)  # it may be there still
+                break
+            except LaminaError:
                 pass  # spent, or gone with its stack
         return any_released
 
@@ -305,16 +263,36 @@ class Session:
     # --- tensors ---
 
     def _create_region(self, size_bytes: int) -> str:
+        """The new region's id. The pool makes one after another."""
         request = pb.CreateRegionRequest(session_id=self.id, kind=pb.REGION_KIND_MEMFD, size_bytes=size_bytes)
-        with translated():
-            return self._stubs.session.CreateRegion(request, timeout=self._timeout).region.region_id
+        repeated = False
+
+        def create(request: Any, timeout: Optional[float]) -> Any:
+            nonlocal repeated
+            if repeated:
+                self._release_unheard_of(timeout)
+            repeated = True
+            return self._stubs.session.CreateRegion(request, timeout=timeout)
+
+        region_id: str = call_with_retries(create, request, self._timeout, self.lease).region.region_id
+        self._regions.add(region_id)
+        return region_id
+
+    def _release_unheard_of(self, timeout: Optional[float]) -> None:
+        """Gives up regions that were made but whose ids were lost on their way here. grpc.RpcError."""
+        listed = self._stubs.session.ListRegions(pb.ListRegionsRequest(session_id=self.id), timeout=timeout).regions
+        for region in listed:
+            if region.region_id not in self._regions:
+                self._stubs.session.ReleaseRegion(
+                    pb.ReleaseRegionRequest(session_id=self.id, region_id=region.region_id), timeout=timeout)
 
     def _release_region(self, region_id: str) -> None:
+        self._regions.discard(region_id)  # a repeat of CreateRegion may be what gives it up
+        request = pb.ReleaseRegionRequest(session_id=self.id, region_id=region_id)
         try:
-            self._stubs.session.ReleaseRegion(pb.ReleaseRegionRequest(session_id=self.id, region_id=region_id),
-                                              timeout=self._timeout)
-        except grpc.RpcError:
-            pass  # gone with the session
+            call_with_retries(self._stubs.session.ReleaseRegion, request, self._timeout, self.lease)
+        except LaminaError:
+            pass  # gone already, if only with the session
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
         """An array that calls can read and write without a copy, or a plain one without regions."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from lamina import dtypes
 from lamina.errors import InvalidArgument, NotFound, translated
-from lamina.session import Session, call_with_retries
+from lamina.session import Session
 from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as pb
 
@@ -289,7 +289,7 @@ class Stack:
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         """{name: shape} of the stored parameters, in their order."""
         request = config_pb.GetStackRequest(name=self.name)
-        answer = call_with_retries(self._client._stubs.config.GetStack, request, self._client.timeout)
+        answer = self._client._read(self._client._stubs.config.GetStack, request)
         return {p.name: tuple(p.shape) for p in answer.parameters}
 
     def parameters(self, names: Optional[Sequence[str]] = None, dtype: Any = "fp32") -> Dict[str, np.ndarray]:
@@ -321,7 +321,7 @@ class Stack:
                 flat[chunk.offset_bytes : chunk.offset_bytes + len(chunk.data)] = np.frombuffer(chunk.data, np.uint8)
             return arrays
 
-        return call_with_retries(whole, request, self._client.timeout)
+        return self._client._read(whole, request)
 
     def set_parameters(self, values: Mapping[str, Any]) -> None:
         """Writes {name: array}, float32 or the stack's type; names as for parameters.
@@ -389,13 +389,13 @@ class Stack:
         """Saves a checkpoint (default: under the stack's name): weights, optimizer, counters, config, durably and
         atomically. Returns its path on the daemon's side. FailedPrecondition: the daemon has no checkpoint folder."""
         request = config_pb.SaveCheckpointRequest(stack=self.name, name=name or "")
-        return call_with_retries(self._client._stubs.config.SaveCheckpoint, request, self._client.timeout).path
+        return self._client._read(self._client._stubs.config.SaveCheckpoint, request).path
 
     def load(self, name: Optional[str] = None) -> None:
         """Loads a checkpoint into this stack: weights, optimizer, counters. NotFound, DataLoss, InvalidArgument (another
         shape)."""
         request = config_pb.LoadCheckpointRequest(stack=self.name, name=name or "")
-        answer = call_with_retries(self._client._stubs.config.LoadCheckpoint, request, self._client.timeout)
+        answer = self._client._read(self._client._stubs.config.LoadCheckpoint, request)
         self.loss_scale = answer.stack.loss_scale
 
 
