@@ -1,5 +1,6 @@
 // Drives a running laminad through the installed library and checks what comes back. One check a
-// run: consumer TARGET CHECK; prints what went wrong and exits 1, or exits 0.
+// run: consumer TARGET CHECK; prints what went wrong and exits 1, or exits 0. Some checks need a
+// second target, of the same daemon, and some their driver's help: see tests/cpp_consumer/run.
 #include <lamina/client.h>
 
 #include <algorithm>
@@ -78,12 +79,15 @@ std::vector<float> Flatten(const std::vector<NamedTensor>& tensors) {
   return values;
 }
 
-// kSteps of AdamW towards a fixed target, with dropout, on a stack of its own.
-// It stays there: what deletes it is not repeated when its answer is lost.
+// kSteps of AdamW towards a fixed target, with dropout, on a stack of its own, which `maker` makes
+// where that is given. It stays there: what makes and deletes it is not repeated when its answer is
+// lost.
 Trained Train(const Client& client, const SessionOptions& options, const std::string& name,
-              Transport transport) {
+              Transport transport, const Client* maker = nullptr) {
   const Session session = VALUE(client.OpenSession(options));
-  const Stack stack = VALUE(session.CreateStack(name, Config()));
+  if (maker != nullptr) VALUE(maker->CreateStack(name, Config()));
+  const Stack stack =
+      VALUE(maker != nullptr ? session.OpenStack(name) : session.CreateStack(name, Config()));
   const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
   const Tensor y = VALUE(session.NewTensor(DType::kFloat32, kShape));
   const Tensor dx = VALUE(session.NewTensor(DType::kFloat32, kShape));
@@ -109,7 +113,11 @@ Trained Train(const Client& client, const SessionOptions& options, const std::st
         {.learning_rate = 5e-3, .weight_decay = 0.01, .max_grad_norm = 1, .zero_gradients = true}));
     REQUIRE(applied.applied && applied.step == step && applied.grad_norm > 0);
   }
-  trained.weights = Flatten(VALUE(stack.GetParameters()));
+  const auto weights = [&name](const Session& reader) {
+    return Flatten(VALUE(VALUE(reader.OpenStack(name)).GetParameters()));
+  };
+  // More bytes than may get through an unsteady connection at once.
+  trained.weights = maker == nullptr ? weights(session) : weights(VALUE(maker->OpenSession()));
   const StackInfo info = VALUE(stack.Describe());
   REQUIRE(info.step == kSteps);
   REQUIRE(info.forward_count == kSteps);
@@ -142,6 +150,103 @@ void CheckLostAnswers(const Client& client, const Client& steady) {
   REQUIRE(flaky.weights == direct.weights);
   OK(steady.DeleteStack("flaky"));
   OK(steady.DeleteStack("direct"));
+}
+
+// `client` goes through a proxy that ends its connections again and again.
+void CheckCuts(const Client& client, const Client& steady, bool inlined) {
+  const Transport transport = inlined ? Transport::kInline : Transport::kMemfd;
+  const SessionOptions options{
+      .transport = inlined ? TransportPolicy::kInline : TransportPolicy::kRegions,
+      .resume_grace = std::chrono::seconds(30)};
+  const Trained cut = Train(client, options, "cut", transport, &steady);
+  const Trained direct = Train(steady, options, "direct", transport);
+  REQUIRE(cut.losses == direct.losses);
+  REQUIRE(cut.weights == direct.weights);
+  OK(steady.DeleteStack("cut"));
+  OK(steady.DeleteStack("direct"));
+}
+
+// Has the driver do something to the connections: "cut", "down" or "up".
+void Ask(const char* what) {
+  std::puts(what);
+  std::fflush(stdout);
+  REQUIRE(std::getchar() == '\n');
+}
+
+// `client` goes through a proxy that does what Ask says.
+void CheckResume(const Client& client, const Client& steady) {
+  using std::chrono::milliseconds;
+  VALUE(steady.CreateStack("resume", Config()));
+  const auto outstanding = [&] { return VALUE(steady.GetStack("resume")).outstanding_contexts; };
+  {
+    const Session session = VALUE(client.OpenSession({.transport = TransportPolicy::kRegions}));
+    REQUIRE(session.resume_grace() == std::chrono::seconds(10));
+    REQUIRE(VALUE(steady.OpenSession()).resume_grace().count() == 0);  // over a Unix socket
+    const Stack stack = VALUE(session.OpenStack("resume"));
+    const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    Fill(x, 0.3);
+    // A context and a region outlive the connection.
+    ForwardResult forward = VALUE(stack.Forward(x));
+    Ask("cut");
+    VALUE(stack.Backward(forward.context, x));
+    OK(session.status());
+    // So do what is given back and what is made.
+    ForwardResult dropped = VALUE(stack.Forward(x));
+    REQUIRE(outstanding() == 1);
+    Ask("cut");
+    dropped.context = Context();
+    REQUIRE(outstanding() == 0);
+    Ask("cut");
+    const Tensor y = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    VALUE(stack.Forward(x, {.output = y, .training = false}));
+    // A call waits for the connection.
+    Ask("down");
+    absl::StatusOr<ApplyResult> applied = absl::UnknownError("not yet");
+    std::thread call([&] { applied = stack.ApplyGradients({.learning_rate = 1e-3}); });
+    std::this_thread::sleep_for(milliseconds(500));
+    REQUIRE(applied.status().code() == absl::StatusCode::kUnknown);
+    Ask("up");
+    call.join();
+    REQUIRE(VALUE(std::move(applied)).step == 1);
+  }
+  {
+    // Not for longer than the grace.
+    const Session session = VALUE(client.OpenSession(
+        {.transport = TransportPolicy::kRegions, .resume_grace = milliseconds(700)}));
+    const Stack stack = VALUE(session.OpenStack("resume"));
+    const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    ForwardResult forward = VALUE(stack.Forward(x));
+    Ask("down");
+    const absl::Status over = stack.Backward(forward.context, x).status();
+    REQUIRE(Says(over, absl::StatusCode::kUnavailable, "not back within 0.7 s"));
+    REQUIRE(Says(session.status(), absl::StatusCode::kUnavailable, "lease ended"));
+    x.floats()[0] = 1;  // still mapped
+    for (int i = 0; i < 500 && outstanding() > 0; ++i)
+      std::this_thread::sleep_for(milliseconds(10));
+    REQUIRE(outstanding() == 0);
+    Ask("up");
+    REQUIRE(!stack.Forward(x).ok());
+  }
+  // Whoever wants none has none, and whoever asks for less is told.
+  {
+    const Session session = VALUE(client.OpenSession({.resume_grace = milliseconds(0)}));
+    Ask("cut");
+    for (int i = 0; i < 500 && session.status().ok(); ++i) {
+      std::this_thread::sleep_for(milliseconds(10));
+    }
+    REQUIRE(Says(session.status(), absl::StatusCode::kUnavailable, "lease ended"));
+  }
+  REQUIRE(Says(client.OpenSession({.resume_grace = milliseconds(-1)}).status(),
+               absl::StatusCode::kInvalidArgument, "resume_grace_seconds"));
+  // A session that is closed while it has no connection waits a moment for it.
+  Session session = VALUE(client.OpenSession({.resume_grace = milliseconds(5000)}));
+  Ask("down");
+  absl::Status closed = absl::UnknownError("not yet");
+  std::thread closing([&] { closed = session.Close(); });
+  Ask("up");
+  closing.join();
+  OK(closed);
+  OK(steady.DeleteStack("resume"));
 }
 
 void CheckParameters(const Client& client) {
@@ -485,7 +590,7 @@ void CheckOptimizers(const Client& client) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s TARGET CHECK [TARGET]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s TARGET CHECK [TARGET [inline|regions]]\n", argv[0]);
     return 2;
   }
   const std::string check = argv[2];
@@ -495,6 +600,10 @@ int main(int argc, char** argv) {
     CheckTraining(client);
   } else if (check == "lost-answers" && argc == 4) {
     CheckLostAnswers(client, VALUE(Client::Connect(argv[3])));
+  } else if (check == "cuts" && argc == 5) {
+    CheckCuts(client, VALUE(Client::Connect(argv[3])), std::strcmp(argv[4], "inline") == 0);
+  } else if (check == "resume" && argc == 4) {
+    CheckResume(client, VALUE(Client::Connect(argv[3])));
   } else if (check == "parameters") {
     CheckParameters(client);
   } else if (check == "large-parameters") {

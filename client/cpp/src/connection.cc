@@ -4,6 +4,8 @@
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
+#include <thread>
+
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 
@@ -44,6 +46,8 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
   if (!normal.ok()) return normal.status();
   std::shared_ptr<Connection> connection(new Connection());
   connection->target_ = *std::move(normal);
+  connection->on_this_host_ = absl::StartsWith(connection->target_, "unix:") ||
+                              absl::StartsWith(connection->target_, "unix-abstract:");
   connection->options_ = options;
   grpc::ChannelArguments arguments;
   // The daemon's inline cap is the limit, not gRPC's 4 MB.
@@ -55,12 +59,27 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
   // For gRPC this is how long one attempt may take. A daemon that is far or busy answers late; one
   // that isn't there is known at once, whatever stands here.
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5000);
+  if (!connection->on_this_host_) {
+    // A connection over which nothing comes any more, not even an answer to a ping, is broken
+    // although nobody closed it: that is to be known within the lease, so that another one can
+    // resume the session.
+    arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
+    arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
+  }
   connection->channel_ =
       grpc::CreateCustomChannel(connection->target_, grpc::InsecureChannelCredentials(), arguments);
   connection->config_ = pb::ConfigService::NewStub(connection->channel_);
   connection->layers_ = pb::LayerService::NewStub(connection->channel_);
   connection->sessions_ = pb::SessionService::NewStub(connection->channel_);
   return connection;
+}
+
+void Connection::PauseBeforeRepeat(Milliseconds pause) const {
+  if (channel_->GetState(/*try_to_connect=*/true) == GRPC_CHANNEL_READY) {
+    std::this_thread::sleep_for(pause);
+  } else {
+    channel_->WaitForConnected(std::chrono::system_clock::now() + pause);
+  }
 }
 
 void Connection::Prepare(grpc::ClientContext* context) const {

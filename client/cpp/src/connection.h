@@ -8,7 +8,6 @@
 #include <chrono>
 #include <memory>
 #include <string>
-#include <thread>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -42,6 +41,8 @@ class Connection {
   pb::SessionService::Stub& sessions() { return *sessions_; }
   const std::shared_ptr<grpc::Channel>& channel() const { return channel_; }
   const std::string& target() const { return target_; }
+  // Whether the target is a Unix socket.
+  bool on_this_host() const { return on_this_host_; }
   Milliseconds call_timeout() const { return options_.call_timeout; }
   // Largest inline tensor, as the daemon said at Connect.
   uint64_t inline_cap_bytes() const { return inline_cap_bytes_; }
@@ -65,7 +66,7 @@ class Connection {
 
   // Calls `once` until it is no longer UNAVAILABLE or the budget is spent.
   template <class Once>
-  static absl::Status Repeat(Milliseconds retry_budget, const Once& once) {
+  absl::Status Repeat(Milliseconds retry_budget, const Once& once) const {
     const Clock::time_point give_up = Clock::now() + retry_budget;
     Milliseconds pause(20);
     for (;;) {
@@ -73,14 +74,19 @@ class Connection {
       if (status.code() != absl::StatusCode::kUnavailable || Clock::now() >= give_up) {
         return status;
       }
-      std::this_thread::sleep_for(pause);
+      PauseBeforeRepeat(pause);
       pause = std::min(pause * 2, Milliseconds(500));
     }
   }
 
+  // For so long, or until a connection is there that was not. gRPC looks after a connection that it
+  // is making only while somebody waits for it.
+  void PauseBeforeRepeat(Milliseconds pause) const;
+
  private:
   Connection() = default;
   std::string target_;
+  bool on_this_host_ = false;
   ConnectOptions options_;
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<pb::ConfigService::Stub> config_;

@@ -37,7 +37,7 @@ absl::StatusOr<Health> CheckHealth(const std::string& target, const ConnectOptio
       internal::Connection::Create(target, options);
   if (!connection.ok()) return connection.status();
   Health health = Health::kUnknown;
-  const absl::Status status = internal::Connection::Repeat(options.connect_timeout, [&] {
+  const absl::Status status = (*connection)->Repeat(options.connect_timeout, [&] {
     grpc::ClientContext context;
     (*connection)->Prepare(&context);
     grpc::GenericStub stub((*connection)->channel());

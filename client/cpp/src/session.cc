@@ -52,6 +52,7 @@ absl::StatusOr<Tensor> Session::NewTensor(DType dtype, Shape shape) const {
 Transport Session::transport() const { return core_->transport(); }
 std::string Session::transport_reason() const { return core_->transport_reason(); }
 std::chrono::duration<double> Session::lease() const { return core_->lease(); }
+std::chrono::duration<double> Session::resume_grace() const { return core_->resume_grace(); }
 
 absl::StatusOr<Stack> Session::CreateStack(const std::string& name,
                                            const StackConfig& config) const {

@@ -10,6 +10,9 @@ namespace {
 
 // A dying session must not hold its owner up for long: the lease ends it anyway.
 constexpr std::chrono::seconds kFarewell{2};
+// What a session over TCP asks for: the network may break its connection. A Unix socket breaks with
+// its process alone, whose memory should be free at once.
+constexpr std::chrono::seconds kResumeGrace{10};
 
 class MappedRegion : public Storage {
  public:
@@ -43,22 +46,32 @@ absl::StatusOr<std::shared_ptr<SessionCore>> SessionCore::Open(
   std::shared_ptr<SessionCore> core(new SessionCore(std::move(connection), std::move(options)));
   pb::CreateSessionRequest request;
   request.set_client_name(core->options_.client_name);
+  if (core->options_.keep_alive) {
+    const std::chrono::milliseconds usual =
+        core->connection_->on_this_host() ? std::chrono::seconds(0) : kResumeGrace;
+    request.set_resume_grace_seconds(
+        std::chrono::duration<double>(core->options_.resume_grace.value_or(usual)).count());
+  }
   pb::CreateSessionResponse response;
-  absl::Status status = core->connection_->Call(
-      core->connection_->sessions(), &pb::SessionService::Stub::CreateSession, request, &response);
+  // One whose answer was lost has no keeper and ends with its lease.
+  absl::Status status = core->connection_->Call(core->connection_->sessions(),
+                                                &pb::SessionService::Stub::CreateSession, request,
+                                                &response, core->options_.retry_budget);
   if (!status.ok()) {
     core->closed_ = true;  // there is nothing to end
     return status;
   }
   core->id_ = response.session_id();
   core->lease_ = std::chrono::duration<double>(response.lease_seconds());
+  core->resume_grace_ = std::chrono::duration<double>(response.resume_grace_seconds());
   core->broker_path_ =
       core->options_.broker_path.empty() ? response.broker_path() : core->options_.broker_path;
   if (core->options_.keep_alive) {
-    absl::StatusOr<std::unique_ptr<Keeper>> keeper =
+    absl::StatusOr<std::shared_ptr<Keeper>> keeper =
         Keeper::Start({.connection = core->connection_,
                        .session_id = core->id_,
                        .lease = core->lease_,
+                       .grace = core->resume_grace_,
                        .start_timeout = core->connection_->call_timeout()});
     if (!keeper.ok()) return keeper.status();
     core->keeper_ = *std::move(keeper);
@@ -67,7 +80,7 @@ absl::StatusOr<std::shared_ptr<SessionCore>> SessionCore::Open(
 }
 
 absl::Status SessionCore::Close() {
-  std::unique_ptr<Keeper> keeper;
+  std::shared_ptr<Keeper> keeper;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (std::exchange(closed_, true)) return absl::OkStatus();
@@ -76,11 +89,21 @@ absl::Status SessionCore::Close() {
   if (keeper != nullptr && !keeper->status().ok()) return absl::OkStatus();  // it is over already
   pb::DeleteSessionRequest request;
   request.set_session_id(id_);
-  pb::DeleteSessionResponse response;
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + kFarewell);
-  const absl::Status status = ToAbsl(
-      connection_->sessions().DeleteSession(&context, request, &response), connection_->target());
+  const auto deadline = std::chrono::system_clock::now() + kFarewell;
+  const auto remove = [&](bool wait_for_connection) {
+    pb::DeleteSessionResponse response;
+    grpc::ClientContext context;
+    context.set_deadline(deadline);
+    context.set_wait_for_ready(wait_for_connection);
+    return ToAbsl(connection_->sessions().DeleteSession(&context, request, &response),
+                  connection_->target());
+  };
+  absl::Status status = remove(false);
+  // Where the connection is broken and the session waits for another, so does this, for a moment.
+  if (status.code() == absl::StatusCode::kUnavailable && resume_grace_.count() > 0) {
+    status = remove(true);
+  }
+  if (keeper != nullptr) keeper->Stop();
   return status.code() == absl::StatusCode::kNotFound ? absl::OkStatus() : status;
 }
 
@@ -91,6 +114,20 @@ absl::Status SessionCore::status() const {
   absl::Status kept = keeper_->status();
   if (kept.ok()) return kept;
   return absl::Status(kept.code(), absl::StrCat("the session's lease ended: ", kept.message()));
+}
+
+std::shared_ptr<Keeper> SessionCore::keeper() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return keeper_;
+}
+
+uint64_t SessionCore::Breaks() const {
+  const std::shared_ptr<Keeper> keeping = keeper();
+  return keeping == nullptr ? 0 : keeping->breaks();
+}
+
+void SessionCore::Settle() const {
+  if (const std::shared_ptr<Keeper> keeping = keeper(); keeping != nullptr) keeping->Settle();
 }
 
 bool SessionCore::MayHaveRun(absl::StatusCode code) {
@@ -120,16 +157,9 @@ absl::StatusOr<SessionCore::MadeRegion> SessionCore::TryRegion(size_t bytes, boo
     return absl::UnavailableError("the daemon has no broker socket");
   }
   if (absl::Status over = status(); !over.ok()) return over;
-  pb::CreateRegionRequest request;
-  request.set_session_id(id_);
-  request.set_kind(pb::REGION_KIND_MEMFD);
-  request.set_size_bytes(bytes);
-  pb::CreateRegionResponse response;
-  // Not repeated: a lost answer would leave a region that nobody knows.
-  absl::Status status = connection_->Call(
-      connection_->sessions(), &pb::SessionService::Stub::CreateRegion, request, &response);
-  if (!status.ok()) return Explain(status);
-  const pb::Region& region = response.region();
+  absl::StatusOr<pb::Region> made = MakeRegion(bytes);
+  if (!made.ok()) return Explain(made.status());
+  const pb::Region& region = *made;
   BrokerRequest fetch{.path = broker_path_,
                       .session_id = id_,
                       .region_id = region.region_id(),
@@ -150,6 +180,51 @@ absl::StatusOr<SessionCore::MadeRegion> SessionCore::TryRegion(size_t bytes, boo
   return MadeRegion{.bytes = *std::move(words),
                     .length = region.length_bytes(),
                     .registered = region.registered()};
+}
+
+absl::StatusOr<pb::Region> SessionCore::MakeRegion(size_t bytes) {
+  pb::CreateRegionRequest request;
+  request.set_session_id(id_);
+  request.set_kind(pb::REGION_KIND_MEMFD);
+  request.set_size_bytes(bytes);
+  pb::CreateRegionResponse response;
+  bool repeated = false;
+  std::lock_guard<std::mutex> making(making_mutex_);
+  const absl::Status status = Repeat([&] {
+    if (std::exchange(repeated, true)) {
+      if (absl::Status released = ReleaseUnheardOf(); !released.ok()) return released;
+    }
+    return connection_->Call(connection_->sessions(), &pb::SessionService::Stub::CreateRegion,
+                             request, &response);
+  });
+  if (!status.ok()) return status;
+  std::lock_guard<std::mutex> lock(mutex_);
+  regions_.insert(response.region().region_id());
+  return response.region();
+}
+
+absl::Status SessionCore::ReleaseUnheardOf() {
+  pb::ListRegionsRequest request;
+  request.set_session_id(id_);
+  pb::ListRegionsResponse listed;
+  absl::Status status = connection_->Call(connection_->sessions(),
+                                          &pb::SessionService::Stub::ListRegions, request, &listed);
+  for (const pb::Region& region : listed.regions()) {
+    if (!status.ok()) break;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (regions_.count(region.region_id()) > 0) continue;
+    }
+    pb::ReleaseRegionRequest release;
+    release.set_session_id(id_);
+    release.set_region_id(region.region_id());
+    pb::ReleaseRegionResponse released;
+    status = connection_->Call(connection_->sessions(), &pb::SessionService::Stub::ReleaseRegion,
+                               release, &released);
+    // One that another thread is giving up just now.
+    if (status.code() == absl::StatusCode::kNotFound) status = absl::OkStatus();
+  }
+  return status;
 }
 
 absl::StatusOr<SessionCore::MadeRegion> SessionCore::CreateRegion(size_t bytes) {
@@ -187,14 +262,39 @@ std::string SessionCore::transport_reason() const {
 }
 
 void SessionCore::ReleaseRegion(const std::string& region_id) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    regions_.erase(region_id);
+  }
   if (!status().ok()) return;
   pb::ReleaseRegionRequest request;
   request.set_session_id(id_);
   request.set_region_id(region_id);
-  pb::ReleaseRegionResponse response;
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + kFarewell);
-  connection_->sessions().ReleaseRegion(&context, request, &response);
+  Repeat([&] {
+    pb::ReleaseRegionResponse response;
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + kFarewell);
+    return ToAbsl(connection_->sessions().ReleaseRegion(&context, request, &response),
+                  connection_->target());
+  }).IgnoreError();
+}
+
+absl::Status SessionCore::ReleaseContext(const std::string& stack, const std::string& context_id) {
+  if (!status().ok()) return absl::OkStatus();
+  pb::ReleaseContextRequest request;
+  request.set_stack(stack);
+  request.set_session_id(id_);
+  request.set_context_id(context_id);
+  int tries = 0;
+  const absl::Status released = Repeat([&] {
+    ++tries;
+    pb::ReleaseContextResponse response;
+    return connection_->Call(connection_->layers(), &pb::LayerService::Stub::ReleaseContext,
+                             request, &response);
+  });
+  // An earlier try was heard, if its answer was not.
+  if (tries > 1 && released.code() == absl::StatusCode::kNotFound) return absl::OkStatus();
+  return released;
 }
 
 }  // namespace lamina::client::internal

@@ -2,8 +2,10 @@
 // Internal.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "absl/status/status.h"
@@ -29,6 +31,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const std::string& id() const { return id_; }
   const SessionOptions& options() const { return options_; }
   std::chrono::duration<double> lease() const { return lease_; }
+  std::chrono::duration<double> resume_grace() const { return resume_grace_; }
 
   struct MadeRegion {
     Tensor bytes;
@@ -43,19 +46,47 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   // session's end frees it too.
   void ReleaseRegion(const std::string& region_id);
 
+  // Frees a context that gets no Backward; OK where the session is over, or it had been heard of.
+  absl::Status ReleaseContext(const std::string& stack, const std::string& context_id);
+
+  // Calls `once` until it is no longer UNAVAILABLE, the session is over, or the retry budget is
+  // spent. While the session's connection is being mended it waits for that, and does not count
+  // what failed because of it.
+  template <class Once>
+  absl::Status Repeat(const Once& once) const {
+    const Clock::time_point began = Clock::now();
+    const std::chrono::duration<double> grace = resume_grace_;
+    Milliseconds pause(20);
+    for (;;) {
+      const uint64_t breaks = Breaks();
+      absl::Status status = once();
+      if (status.code() != absl::StatusCode::kUnavailable || options_.retry_budget.count() == 0) {
+        return status;
+      }
+      Settle();
+      if (!this->status().ok()) return status;
+      connection_->PauseBeforeRepeat(pause);  // within which the keeper hears of a break too
+      Settle();
+      const bool mended = Breaks() != breaks;
+      const auto spent = Clock::now() - began;
+      if (spent >= options_.retry_budget && !(mended && spent < grace)) return status;
+      pause = mended ? Milliseconds(20) : std::min(pause * 2, Milliseconds(500));
+    }
+  }
+
   // A call that changes nothing, repeated while the daemon is unavailable.
   template <class Stub, class Request, class Response>
   absl::Status Read(Stub& stub, Method<Stub, Request, Response> method, const Request& request,
                     Response* response) {
     if (absl::Status over = status(); !over.ok()) return over;
-    return Explain(connection_->Call(stub, method, request, response, options_.retry_budget));
+    return Explain(Repeat([&] { return connection_->Call(stub, method, request, response); }));
   }
 
   // The same for a call that is not unary; `once` starts over each time.
   template <class Once>
   absl::Status ReadStream(const Once& once) {
     if (absl::Status over = status(); !over.ok()) return over;
-    return Explain(Connection::Repeat(options_.retry_budget, [&] { return once(*connection_); }));
+    return Explain(Repeat([&] { return once(*connection_); }));
   }
 
   // A mutation: the session's next one, run once and only once however often it is sent.
@@ -73,7 +104,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
       request->mutable_mutation()->set_session_id(id_);
       request->mutable_mutation()->set_sequence(next_sequence_);
       const absl::Status status =
-          connection_->Call(stub, method, *request, response, options_.retry_budget);
+          Repeat([&] { return connection_->Call(stub, method, *request, response); });
       if (status.ok()) {
         ++next_sequence_;
         answer_lost_ = false;
@@ -95,18 +126,28 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   // Adds why the session is over, where it is.
   absl::Status Explain(absl::Status status) const;
   absl::StatusOr<MadeRegion> TryRegion(size_t bytes, bool* broker_failed);
+  absl::StatusOr<lamina::v1::Region> MakeRegion(size_t bytes);
+  // Gives up regions that were made but whose ids were lost on their way here. Needs
+  // making_mutex_.
+  absl::Status ReleaseUnheardOf();
+  std::shared_ptr<Keeper> keeper() const;  // null: none
+  uint64_t Breaks() const;
+  void Settle() const;
 
   const std::shared_ptr<Connection> connection_;
   const SessionOptions options_;
   std::string id_;           // set by Open
   std::string broker_path_;  // set by Open
   std::chrono::duration<double> lease_{0};
-  std::unique_ptr<Keeper> keeper_;  // set by Open, reset by Close; guarded by mutex_
+  std::chrono::duration<double> resume_grace_{0};
+  std::shared_ptr<Keeper> keeper_;  // set by Open, reset by Close; guarded by mutex_
 
   mutable std::mutex mutex_;
-  bool closed_ = false;        // guarded by mutex_
-  bool inline_only_ = false;   // guarded by mutex_
-  std::string inline_reason_;  // guarded by mutex_
+  bool closed_ = false;            // guarded by mutex_
+  bool inline_only_ = false;       // guarded by mutex_
+  std::string inline_reason_;      // guarded by mutex_
+  std::set<std::string> regions_;  // ours, by id; guarded by mutex_
+  std::mutex making_mutex_;        // before mutex_: regions are made one after another
 
   std::mutex sequence_mutex_;
   uint64_t next_sequence_ = 1;  // guarded by sequence_mutex_

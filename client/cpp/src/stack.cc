@@ -36,14 +36,8 @@ Context::~Context() { Release().IgnoreError(); }
 absl::Status Context::Release() {
   const std::string id = std::exchange(id_, {});
   const std::shared_ptr<SessionCore> session = session_.lock();
-  if (id.empty() || session == nullptr || !session->status().ok()) return absl::OkStatus();
-  pb::ReleaseContextRequest request;
-  request.set_stack(stack_);
-  request.set_session_id(session->id());
-  request.set_context_id(id);
-  pb::ReleaseContextResponse response;
-  return session->connection().Call(session->connection().layers(),
-                                    &pb::LayerService::Stub::ReleaseContext, request, &response);
+  if (id.empty() || session == nullptr) return absl::OkStatus();
+  return session->ReleaseContext(stack_, id);
 }
 
 // --- stacks ---

@@ -1,10 +1,12 @@
 // A session: one client's lease on the daemon. Its regions, activation contexts and mutation
 // sequence live and die with it.
 //
-// While a Session lives, a thread of its own holds the lease (the KeepAlive stream). If the lease
-// is lost (the daemon went away, or ended the session), status() says why and every later call
-// fails; open a new session then: gradients and weights are the daemon's and are still there,
-// contexts and regions are not.
+// While a Session lives, a thread of its own holds the lease (the KeepAlive stream). If the
+// connection breaks, the session waits for resume_grace in the daemon: it is connected again by
+// itself, calls wait meanwhile and are repeated, contexts and regions are as before. If the lease
+// is lost (the daemon went away, or ended the session, or the grace is over), status() says why and
+// every later call fails; open a new session then: gradients and weights are the daemon's and are
+// still there, contexts and regions are not.
 //
 // Mutations (training Forward, Backward, ApplyGradients, ZeroGradients, SetParameters) are numbered
 // by the library and run one at a time, in the order in which they were called. A call whose answer
@@ -17,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -41,10 +44,16 @@ struct SessionOptions {
   TransportPolicy transport = TransportPolicy::kAuto;
   std::string
       broker_path{};  // empty: where the daemon says; for sockets that are mounted elsewhere
-  // Hold the lease with a stream: the session ends as soon as this process or the connection does.
-  // False: the session outlives a broken connection and ends when no call came for the lease.
+  // Hold the lease with a stream: the session ends as soon as this process does, and when the
+  // connection has been broken for resume_grace. False: the session outlives a broken connection
+  // and ends when no call came for the lease.
   bool keep_alive = true;
-  // How long a call is repeated while the daemon cannot be reached; 0: not at all.
+  // How long the session is to outlive a connection that broke; the daemon may grant less. 0: it
+  // ends with its connection. Absent: 10 s over TCP; 0 over a Unix socket, which breaks with its
+  // process alone. INVALID_ARGUMENT: below 0.
+  std::optional<std::chrono::milliseconds> resume_grace{};
+  // How long a call is repeated while the daemon cannot be reached; 0: not at all. The time while a
+  // broken connection may come back (resume_grace) is not counted.
   std::chrono::milliseconds retry_budget{5000};
 };
 
@@ -77,7 +86,7 @@ class Session {
   // Ends the session now: the daemon frees its contexts and regions. Later calls are
   // FAILED_PRECONDITION. The memory of tensors stays mapped while they are referred to.
   absl::Status Close();
-  // OK while the lease is held; else why it is not.
+  // OK while the lease is held, or may be again after its connection broke; else why it is not.
   absl::Status status() const;
 
   // --- memory ---
@@ -100,6 +109,8 @@ class Session {
 
   // Longest silence before the daemon ends the session.
   std::chrono::duration<double> lease() const;
+  // How long it outlives a broken connection, as the daemon granted it.
+  std::chrono::duration<double> resume_grace() const;
 
  private:
   friend class Client;
