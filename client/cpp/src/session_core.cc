@@ -297,4 +297,71 @@ absl::Status SessionCore::ReleaseContext(const std::string& stack, const std::st
   return released;
 }
 
+// --- the turn to mutate ---
+
+void SessionCore::WaitForTurn() {
+  std::unique_lock<std::mutex> lock(turn_mutex_);
+  turn_passed_.wait(lock, [this] { return !turn_taken_; });
+  turn_taken_ = true;
+}
+
+void SessionCore::PassTurn() {
+  std::lock_guard<std::mutex> lock(turn_mutex_);
+  turn_taken_ = false;
+  turn_passed_.notify_one();
+}
+
+absl::StatusOr<uint64_t> SessionCore::TakeTurn() {
+  if (absl::Status over = status(); !over.ok()) return over;
+  WaitForTurn();
+  if (absl::Status status = FindNextSequence(); !status.ok()) {
+    PassTurn();
+    return status;
+  }
+  return next_sequence_;
+}
+
+void SessionCore::EndTurn(uint64_t next, size_t lost,
+                          std::vector<lamina::v1::ForwardRequest> forwards) {
+  next_sequence_ = next;
+  lost_ = lost;
+  // What stays open is the next mutation's to find out.
+  if (FindNextSequence().ok()) {
+    for (const lamina::v1::ForwardRequest& forward : forwards) {
+      if (forward.mutation().sequence() >= next_sequence_) break;
+      // It has run: this is its answer once more, unless the daemon keeps that no longer.
+      pb::ForwardResponse response;
+      const absl::Status status = Repeat([&] {
+        return connection_->Call(connection_->layers(), &pb::LayerService::Stub::Forward, forward,
+                                 &response);
+      });
+      if (status.ok()) ReleaseContext(forward.stack(), response.context_id()).IgnoreError();
+    }
+  }
+  PassTurn();
+}
+
+absl::Status SessionCore::FindNextSequence() {
+  // A mutation that can't run, whatever the daemon has: it says whether its number was used, and
+  // does not use it up.
+  pb::ZeroGradientsRequest probe;
+  probe.mutable_mutation()->set_session_id(id_);
+  while (lost_ > 0) {
+    probe.mutable_mutation()->set_sequence(next_sequence_);
+    const absl::Status status = Repeat([&] {
+      pb::ZeroGradientsResponse response;
+      return connection_->Call(connection_->layers(), &pb::LayerService::Stub::ZeroGradients, probe,
+                               &response);
+    });
+    if (MayHaveRun(status.code()) || !this->status().ok()) return Explain(status);
+    if (status.code() != absl::StatusCode::kAlreadyExists) {
+      lost_ = 0;
+      break;
+    }
+    ++next_sequence_;
+    --lost_;
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace lamina::client::internal

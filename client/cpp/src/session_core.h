@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -99,7 +101,27 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   absl::Status Mutate(Stub& stub, Method<Stub, Request, Response> method, Request* request,
                       Response* response) {
     if (absl::Status over = status(); !over.ok()) return over;
-    std::lock_guard<std::mutex> lock(sequence_mutex_);
+    WaitForTurn();
+    const absl::Status done = MutateInTurn(stub, method, request, response);
+    PassTurn();
+    return done;
+  }
+
+  // Waits until no other mutates and takes the turn, for mutations that go out without waiting for
+  // each other's answers. Settles which of those whose answers were lost have run; the next
+  // sequence. An error: that could not be settled, and there is no turn.
+  absl::StatusOr<uint64_t> TakeTurn();
+  // Gives the turn back, from any thread. `next`: after the last mutation that was answered to have
+  // run. `lost`: those sent after it that got no answer; `forwards`: which of them were Forwards,
+  // whose contexts, if they have run, are released.
+  void EndTurn(uint64_t next, size_t lost = 0,
+               std::vector<lamina::v1::ForwardRequest> forwards = {});
+
+ private:
+  // Needs the turn.
+  template <class Stub, class Request, class Response>
+  absl::Status MutateInTurn(Stub& stub, Method<Stub, Request, Response> method, Request* request,
+                            Response* response) {
     for (;;) {
       request->mutable_mutation()->set_session_id(id_);
       request->mutable_mutation()->set_sequence(next_sequence_);
@@ -107,20 +129,24 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
           Repeat([&] { return connection_->Call(stub, method, *request, response); });
       if (status.ok()) {
         ++next_sequence_;
-        answer_lost_ = false;
+        lost_ = 0;
         return status;
       }
-      if (answer_lost_ && status.code() == absl::StatusCode::kAlreadyExists) {
+      if (lost_ > 0 && status.code() == absl::StatusCode::kAlreadyExists) {
         ++next_sequence_;
-        answer_lost_ = false;
+        --lost_;
         continue;
       }
-      if (MayHaveRun(status.code())) answer_lost_ = true;
+      if (MayHaveRun(status.code())) lost_ = std::max<size_t>(lost_, 1);
       return Explain(status);
     }
   }
 
- private:
+  void WaitForTurn();
+  void PassTurn();
+  // Finds out which of the mutations whose answers were lost have run. Needs the turn.
+  absl::Status FindNextSequence();
+
   SessionCore(std::shared_ptr<Connection> connection, SessionOptions options);
   static bool MayHaveRun(absl::StatusCode code);
   // Adds why the session is over, where it is.
@@ -149,9 +175,11 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   std::set<std::string> regions_;  // ours, by id; guarded by mutex_
   std::mutex making_mutex_;        // before mutex_: regions are made one after another
 
-  std::mutex sequence_mutex_;
-  uint64_t next_sequence_ = 1;  // guarded by sequence_mutex_
-  bool answer_lost_ = false;    // guarded by sequence_mutex_
+  std::mutex turn_mutex_;
+  std::condition_variable turn_passed_;
+  bool turn_taken_ = false;     // guarded by turn_mutex_
+  uint64_t next_sequence_ = 1;  // whoever's turn it is, as the next
+  size_t lost_ = 0;             // mutations from that one on that may have run
 };
 
 }  // namespace lamina::client::internal

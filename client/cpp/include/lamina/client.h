@@ -22,6 +22,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "lamina/client/pipeline.h"
 #include "lamina/client/session.h"
 #include "lamina/client/stack.h"
 #include "lamina/client/tensor.h"

@@ -24,6 +24,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "lamina/client/pipeline.h"
 #include "lamina/client/stack.h"
 #include "lamina/client/tensor.h"
 #include "lamina/client/types.h"
@@ -106,6 +107,9 @@ class Session {
   absl::StatusOr<Stack> CreateStack(const std::string& name, const StackConfig& config) const;
   // A handle of a stack that is there. NOT_FOUND.
   absl::StatusOr<Stack> OpenStack(const std::string& name) const;
+
+  // A stream for calls that are under way together. INVALID_ARGUMENT: the depth.
+  absl::StatusOr<Pipeline> OpenPipeline(const PipelineOptions& options = {}) const;
 
   // Longest silence before the daemon ends the session.
   std::chrono::duration<double> lease() const;

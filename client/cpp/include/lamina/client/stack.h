@@ -21,8 +21,9 @@
 namespace lamina::client {
 
 namespace internal {
+struct Calls;
 class SessionCore;
-}
+}  // namespace internal
 
 // What one training Forward left on the daemon for its Backward. Move-only; a context that got no
 // Backward is released by the destructor (one call; errors are ignored).
@@ -39,7 +40,7 @@ class Context {
   absl::Status Release();
 
  private:
-  friend class Stack;
+  friend struct internal::Calls;
   std::string id_;
   std::string stack_;
   std::weak_ptr<internal::SessionCore> session_;
@@ -158,6 +159,7 @@ class Stack {
 
  private:
   friend class Session;
+  friend struct internal::Calls;
   Stack(std::shared_ptr<internal::SessionCore> session, StackInfo info);
   absl::StatusOr<std::vector<NamedTensor>> Read(const std::vector<std::string>& names,
                                                 const ParameterOptions& options,
