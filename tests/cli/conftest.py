@@ -44,20 +44,23 @@ def free_port():
 class Daemon:
     """A laminad in a folder of its own (a short path: Unix sockets allow 107 bytes)."""
 
-    def __init__(self, *flags, checkpoints=True):
+    def __init__(self, *flags, checkpoints=True, broker=None):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="lam-"))
         self.socket = self.folder / "d.sock"
         self.target = f"unix:{self.socket}"
         self.tcp = f"127.0.0.1:{free_port()}"
+        self.metrics_address = f"127.0.0.1:{free_port()}"
         self.checkpoints = self.folder / "checkpoints"
         self.checkpoints.mkdir()
         self.log_path = self.folder / "log"
         command = [LAMINAD, "--listen", self.target, "--listen", self.tcp, "--device", "cpu",
-                   "--broker", str(self.folder / "b.sock"), "--metrics", f"127.0.0.1:{free_port()}", *flags]
+                   "--broker", broker or str(self.folder / "b.sock"), "--metrics", self.metrics_address, *flags]
         if checkpoints:
             command += ["--checkpoints", str(self.checkpoints)]
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=clean_environment())
+            # Worker threads that spin between loops slow everything down where the machine is busy with other things.
+            self.process = subprocess.Popen(command, stdout=log, stderr=log,
+                                            env={"OMP_WAIT_POLICY": "passive"} | clean_environment())
         self.wait_until_serving()
 
     def log(self):

@@ -146,7 +146,7 @@ def test_help_documents_the_exit_codes():
     done = run("--help")
     assert done.returncode == 0
     assert "Exit codes:" in done.stdout
-    for command in ("info", "health", "stack", "plan", "run", "checkpoint", "bench", "params"):
+    for command in ("info", "health", "stack", "plan", "run", "checkpoint", "bench", "params", "conformance"):
         assert f"\n  {command} " in done.stdout
         assert run(command, "--help").returncode == 0
     assert run("--version").stdout.startswith("lamina ")

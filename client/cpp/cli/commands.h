@@ -85,4 +85,14 @@ struct BenchOptions {
 };
 int Bench(const GlobalOptions& options, const BenchOptions& bench);
 
+// conformance_command.cc
+struct ConformanceOptions {
+  std::vector<std::string> only;  // globs of checks' names; empty: all
+  bool list = false;              // prints the checks and runs none
+  bool slow = false;              // waits out leases of any length
+  std::string json_file;          // where the results go too; empty: nowhere
+};
+// kOk: no check failed.
+int Conformance(const GlobalOptions& options, const ConformanceOptions& conformance);
+
 }  // namespace lamina::cli

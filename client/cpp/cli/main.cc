@@ -34,6 +34,7 @@ class Commands {
     AddCheckpoint();
     AddBench();
     AddParameters();
+    AddConformance();
   }
   int Run() { return action_(); }
   const GlobalOptions& globals() const { return globals_; }
@@ -288,6 +289,31 @@ class Commands {
        [this] { return ListParameters(globals_, stack_); });
   }
 
+  void AddConformance() {
+    CLI::App* conformance = app_->add_subcommand(
+        "conformance",
+        "Check a live daemon against the whole contract: every call, its status codes, handles, "
+        "sessions, exactly-once, gradients.\nUses sessions and stacks of its own, small and "
+        "deleted afterwards, and leaves others alone. Prints a line a check and ends with 'N "
+        "passed, N failed' (', N skipped': what this daemon offers no way to see); exit code 1 "
+        "where one failed.");
+    conformance
+        ->add_option("--only", conformance_.only,
+                     "Checks whose names fit, such as handles, 'sessions.keep-alive*'; repeatable "
+                     "[all]")
+        ->delimiter(',')
+        ->type_name("GLOB");
+    conformance->add_flag("--list", conformance_.list,
+                          "Print the checks and the rules that they check; needs no daemon");
+    conformance->add_flag("--slow", conformance_.slow,
+                          "Wait for the end of leases of more than 5 seconds too");
+    conformance
+        ->add_option("--json", conformance_.json_file,
+                     "Write the results there too, with the status codes that each call answered")
+        ->type_name("FILE");
+    Do(conformance, [this] { return Conformance(globals_, conformance_); });
+  }
+
   int WithConfig(const ConfigFlags& flags,
                  const std::function<int(const client::StackConfig&)>& run) {
     const absl::StatusOr<client::StackConfig> config = flags.Resolve();
@@ -304,6 +330,7 @@ class Commands {
   client::StackUpdate update_;
   RunOptions run_;
   BenchOptions bench_;
+  ConformanceOptions conformance_;
   std::string stack_, checkpoint_;
   bool create_ = false;
   Action action_;
