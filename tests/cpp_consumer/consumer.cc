@@ -452,6 +452,159 @@ void CheckThreads(const Client& client) {
   OK(client.DeleteStack("threads"));
 }
 
+// The losses and weights of Train, with every step's calls sent before the first is answered.
+void CheckPipeline(const Client& client) {
+  for (const TransportPolicy policy : {TransportPolicy::kRegions, TransportPolicy::kInline}) {
+    const Transport transport =
+        policy == TransportPolicy::kRegions ? Transport::kMemfd : Transport::kInline;
+    const Session session = VALUE(client.OpenSession({.transport = policy}));
+    StackConfig config = Config();
+    config.max_contexts = 3;
+    const Stack piped = VALUE(session.CreateStack("piped", config));
+    const Stack single = VALUE(session.CreateStack("single", config));
+    const Tensor x = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    const Tensor y = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    const Tensor dy = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    const Tensor dx = VALUE(session.NewTensor(DType::kFloat32, kShape));
+    Fill(x, 0.7);
+    Fill(dy, 0.3);
+    const OptimizerOptions optimizer{
+        .learning_rate = 5e-3, .max_grad_norm = 1, .zero_gradients = true};
+
+    Pipeline pipeline = VALUE(session.OpenPipeline({.depth = 7}));
+    std::vector<Pending<ForwardResult>> forwards;
+    std::vector<Pending<BackwardResult>> backwards;
+    std::vector<Pending<ApplyResult>> applied;
+    for (int step = 0; step < kSteps; ++step) {
+      forwards.push_back(pipeline.Forward(piped, x, {.output = y}));
+      backwards.push_back(pipeline.Backward(piped, forwards.back(), dy,
+                                            {.input_grad = dx, .want_input_grad = true}));
+      applied.push_back(pipeline.ApplyGradients(piped, optimizer));
+    }
+    for (int step = 0; step < kSteps; ++step) {
+      ForwardResult forward = VALUE(single.Forward(x));
+      REQUIRE(VALUE(forwards[step].Take()).output_transport == transport);
+      REQUIRE(Says(forwards[step].Take().status(), absl::StatusCode::kFailedPrecondition, "taken"));
+      VALUE(single.Backward(forward.context, dy));
+      VALUE(backwards[step].Take());
+      const ApplyResult one = VALUE(single.ApplyGradients(optimizer));
+      const ApplyResult other = VALUE(applied[step].Take());
+      REQUIRE(one.grad_norm == other.grad_norm && one.step == other.step);
+    }
+    OK(pipeline.Wait());
+    REQUIRE(Flatten(VALUE(piped.GetParameters())) == Flatten(VALUE(single.GetParameters())));
+
+    // A failure is its own; mutations behind it change nothing; evaluations go on.
+    const int64_t step = VALUE(piped.Describe()).step;
+    Tensor wrong = VALUE(session.NewTensor(DType::kFloat32, {1, 1, 31}));
+    Pending<ForwardResult> failing = pipeline.Forward(piped, wrong);
+    Pending<BackwardResult> behind = pipeline.Backward(piped, failing, dy);
+    Pending<ApplyResult> last = pipeline.ApplyGradients(piped, optimizer);
+    Pending<ForwardResult> evaluation = pipeline.Forward(piped, x, {.training = false});
+    REQUIRE(Says(failing.Wait(), absl::StatusCode::kInvalidArgument, "input"));
+    REQUIRE(behind.Wait().code() == absl::StatusCode::kFailedPrecondition);
+    REQUIRE(last.Wait().code() == absl::StatusCode::kFailedPrecondition);
+    OK(evaluation.Wait());
+    REQUIRE(
+        Says(pipeline.ZeroGradients(piped).Wait(), absl::StatusCode::kFailedPrecondition, "Wait"));
+    REQUIRE(Says(pipeline.Wait(), absl::StatusCode::kInvalidArgument, "input"));
+    OK(pipeline.ZeroGradients(piped).Wait());
+    REQUIRE(VALUE(piped.Describe()).step == step);
+
+    // Contexts: one at hand, one of a forward that is done, one that nobody wants.
+    ForwardResult at_hand = VALUE(piped.Forward(x));
+    OK(pipeline.Backward(piped, at_hand.context, dy).Wait());
+    REQUIRE(!at_hand.context);
+    Pending<ForwardResult> ready = pipeline.Forward(piped, x);
+    OK(ready.Wait());
+    OK(pipeline.Backward(piped, ready, dy).Wait());
+    REQUIRE(Says(pipeline.Backward(piped, ready, dy).Wait(), absl::StatusCode::kFailedPrecondition,
+                 "context"));
+    REQUIRE(Says(pipeline.Backward(piped, evaluation, dy).Wait(),
+                 absl::StatusCode::kFailedPrecondition, "context"));
+    VALUE(pipeline.Forward(piped, x).Take());
+    Pending<ForwardResult> unlucky = pipeline.Forward(piped, x);
+    REQUIRE(pipeline.Backward(piped, unlucky, wrong).Wait().code() ==
+            absl::StatusCode::kInvalidArgument);
+    REQUIRE(VALUE(unlucky.Take()).context.id().empty());
+    REQUIRE(pipeline.Wait().code() == absl::StatusCode::kInvalidArgument);
+    REQUIRE(VALUE(piped.Describe()).outstanding_contexts == 0);
+
+    // The session's own calls and the pipeline's take turns.
+    for (int i = 0; i < 5; ++i) {
+      Pending<ForwardResult> forward = pipeline.Forward(piped, x);
+      Pending<BackwardResult> backward = pipeline.Backward(piped, forward, dy);
+      OK(piped.ZeroGradients());
+      OK(backward.Wait());
+    }
+    const Session other = VALUE(client.OpenSession());
+    const Stack foreign = VALUE(other.OpenStack("piped"));
+    REQUIRE(
+        Says(pipeline.Forward(foreign, x).Wait(), absl::StatusCode::kInvalidArgument, "session"));
+    REQUIRE(Says(session.OpenPipeline({.depth = 64}).status(), absl::StatusCode::kInvalidArgument,
+                 "1..63"));
+    pipeline.Close();
+    REQUIRE(Says(pipeline.ZeroGradients(piped).Wait(), absl::StatusCode::kFailedPrecondition,
+                 "closed"));
+    OK(client.DeleteStack("piped"));
+    OK(client.DeleteStack("single"));
+  }
+}
+
+// What a pipeline's end leaves open is settled: no call ran twice, none is lost from the sequence.
+void CheckPipelineBreaks(const Client& client) {
+  const Session session = VALUE(client.OpenSession());
+  StackConfig config{.batch_size = 8, .max_seq_length = 64, .hidden_size = 256, .heads = 4};
+  config.num_hidden_layers = 2;
+  config.max_contexts = 4;
+  const Stack stack = VALUE(session.CreateStack("breaks", config));
+  const Tensor x = VALUE(session.NewTensor(DType::kFloat32, {8, 64, 256}));
+  Fill(x, 0.7);
+  uint64_t heard = 0;
+  for (int round = 0; round < 6; ++round) {
+    // The stream's time is over with some calls run, one running, others waiting.
+    Pipeline pipeline =
+        VALUE(session.OpenPipeline({.timeout = std::chrono::milliseconds(20 + 25 * round)}));
+    std::vector<Pending<ForwardResult>> forwards;
+    std::vector<Pending<BackwardResult>> backwards;
+    const Tensor y = VALUE(session.NewTensor(DType::kFloat32, x.shape()));
+    for (int i = 0; i < 15; ++i) {
+      forwards.push_back(pipeline.Forward(stack, x, {.output = y}));
+      backwards.push_back(pipeline.Backward(stack, forwards.back(), y));
+    }
+    for (const Pending<ForwardResult>& forward : forwards) heard += forward.Wait().ok();
+    const absl::Status end = pipeline.Wait();
+    REQUIRE(!end.ok());
+    REQUIRE(Says(pipeline.ZeroGradients(stack).Wait(), end.code(), ""));
+    pipeline.Close();
+    // The session goes on, in step with the daemon, and holds no context.
+    OK(stack.ZeroGradients());
+    ForwardResult forward = VALUE(stack.Forward(x, {.output = y}));
+    ++heard;
+    VALUE(stack.Backward(forward.context, x));
+    const StackInfo info = VALUE(stack.Describe());
+    REQUIRE(info.outstanding_contexts == 0);
+    REQUIRE(info.forward_count >= heard);
+  }
+  // A call that waits is cancelled; a call's own timeout is its own.
+  Pipeline pipeline = VALUE(session.OpenPipeline());
+  std::vector<Pending<ForwardResult>> busy;
+  const Tensor y = VALUE(session.NewTensor(DType::kFloat32, x.shape()));
+  for (int i = 0; i < 10; ++i) {
+    busy.push_back(pipeline.Forward(stack, x, {.output = y, .training = false}));
+  }
+  Pending<ForwardResult> late =
+      pipeline.Forward(stack, x, {.output = y, .training = false}, std::chrono::milliseconds(1));
+  Pending<Done> unwanted = pipeline.ZeroGradients(stack);
+  REQUIRE(unwanted.Cancel());
+  REQUIRE(unwanted.Wait().code() == absl::StatusCode::kCancelled);
+  REQUIRE(!unwanted.Cancel());
+  REQUIRE(late.Wait().code() == absl::StatusCode::kDeadlineExceeded);
+  for (const Pending<ForwardResult>& forward : busy) OK(forward.Wait());
+  REQUIRE(pipeline.Wait().code() == absl::StatusCode::kCancelled);
+  OK(client.DeleteStack("breaks"));
+}
+
 double RelativeError(std::span<const float> a, std::span<const float> b) {
   REQUIRE(a.size() == b.size());
   double difference = 0, norm = 0;
@@ -616,6 +769,10 @@ int main(int argc, char** argv) {
     CheckLease(client);
   } else if (check == "loss") {
     CheckLoss(client);
+  } else if (check == "pipeline") {
+    CheckPipeline(client);
+  } else if (check == "pipeline-breaks") {
+    CheckPipelineBreaks(client);
   } else if (check == "threads") {
     CheckThreads(client);
   } else if (check == "packed") {

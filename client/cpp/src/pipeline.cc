@@ -286,6 +286,13 @@ absl::Status CheckSession(const Stack& stack, const internal::SessionCore* sessi
   return absl::InvalidArgumentError("the stack is a handle of another session");
 }
 
+// What `make` gives, if all is well so far.
+template <class Value, class Make>
+absl::StatusOr<Value> If(const absl::Status& status, const Make& make) {
+  if (!status.ok()) return status;
+  return make();
+}
+
 }  // namespace
 
 template <class Result>
@@ -318,8 +325,8 @@ Pending<ForwardResult> Pipeline::Forward(const Stack& stack, const Tensor& input
                                          const ForwardOptions& options, Milliseconds timeout) {
   auto flight = std::make_shared<ForwardFlight>();
   Pending<ForwardResult> pending(flight, core_);
-  absl::StatusOr<pb::ForwardRequest> request = CheckSession(stack, core_->session());
-  if (request.status().ok()) request = Calls::Forward(stack, input, options);
+  absl::StatusOr<pb::ForwardRequest> request = If<pb::ForwardRequest>(
+      CheckSession(stack, core_->session()), [&] { return Calls::Forward(stack, input, options); });
   if (!request.ok()) {
     Land<ForwardResult>(*flight, request.status());
     return pending;
@@ -332,8 +339,8 @@ Pending<ForwardResult> Pipeline::Forward(const Stack& stack, const Tensor& input
   // `input` and what `options` names stay mapped until the call is done.
   item->land = [flight, stack, input, options](const absl::Status& status,
                                                const pb::ExecuteResponse& answer) {
-    absl::StatusOr<ForwardResult> result = status;
-    if (status.ok()) result = Calls::Take(stack, answer.forward(), options);
+    absl::StatusOr<ForwardResult> result =
+        If<ForwardResult>(status, [&] { return Calls::Take(stack, answer.forward(), options); });
     std::lock_guard<std::mutex> lock(flight->mutex);
     if (result.ok() && flight->claimed) flight->context = std::move(result->context);
     flight->result = std::move(result);
@@ -351,10 +358,11 @@ Pending<BackwardResult> Pipeline::Backward(const Stack& stack,
   auto flight = std::make_shared<internal::FlightOf<BackwardResult>>();
   Pending<BackwardResult> pending(flight, core_);
   const auto of = std::static_pointer_cast<ForwardFlight>(forward.flight_);
-  absl::StatusOr<pb::BackwardRequest> request = CheckSession(stack, core_->session());
-  if (forward.pipeline_.lock() != core_)
-    request = absl::FailedPreconditionError("the forward is another pipeline's");
-  if (request.status().ok()) request = Calls::Backward(stack, output_grad, options);
+  absl::Status fits = CheckSession(stack, core_->session());
+  if (fits.ok() && forward.pipeline_.lock() != core_)
+    fits = absl::FailedPreconditionError("the forward is another pipeline's");
+  absl::StatusOr<pb::BackwardRequest> request =
+      If<pb::BackwardRequest>(fits, [&] { return Calls::Backward(stack, output_grad, options); });
   std::unique_ptr<Item> item = NewItem(timeout);
   if (request.ok()) {
     std::lock_guard<std::mutex> lock(of->mutex);
@@ -387,12 +395,9 @@ Pending<BackwardResult> Pipeline::Backward(const Stack& stack,
       std::lock_guard<std::mutex> lock(of->mutex);
       context = std::move(of->context);
     }
-    absl::StatusOr<BackwardResult> result = status;
-    if (status.ok()) {
-      Calls::Spend(context);
-      result = Calls::Take(answer.backward(), options);
-    }
-    Land(*flight, std::move(result));
+    if (status.ok()) Calls::Spend(context);
+    Land(*flight,
+         If<BackwardResult>(status, [&] { return Calls::Take(answer.backward(), options); }));
     // Here a context that had no Backward goes.
   };
   core_->Submit(std::move(item));
@@ -424,9 +429,7 @@ Pending<ApplyResult> Pipeline::ApplyGradients(const Stack& stack, const Optimize
   item->mutation = item->request.mutable_apply_gradients()->mutable_mutation();
   item->flight = flight.get();
   item->land = [flight](const absl::Status& status, const pb::ExecuteResponse& answer) {
-    absl::StatusOr<ApplyResult> result = status;
-    if (status.ok()) result = Calls::Take(answer.apply_gradients());
-    Land(*flight, std::move(result));
+    Land(*flight, If<ApplyResult>(status, [&] { return Calls::Take(answer.apply_gradients()); }));
   };
   core_->Submit(std::move(item));
   return pending;
@@ -444,9 +447,7 @@ Pending<Done> Pipeline::ZeroGradients(const Stack& stack, Milliseconds timeout) 
   item->mutation = item->request.mutable_zero_gradients()->mutable_mutation();
   item->flight = flight.get();
   item->land = [flight](const absl::Status& status, const pb::ExecuteResponse&) {
-    absl::StatusOr<Done> result = status;
-    if (status.ok()) result = Done{};
-    Land(*flight, std::move(result));
+    Land(*flight, If<Done>(status, [] { return Done{}; }));
   };
   core_->Submit(std::move(item));
   return pending;
