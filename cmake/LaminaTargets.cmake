@@ -15,6 +15,11 @@ if(LAMINA_SANITIZE)
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer>)
   add_link_options(-fsanitize=${LAMINA_SANITIZE})
 endif()
+if(LAMINA_FUZZ)
+  # libFuzzer sees which edges of the daemon's code an input reaches. What clang warns of where GCC does not is shown.
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=fuzzer-no-link>)
+  target_compile_options(lamina_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-error>)
+endif()
 
 # lamina_library(NAME SOURCES ... [PUBLIC libs...] [PRIVATE libs...]): a static library, one per room.
 function(lamina_library name)
@@ -27,7 +32,7 @@ endfunction()
 add_library(lamina_quick_to_build INTERFACE)
 target_compile_options(lamina_quick_to_build INTERFACE
   $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-O1>)
-if(LAMINA_SANITIZE)
+if(LAMINA_SANITIZE AND NOT LAMINA_FUZZ)
   target_compile_options(lamina_quick_to_build INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-O0>)
 endif()
 

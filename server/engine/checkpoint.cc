@@ -475,8 +475,9 @@ absl::Status CheckpointReader::CheckDigest() const {
   std::string header = header_;
   header.replace(digest_position_, kDigestDigits, kDigestDigits, '0');
   sha.Add(header.data(), header.size());
-  std::vector<char> chunk(kReadChunk);
-  for (uint64_t at = kLengthBytes + header_.size(); at < file_bytes_;) {
+  const uint64_t data = kLengthBytes + header_.size();
+  std::vector<char> chunk(static_cast<size_t>(std::min<uint64_t>(kReadChunk, file_bytes_ - data)));
+  for (uint64_t at = data; at < file_bytes_;) {
     const size_t bytes = static_cast<size_t>(std::min<uint64_t>(chunk.size(), file_bytes_ - at));
     ENGINE_RETURN_IF_ERROR(ReadAt(at, chunk.data(), bytes));
     sha.Add(chunk.data(), bytes);

@@ -161,7 +161,8 @@ bool EngineImpl::IsLight(const std::string& stack, Effort effort, double element
   if (effort == Effort::kParameters)
     return kOptimizerFlops * static_cast<double>(info.parameter_count) <= kLightFlops;
   const double tokens = elements / static_cast<double>(info.config.hidden_size);
-  if (!(tokens <= kLightFlops)) return false;  // before it is made an integer
+  // Before it is made an integer: a shape that nobody has checked yet may give any number.
+  if (!(tokens >= 0 && tokens <= kLightFlops)) return false;
   const double longest = std::min(tokens, static_cast<double>(info.config.max_seq_length));
   const double flops = Stack::ForwardFlops(info.config, info.config.num_hidden_layers,
                                            static_cast<int64_t>(tokens), tokens * longest);

@@ -18,7 +18,7 @@ absl::StatusOr<std::string> ReadFile(const std::string& path, uint64_t most) {
                                                              &std::fclose);
   if (file == nullptr) return failed();
   std::string content;
-  std::string chunk(size_t{1} << 20, '\0');
+  std::string chunk(size_t{1} << 16, '\0');
   size_t got = 0;
   while ((got = std::fread(chunk.data(), 1, chunk.size(), file.get())) > 0) {
     content.append(chunk, 0, got);

@@ -220,6 +220,8 @@ class Session:
             except LaminaError:
                 continue  # it was another one
             self.discard(one.request.stack, answer.context_id)
+        if dropped:
+            self.release_garbage()  # now: whoever counts the contexts must not find one that nobody has
 
     # --- contexts that nobody will use ---
 

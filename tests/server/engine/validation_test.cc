@@ -324,5 +324,16 @@ TEST(ApplyValidation, NeedsTraining) {
   EXPECT_THAT(rig.engine().ZeroGradients("none", {}), IsStatus(kNotFound, "none"));
 }
 
+// A call is weighed before its shape is checked.
+TEST(ValidationTest, NoCallOfAnImpossibleShapeIsLight) {
+  Rig rig;
+  rig.Create("s", TinyConfig());
+  for (const Effort effort : {Effort::kForward, Effort::kBackward}) {
+    EXPECT_TRUE(rig.engine().IsLight("s", effort, 16));
+    for (const double elements : {-1.0, -1e30, 1e30, static_cast<double>(NAN)})
+      EXPECT_FALSE(rig.engine().IsLight("s", effort, elements)) << elements;
+  }
+}
+
 }  // namespace
 }  // namespace lamina::testing
