@@ -1,5 +1,6 @@
 #include "server/engine/context_table.h"
 
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -94,12 +95,24 @@ void ContextTable::SessionEnded(SessionKey session) {
     }
     sessions_.erase(contexts);
   }
-  if (!ended_.insert(session).second) return;
-  ended_order_.push_back(session);
-  if (ended_order_.size() > kEndedKept) {
-    ended_.erase(ended_order_.front());
-    ended_order_.pop_front();
+  if (ended(session)) return;
+  SessionKey last = session;
+  const auto after = ended_.find(session + 1);
+  if (after != ended_.end()) {
+    last = after->second;
+    ended_.erase(after);
   }
+  const auto before = ended_.lower_bound(session);
+  if (before != ended_.begin() && std::prev(before)->second + 1 == session) {
+    std::prev(before)->second = last;
+  } else {
+    ended_.emplace(session, last);
+  }
+}
+
+bool ContextTable::ended(SessionKey session) const {
+  const auto after = ended_.upper_bound(session);
+  return after != ended_.begin() && session <= std::prev(after)->second;
 }
 
 int64_t ContextTable::live(const std::string& stack) const {

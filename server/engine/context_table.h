@@ -11,7 +11,6 @@
 #include <deque>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 
 #include "absl/status/status.h"
@@ -53,21 +52,21 @@ class ContextTable {
   void StackDeleted(const std::string& stack);
   // Frees a session's contexts and takes none of it from now on.
   void SessionEnded(SessionKey session);
-  bool ended(SessionKey session) const { return ended_.count(session) > 0; }
+  bool ended(SessionKey session) const;
 
   int64_t live() const { return live_; }
   int64_t live(const std::string& stack) const;
 
  private:
-  // What is remembered at most: of one session's deleted contexts, of ended sessions. A client that
-  // asks for something older hears NOT_FOUND; no call is in flight for that long.
+  // What is remembered at most of one session's deleted contexts. A client that asks for something
+  // older hears NOT_FOUND; no call is in flight for that long.
   static constexpr size_t kDeletedKept = 1024;
-  static constexpr size_t kEndedKept = 65536;
 
   std::map<SessionKey, std::map<uint64_t, Record>> sessions_;
   std::map<std::string, int64_t> live_of_stack_;
-  std::set<SessionKey> ended_;
-  std::deque<SessionKey> ended_order_;
+  // The ended sessions, as ranges of keys: the first to the last. Keys are given out in order, so
+  // there is at most one range more than sessions that live, however many have ended.
+  std::map<SessionKey, SessionKey> ended_;
   uint64_t last_id_ = 0;
   int64_t live_ = 0;
 };

@@ -1,8 +1,12 @@
 // Who may use a context, how long it lives, and what is said of one that is gone.
+#include <algorithm>
+#include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "engine_rig.h"
+#include "server/engine/context_table.h"
 
 namespace lamina::testing {
 namespace {
@@ -147,6 +151,23 @@ TEST_F(ContextTest, KeepsTrainingFromBeingTurnedOff) {
               IsStatus(kPrecondition, "outstanding"));
   EXPECT_OK(Release(kMine, id));
   EXPECT_OK(rig_.engine().UpdateStack("s", {.training = false}, {}).status());
+}
+
+TEST(ContextTable, RemembersEverySessionThatHasEnded) {
+  ContextTable table;
+  std::vector<SessionKey> keys;
+  for (SessionKey key = 1; key <= 1000; ++key)
+    if (key % 7 != 0) keys.push_back(key);
+  std::shuffle(keys.begin(), keys.end(), std::mt19937(5));
+  std::set<SessionKey> ended;
+  for (const SessionKey key : keys) {
+    table.SessionEnded(key);
+    table.SessionEnded(key);
+    ended.insert(key);
+    if (ended.size() % 100 != 0 && ended.size() != keys.size()) continue;
+    for (SessionKey asked = 0; asked <= 1002; ++asked)
+      ASSERT_EQ(table.ended(asked), ended.count(asked) > 0) << asked;
+  }
 }
 
 }  // namespace
