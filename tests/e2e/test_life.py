@@ -81,7 +81,8 @@ def test_a_client_that_hangs_loses_its_session_and_others_do_not_notice():
         stack.backward(context, y)
         child.send_signal(signal.SIGCONT)
         _, error = child.communicate(timeout=60)
-        assert child.returncode == 1 and b"this session has ended" in error, error
+        # Its call's answer may come before what its KeepAlive stream has to say.
+        assert child.returncode == 1 and (b"this session has ended" in error or b"no such session" in error), error
 
 
 def test_a_silent_session_ends_with_its_lease():
