@@ -59,14 +59,14 @@ absl::StatusOr<MutationLog::Ticket> MutationLog::Wait(std::unique_lock<std::mute
       const auto entry = std::find_if(answers_.begin(), answers_.end(), [sequence](const Entry& e) {
         return e.sequence == sequence;
       });
-      if (entry == answers_.end())
-        return absl::AlreadyExistsError(absl::StrCat(
-            "mutation.sequence: ", sequence,
-            " was used, and its answer is no longer kept; the next is ", applied_ + 1));
-      if (entry->digest != digest)
+      if (entry != answers_.end() && entry->digest != digest)
         return absl::AlreadyExistsError(absl::StrCat("mutation.sequence: ", sequence,
                                                      " was used with another body; the next is ",
                                                      applied_ + 1));
+      if (entry == answers_.end() || entry->answer == nullptr)
+        return absl::AlreadyExistsError(absl::StrCat(
+            "mutation.sequence: ", sequence,
+            " was used, and its answer is no longer kept; the next is ", applied_ + 1));
       return Ticket{.replay = entry->answer};
     }
     if (!running_.has_value() && sequence == applied_ + 1) {
@@ -102,6 +102,10 @@ void MutationLog::Commit(uint64_t sequence, std::string answer) {
   applied_ = sequence;
   answers_.push_back({sequence, running_digest_, std::move(kept)});
   if (answers_.size() > kReplayWindow) answers_.pop_front();
+  if (answers_.size() > kLongWindow) {
+    Entry& passed = answers_[answers_.size() - 1 - kLongWindow];
+    if (passed.answer != nullptr && passed.answer->size() > kShortAnswer) passed.answer = nullptr;
+  }
   changed_.notify_all();
 }
 

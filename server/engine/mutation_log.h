@@ -15,6 +15,7 @@
 
 #include <array>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -35,7 +36,11 @@ BodyDigest DigestOf(const std::string& bytes);
 
 class MutationLog {
  public:
-  static constexpr int kReplayWindow = 16;  // answers kept
+  // Answers kept: as many as a pipeline has under way, but of those longer than kShortAnswer, which
+  // may be as long as the inline cap, the last kLongWindow alone.
+  static constexpr int kReplayWindow = 64;
+  static constexpr int kLongWindow = 16;
+  static constexpr size_t kShortAnswer = 1024;  // bytes
 
   struct Ticket {
     std::shared_ptr<const std::string>
@@ -57,7 +62,7 @@ class MutationLog {
   struct Entry {
     uint64_t sequence;
     BodyDigest digest;
-    std::shared_ptr<const std::string> answer;
+    std::shared_ptr<const std::string> answer;  // null: it was long, and is no longer kept
   };
   // Begin after `sequence` was entered into waiting_. `lock` holds mutex_.
   absl::StatusOr<Ticket> Wait(std::unique_lock<std::mutex>& lock, uint64_t sequence,

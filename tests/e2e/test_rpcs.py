@@ -29,7 +29,7 @@ def unchanged(raw, action):
 def test_server_info(raw, daemon):
     info = raw.config.GetServerInfo(cpb.GetServerInfoRequest())
     assert info.version == "0.1.0" and info.backend == daemon.device.split(":")[0]
-    assert info.inline_cap_bytes == 16 << 20 and info.replay_window == 16 and info.checkpoints_enabled
+    assert info.inline_cap_bytes == 16 << 20 and info.replay_window == 64 and info.checkpoints_enabled
     assert 0 < info.device_free_bytes <= info.device_total_bytes
     assert list(info.transports) == [tpb.TRANSPORT_INLINE, tpb.TRANSPORT_MEMFD]
 
@@ -443,11 +443,11 @@ def test_a_failed_mutation_does_not_use_its_sequence_up(raw):
 def test_answers_are_kept_for_the_window_only(raw):
     raw.stack()
     requests = []
-    for _ in range(18):
+    for _ in range(66):
         requests.append(lpb.ZeroGradientsRequest(stack="s", mutation=raw.next()))
         raw.layer.ZeroGradients(requests[-1])
         raw.took()
-    raw.layer.ZeroGradients(requests[2])  # 16 kept
+    raw.layer.ZeroGradients(requests[2])  # 64 kept
     with refused("ALREADY_EXISTS"):
         raw.layer.ZeroGradients(requests[1])
 

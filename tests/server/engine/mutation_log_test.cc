@@ -116,6 +116,23 @@ TEST_F(MutationLogTest, KeepsAWindowOfAnswers) {
   }
 }
 
+TEST_F(MutationLogTest, KeepsFewerOfLongAnswers) {
+  constexpr uint64_t kLast = 2 * MutationLog::kLongWindow;
+  const std::string longer(MutationLog::kShortAnswer + 1, 'x');
+  for (uint64_t s = 1; s <= kLast; ++s) {
+    ASSERT_TRUE(Begin(s, absl::StrCat("body ", s)).ok());
+    log_.Commit(s, s % 2 == 0 ? longer : longer.substr(1));
+  }
+  for (uint64_t s = 1; s <= kLast; ++s) {
+    const auto ticket = Begin(s, absl::StrCat("body ", s));
+    EXPECT_EQ(ticket.ok(), s % 2 == 1 || s > kLast - MutationLog::kLongWindow) << s;
+    if (!ticket.ok()) {
+      EXPECT_THAT(ticket.status(), IsStatus(kExists, "no longer kept"));
+    }
+    EXPECT_THAT(Begin(s, "another").status(), IsStatus(kExists, "another body"));
+  }
+}
+
 TEST_F(MutationLogTest, AnAbortedSequenceWasNotUsed) {
   ASSERT_TRUE(Begin(1, "first try").ok());
   log_.Abort(1);
