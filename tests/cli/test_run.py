@@ -1,4 +1,4 @@
-"""run over .npy files, checkpoints, bench."""
+"""run over .npy files, checkpoints."""
 
 import numpy as np
 import pytest
@@ -182,41 +182,3 @@ def test_no_checkpoint_folder(config_file):
         assert daemon.json("info")["checkpoints_enabled"] is False
     finally:
         daemon.stop()
-
-
-def test_bench(daemon, stack):
-    before = daemon.json("stack", "show", stack)
-    result = daemon.json("bench", stack, "--seconds", "0.3", "--batch", "2", "--seq", "9")
-    assert (result["batch"], result["seq"], result["training"]) == (2, 9, True)
-    assert [entry["transport"] for entry in result["results"]] == ["regions", "inline"]
-    for entry in result["results"]:
-        assert entry["seconds"] >= 0.3
-        assert entry["steps"] == entry["forward"]["count"] == entry["backward"]["count"] > 0
-        assert entry["tokens_per_second"] == pytest.approx(2 * 9 * entry["steps"] / entry["seconds"])
-        for call in (entry["forward"], entry["backward"]):
-            assert 0 < call["compute_median_ms"] < call["median_ms"] <= call["p99_ms"]
-            assert call["overhead_median_ms"] > 0
-    after = daemon.json("stack", "show", stack)
-    steps = sum(entry["steps"] + 3 for entry in result["results"])  # three each to warm up
-    assert after["forward_count"] == before["forward_count"] + steps
-    assert after["step"] == before["step"]
-    assert after["outstanding_contexts"] == 0
-
-
-def test_bench_as_text_and_its_choices(daemon, stack):
-    text = daemon.cli("bench", stack, "--seconds", "0.1", "--transport", "inline", "--forward-only").stdout
-    assert "inline" in text and "forward" in text and "tokens/s" in text
-    assert "regions" not in text and "backward" not in text
-    assert daemon.error("bench", "nobody", code=1)["code"] == "NOT_FOUND"
-    error = daemon.error("bench", stack, "--seq", "21", code=1)
-    assert error["code"] == "INVALID_ARGUMENT"
-
-
-def test_bench_of_a_stack_without_training(daemon, config_file):
-    daemon.json("stack", "create", "eval", "--config", config_file(), "--no-training")
-    try:
-        result = daemon.json("bench", "eval", "--seconds", "0.1", "--transport", "regions")
-        assert result["training"] is False
-        assert "backward" not in result["results"][0]
-    finally:
-        daemon.cli("stack", "delete", "eval")

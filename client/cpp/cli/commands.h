@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cli/output.h"
@@ -17,6 +18,8 @@ class ConfigFlags;
 // Connects and runs; where no daemon answers it says which target was tried and how to start one,
 // and returns kUnreachable.
 int WithClient(const GlobalOptions& options, const std::function<int(const client::Client&)>& run);
+// What the global options say about a connection.
+client::ConnectOptions ToConnect(const GlobalOptions& options);
 
 // service_commands.cc
 int Info(const GlobalOptions& options);
@@ -76,12 +79,19 @@ int Run(const GlobalOptions& options, const RunOptions& run);
 // bench_command.cc
 struct BenchOptions {
   std::string stack;
-  int64_t batch = 0;  // 0: the stack's
-  int64_t seq = 0;    // 0: the stack's
+  int64_t batch = 0;                                // 0: the stack's
+  int64_t seq = 0;                                  // 0: the stack's
+  std::vector<std::pair<int64_t, int64_t>> shapes;  // (B, S), each measured; empty: batch and seq
   double seconds = 5;
+  int64_t warmup = 3;  // steps of each client
   bool regions = true;
   bool inline_tensors = true;
   bool forward_only = false;
+  int concurrency = 1;
+  bool pipeline = false;         // calls on a stream
+  std::optional<int> depth;      // of it; absent: 32
+  double rate = 0;               // steps a second; 0: a closed loop
+  std::optional<uint64_t> seed;  // of the arrivals; absent: 1
 };
 int Bench(const GlobalOptions& options, const BenchOptions& bench);
 

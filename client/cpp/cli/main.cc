@@ -2,8 +2,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <utility>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "cli/byte_size.h"
 #include "cli/commands.h"
 #include "cli/config_flags.h"
@@ -21,6 +23,18 @@ Exit codes:
 Errors go to stderr, with --output json as {"error": {"code", "message", "exit_code"}}.)";
 
 using Action = std::function<int()>;
+
+// "8x128": B and S.
+std::pair<int64_t, int64_t> ParseShape(const std::string& text) {
+  const size_t by = text.find('x');
+  std::pair<int64_t, int64_t> shape;
+  if (by == std::string::npos || !absl::SimpleAtoi(text.substr(0, by), &shape.first) ||
+      !absl::SimpleAtoi(text.substr(by + 1), &shape.second) || shape.first < 1 ||
+      shape.second < 1) {
+    throw CLI::ValidationError("--shape", "'" + text + "' is not BxS, such as 8x128");
+  }
+  return shape;
+}
 
 // Every command's options and what to do with them; lives until the command has run.
 class Commands {
@@ -254,19 +268,36 @@ class Commands {
   }
 
   void AddBench() {
-    CLI::App* bench =
-        AddNamed(app_, "bench",
-                 "Time forward and backward steps, through regions and inline.\nAdvances the "
-                 "dropout counter and leaves zeroed gradients behind; weights stay.",
-                 &bench_.stack, "STACK");
-    bench->add_option("--batch", bench_.batch, "B [the stack's batch-size]")
-        ->check(CLI::PositiveNumber)
-        ->type_name("N");
-    bench->add_option("--seq", bench_.seq, "S [the stack's max-seq-length]")
-        ->check(CLI::PositiveNumber)
-        ->type_name("N");
-    bench->add_option("--seconds", bench_.seconds, "How long to measure each transport [5]")
+    CLI::App* bench = AddNamed(
+        app_, "bench",
+        "Drive a stack with one client or many, and time its calls.\nA step is a forward and "
+        "its backward. Advances the dropout counter and leaves zeroed gradients behind; "
+        "weights stay. Calls that a busy daemon refuses are counted by status; other errors "
+        "end the run.",
+        &bench_.stack, "STACK");
+    const auto extent = [bench](const char* flag, int64_t* value, const char* help) {
+      return bench->add_option(flag, *value, help)->check(CLI::PositiveNumber)->type_name("N");
+    };
+    CLI::Option* batch = extent("--batch", &bench_.batch, "B [the stack's batch-size]");
+    CLI::Option* seq = extent("--seq", &bench_.seq, "S [the stack's max-seq-length]");
+    bench
+        ->add_option_function<std::vector<std::string>>(
+            "--shape",
+            [this](const std::vector<std::string>& shapes) {
+              for (const std::string& shape : shapes) bench_.shapes.push_back(ParseShape(shape));
+            },
+            "B and S, such as 8x128; repeatable: each is measured by itself")
+        ->delimiter(',')
+        ->excludes(batch)
+        ->excludes(seq)
+        ->type_name("BxS");
+    bench
+        ->add_option("--seconds", bench_.seconds,
+                     "How long to measure each transport and shape, 0 to 3600 [5]")
         ->check(CLI::Range(0.0, 3600.0))
+        ->type_name("N");
+    bench->add_option("--warmup", bench_.warmup, "Steps of each client before, not counted [3]")
+        ->check(CLI::Range(0, 1000000))
         ->type_name("N");
     bench
         ->add_option_function<std::string>(
@@ -279,7 +310,46 @@ class Commands {
         ->check(CLI::IsMember({"regions", "inline", "both"}))
         ->type_name("");
     bench->add_flag("--forward-only", bench_.forward_only, "Evaluation forwards alone");
-    Do(bench, [this] { return Bench(globals_, bench_); });
+    bench
+        ->add_option("--concurrency", bench_.concurrency,
+                     "Clients, each with a connection and a session of its own, 1 to 1024 [1]")
+        ->check(CLI::Range(1, 1024))
+        ->type_name("N");
+    bench
+        ->add_option_function<std::string>(
+            "--calls", [this](const std::string& calls) { bench_.pipeline = calls == "pipeline"; },
+            "unary: a client waits for each answer; pipeline: it has several calls under way on a "
+            "stream [unary]")
+        ->check(CLI::IsMember({"unary", "pipeline"}))
+        ->type_name("");
+    bench
+        ->add_option("--depth", bench_.depth,
+                     "With --calls pipeline: calls of a client under way at most, 1 to 63 [32]")
+        ->check(CLI::Range(1, 63))
+        ->type_name("N");
+    bench
+        ->add_option_function<double>(
+            "--rate",
+            [this](const double& rate) {
+              if (!(rate > 0 && rate <= 1e6)) {
+                throw CLI::ValidationError("--rate", "must be above 0 and at most 1000000");
+              }
+              bench_.rate = rate;
+            },
+            "Open loop: so many steps a second arrive, of all clients together, at random "
+            "(Poisson); latency counts from the arrival, also where no client is free. Else each "
+            "client begins a step when its last one is done")
+        ->type_name("R");
+    bench->add_option("--seed", bench_.seed, "With --rate: of the arrivals [1]")->type_name("N");
+    Do(bench, [this] {
+      if (bench_.depth.has_value() && !bench_.pipeline) {
+        return FailUsage(globals_, "--depth needs --calls pipeline");
+      }
+      if (bench_.seed.has_value() && bench_.rate == 0) {
+        return FailUsage(globals_, "--seed needs --rate");
+      }
+      return Bench(globals_, bench_);
+    });
   }
 
   void AddParameters() {

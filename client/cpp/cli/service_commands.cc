@@ -17,11 +17,6 @@
 namespace lamina::cli {
 namespace {
 
-client::ConnectOptions ToConnect(const GlobalOptions& options) {
-  return {.call_timeout =
-              std::chrono::milliseconds(static_cast<int64_t>(options.timeout_seconds * 1000))};
-}
-
 std::string TargetOf(const GlobalOptions& options) {
   if (options.target.empty()) return client::DefaultTarget();
   return options.target.front() == '/' ? absl::StrCat("unix:", options.target) : options.target;
@@ -86,6 +81,11 @@ bool MeansUnreachable(absl::StatusCode code) {
 }
 
 }  // namespace
+
+client::ConnectOptions ToConnect(const GlobalOptions& options) {
+  return {.call_timeout =
+              std::chrono::milliseconds(static_cast<int64_t>(options.timeout_seconds * 1000))};
+}
 
 int WithClient(const GlobalOptions& options, const std::function<int(const client::Client&)>& run) {
   const absl::StatusOr<client::Client> made =

@@ -53,6 +53,8 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
   // The daemon's inline cap is the limit, not gRPC's 4 MB.
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
+  // Each Client is a connection of its own; else gRPC would let those to one target share one.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   // A daemon that comes back is found again quickly: the retries' budget is seconds, not minutes.
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);

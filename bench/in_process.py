@@ -1,0 +1,92 @@
+"""Our side without a daemon (stack_bench, a stack in a process of its own), and what a benchmark notes of its run."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHAPE_NAMES = ["batch", "seq", "hidden", "heads", "intermediate", "layers"]
+
+
+def shape(text):
+    """A stack's shape of text such as "64,128,1024,16,4096,24"; ValueError."""
+    values = [int(v) for v in text.split(",")]
+    if len(values) != len(SHAPE_NAMES):
+        raise ValueError(text)
+    return dict(zip(SHAPE_NAMES, values))
+
+
+def find_binary(name, device):
+    """In a bundle, or in the build that has this device."""
+    presets = ["release", "cuda-release"] if device == "cpu" else ["cuda-release", "release"]
+    places = [ROOT / "bin" / name, *(ROOT / f"build/{preset}/bin/{name}" for preset in presets)]
+    found = [place for place in places if place.exists()]
+    if not found:
+        sys.exit(f"no {name}; build it with scripts/build, or name it")
+    return found[0]
+
+
+class Ours:
+    """A stack_bench and its commands."""
+
+    def __init__(self, binary, device):
+        self.arguments = [binary, "--device", device]
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.hello = self._answer()
+
+    def restart(self):
+        self.process.kill()
+        self.process.wait()
+        self.start()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"stack_bench ended with {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def command(self, *words):
+        self.process.stdin.write(" ".join(words) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def create(self, row):
+        self.command("create", json.dumps({
+            "batch_size": row["batch"], "max_seq_length": row["seq"], "hidden_size": row["hidden"], "heads": row["heads"],
+            "intermediate_size": row["intermediate"], "num_hidden_layers": row["layers"], "dtype": row["dtype"],
+            "pre_layer_norm": row["pre_layer_norm"], "attn_dropout_ratio": row["dropout"],
+            "hidden_dropout_ratio": row["dropout"], "seed": 1, "max_contexts": 1, **{flag: True for flag in row["flags"]}}))
+        self.peak_bytes = self.command("plan")["bytes"]
+        return self
+
+    def run(self, steps):
+        return self.command("run", str(steps))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def driver(uuid):
+    if not uuid:
+        return None
+    query = ["nvidia-smi", f"--id={uuid}", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def commit():
+    noted = ROOT / "commit"  # a bundle's
+    if noted.exists():
+        return noted.read_text().strip()
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() or None

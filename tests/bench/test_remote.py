@@ -1,0 +1,103 @@
+"""bench/remote at tiny shapes on the CPU: that it runs, that its figures agree with one another, and that what it times is
+what it says. BENCH_BIN names the folder of the binaries; build/release/bin by default."""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BIN = pathlib.Path(os.environ.get("BENCH_BIN", ROOT / "build/release/bin"))
+REMOTE = ROOT / "bench/remote"
+STEPS = ["in_process_ms", "memfd_ms", "per_layer_pipelined_ms"]
+ROUND_TRIPS = ["rpc_empty", "region_roundtrip", "execute_roundtrip"]
+
+
+def remote(*arguments):
+    return subprocess.run([sys.executable, REMOTE, "--device", "cpu", "--binaries", BIN, *arguments], capture_output=True,
+                          text=True)
+
+
+@pytest.fixture(scope="module")
+def module():
+    loader = importlib.machinery.SourceFileLoader("remote", str(REMOTE))
+    spec = importlib.util.spec_from_loader("remote", loader)
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_figures(tmp_path, dtype):
+    done = remote("--shape", "2,16,32,4,64,3", "--dtype", dtype, "--rounds", "2", "--calls", "120", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {"device", "driver", "date", "commit"} <= result.keys()
+    assert (result["backend"], result["shape"]["layers"], result["shape"]["dtype"]) == ("cpu", 3, dtype)
+    assert result["device_region_ms"] is None and list(result["missing"]) == ["device_region_ms"]
+    assert "GPU" in result["missing"]["device_region_ms"]
+    for name in STEPS:
+        spread = result["spread_ms"][name]
+        assert 0 < spread["min"] <= result[name] <= spread["max"] and spread["count"] == 10
+        assert name in done.stdout
+    for name in STEPS[1:]:
+        assert result["share_of_in_process"][name] == pytest.approx(result["in_process_ms"] / result[name])
+    for name in ROUND_TRIPS:
+        trip = result["round_trips_us"][name]
+        assert 0 < trip["p10"] <= trip["median"] <= trip["p90"]
+        assert trip["count"] == 150  # 120, rounded up to 50s
+        assert result[f"{name}_us"] == trip["median"]
+        assert ("compute_median" in trip) == (name != "rpc_empty")
+    for name in ROUND_TRIPS[1:]:
+        assert result["ratio_to_empty"][f"{name}_us"] == pytest.approx(result[f"{name}_us"] / result["rpc_empty_us"])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_by_calls_of_their_own_do_the_same_step(module, layers):
+    """Without dropout, so that one step is as the other: the input's gradient has come through all of it."""
+    config = {**module.shape(f"2,8,16,2,32,{layers}"), "dtype": "fp32", "pre_layer_norm": True, "dropout": 0.0}
+    with module.Daemon(device="cpu") as daemon, module.lamina.connect(daemon.target) as client:
+        remote = module.Remote(client, config)
+        remote.whole()
+        whole = remote.dx.copy()
+        weights = client.stack("remote").gradients()
+        remote.dx[:] = 0
+        with client.pipeline() as pipeline:
+            remote.per_layer(pipeline)
+        assert np.abs(whole).max() > 0
+        np.testing.assert_array_equal(remote.dx, whole)
+        for name, gradient in client.stack("remote").gradients().items():
+            np.testing.assert_allclose(gradient, 2 * weights[name], rtol=1e-6, atol=1e-7, err_msg=name)
+        assert client.stack("remote").info().outstanding_contexts == 0
+
+
+def test_device_regions_are_missing_for_the_reason_that_holds(module):
+    class Device:
+        def __init__(self, backend, *transports):
+            self.info = lambda: type("Info", (), {"backend": backend, "transports": transports})
+            self.transport = "inline"
+
+    class InProcess:
+        def run(self, steps):
+            return [2.0] * steps
+
+    for device, reason in [(Device("cpu", "memfd"), module.NO_GPU), (Device("cuda", "memfd"), module.NO_DEVICE_REGIONS),
+                           (Device("cuda", "memfd", "device"), module.NOT_DRIVEN)]:
+        times, missing = module.measure_steps(device, InProcess(), {}, 2)
+        assert missing["device_region_ms"] == reason
+        assert "shares no memory" in missing["memfd_ms"] and "shares no memory" in missing["per_layer_pipelined_ms"]
+        assert times == {"in_process_ms": [2.0] * 10}
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    for arguments, words in {("--shape", "1,2,3"): "--shape", ("--rounds", "0"): "--rounds", ("--dtype", "int8"): "--dtype"}.items():
+        done = remote(*arguments)
+        assert done.returncode == 2 and words in done.stderr
+    done = subprocess.run([BIN / "round_trip", "--target", f"unix:{tmp_path}/nobody"], capture_output=True, text=True)
+    assert done.returncode == 1 and "round_trip: " in done.stderr and done.stdout == ""
