@@ -1,7 +1,9 @@
-// What calls do around their own work: whose session it is, and running a mutation once.
+// What calls do around their own work: whose session it is, running a mutation once, memory that
+// runs out.
 #pragma once
 
 #include <memory>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -13,6 +15,16 @@
 #include "server/service/shared_state.h"
 
 namespace lamina {
+
+// What `run` (absl::Status()) says, also where host memory runs out in it.
+template <typename Run>
+absl::Status Guarded(Run run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("the daemon ran out of host memory during the call");
+  }
+}
 
 // The body as one string, the same for the same message.
 template <typename Message>

@@ -1,6 +1,5 @@
 #include "server/service/layer_calls.h"
 
-#include <new>
 #include <utility>
 
 #include "server/service/calls.h"
@@ -216,11 +215,7 @@ bool TryIt(SharedState& state, const Request& request, const std::string& sessio
   const DeviceTurn turn = state.engine.TryTurn();
   if (!turn) return false;
   control.has_turn = true;
-  try {
-    *status = RunCall(state, request, control, response);
-  } catch (const std::bad_alloc&) {
-    *status = absl::ResourceExhaustedError("the daemon ran out of host memory during the call");
-  }
+  *status = Guarded([&] { return RunCall(state, request, control, response); });
   if (!IsNotNow(*status)) return true;
   response->Clear();
   return false;

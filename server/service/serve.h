@@ -5,9 +5,7 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
-#include <new>
-
-#include "absl/status/status.h"
+#include "server/service/calls.h"
 #include "server/service/shared_state.h"
 #include "server/service/status.h"
 #include "server/service/workers.h"
@@ -23,16 +21,6 @@ inline CallControl ControlOf(grpc::ServerContextBase* context) {
   }
   control.cancelled = [context] { return context->IsCancelled(); };
   return control;
-}
-
-// What `run` (absl::Status()) says, also where host memory runs out in it.
-template <typename Run>
-absl::Status Guarded(Run run) {
-  try {
-    return run();
-  } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError("the daemon ran out of host memory during the call");
-  }
 }
 
 // Runs a unary call on a thread on which it may wait, and answers it by its reactor.

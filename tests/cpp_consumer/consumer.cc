@@ -586,6 +586,23 @@ void CheckPipelineBreaks(const Client& client) {
     REQUIRE(info.outstanding_contexts == 0);
     REQUIRE(info.forward_count >= heard);
   }
+  // One that is closed while a call of it waits for another's turn.
+  {
+    const Tensor out = VALUE(session.NewTensor(DType::kFloat32, x.shape()));
+    Pipeline busy = VALUE(session.OpenPipeline());
+    for (int i = 0; i < 10; ++i) {
+      busy.Backward(stack, busy.Forward(stack, x, {.output = out}), out);
+    }
+    Pipeline waiting = VALUE(session.OpenPipeline());
+    absl::Status refused;
+    std::thread caller([&] { refused = waiting.ZeroGradients(stack).Wait(); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    waiting.Close();
+    caller.join();
+    REQUIRE(Says(refused, absl::StatusCode::kFailedPrecondition, "closed"));
+    OK(busy.Wait());
+    OK(stack.ZeroGradients());
+  }
   // A call that waits is cancelled; a call's own timeout is its own.
   Pipeline pipeline = VALUE(session.OpenPipeline());
   std::vector<Pending<ForwardResult>> busy;

@@ -16,6 +16,7 @@ from daemon import ROOT, Daemon, wait_until
 from lamina.v1 import session_service_pb2 as spb
 from proxy import CuttingProxy, Proxy
 from raw import refused
+from replaced import Replaced
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=2, seed=11, max_contexts=6)
 DROPOUT = dict(attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1)
@@ -219,20 +220,11 @@ def test_memory_that_was_made_unheard_is_given_back(daemon, proxy, stack_of):
             return answer
 
         stubs = client.session._stubs
-        client.session._stubs = stubs._replace(session=_Replaced(stubs.session, CreateRegion=create))
+        client.session._stubs = stubs._replace(session=Replaced(stubs.session, CreateRegion=create))
         array = client.empty((3 << 20,))
         array[:] = 1
         assert len(lost) == 2 and daemon.metrics()["lamina_regions"] == before + 1
         del array
-
-
-class _Replaced:
-    def __init__(self, real, **changes):
-        self.__dict__.update(changes)
-        self._real = real
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
 
 
 def test_a_connection_that_stands_still_is_left_for_another(daemon, proxy, stack_of, monkeypatch):

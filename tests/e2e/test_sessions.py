@@ -13,6 +13,7 @@ import lamina
 import numpy as np
 import pytest
 from daemon import ON_CPU, ROOT, Daemon, wait_until
+from replaced import Replaced
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=2, seed=11)
 # Steps of tens of milliseconds, on a card too.
@@ -331,22 +332,11 @@ def test_another_daemons_broker_at_the_same_path():
             answer.broker_path = here.broker
             return answer
 
-        client._stubs = client._stubs._replace(session=_Replaced(client._stubs.session, CreateSession=elsewhere))
+        client._stubs = client._stubs._replace(session=Replaced(client._stubs.session, CreateSession=elsewhere))
         assert client.transport == "inline"
         assert there.metrics()["lamina_regions"] == 0
         client.create_stack("t", **CONFIG).forward(X)
         client.close()
-
-
-class _Replaced:
-    """An object with some attributes replaced."""
-
-    def __init__(self, real, **changes):
-        self.__dict__.update(changes)
-        self._real = real
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
 
 
 # --- shared memory ---

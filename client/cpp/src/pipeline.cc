@@ -32,10 +32,7 @@ void Land(FlightOf<Result>& flight, absl::StatusOr<Result> result) {
   flight.changed.notify_all();
 }
 
-absl::Status Refused() {
-  return absl::FailedPreconditionError(
-      "a mutation of this pipeline before it failed; Wait for the pipeline first");
-}
+absl::Status Closed() { return absl::FailedPreconditionError("the pipeline is closed"); }
 
 }  // namespace
 
@@ -114,9 +111,7 @@ class PipelineCore : public std::enable_shared_from_this<PipelineCore> {
     {
       std::unique_lock<std::mutex> lock(mutex_);
       changed_.wait(lock, [this] { return under_way_.size() < depth_ || closed_ || !over_.ok(); });
-      if (closed_) return absl::FailedPreconditionError("the pipeline is closed");
-      if (!over_.ok()) return over_;
-      if (mutation && !failed_.ok()) return Refused();
+      if (absl::Status refusal = Refusal(mutation); !refusal.ok()) return refusal;
     }
     if (mutation) {
       if (absl::Status status = TakeTurn(); !status.ok()) return status;
@@ -127,10 +122,10 @@ class PipelineCore : public std::enable_shared_from_this<PipelineCore> {
       std::lock_guard<std::mutex> lock(mutex_);
       // What has changed while the turn was waited for. Each mutation under way has its own part in
       // the turn, this one too.
-      absl::Status status = !over_.ok() ? over_ : mutation ? failed_ : absl::OkStatus();
-      if (!status.ok()) {
+      absl::Status refusal = Refusal(mutation);
+      if (!refusal.ok()) {
         if (mutation) GiveBack();
-        return status == over_ ? status : Refused();
+        return refusal;
       }
       if (mutation) {
         item->mutation->set_session_id(session_->id());
@@ -168,8 +163,18 @@ class PipelineCore : public std::enable_shared_from_this<PipelineCore> {
     return absl::OkStatus();
   }
 
-  // Needs mutex_.
+  // What is in a call's way. Needs mutex_.
+  absl::Status Refusal(bool mutation) const {
+    if (closed_) return Closed();
+    if (!over_.ok()) return over_;
+    if (!mutation || failed_.ok()) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        "a mutation of this pipeline before it failed; Wait for the pipeline first");
+  }
+
+  // One mutation's part in the turn. Needs mutex_.
   void GiveBack() {
+    if (mutations_ == 0) return;  // the stream has ended meanwhile, and the turn with it
     if (--mutations_ == 0) session_->EndTurn(applied_ + 1);
   }
 
@@ -219,7 +224,7 @@ class PipelineCore : public std::enable_shared_from_this<PipelineCore> {
       std::lock_guard<std::mutex> sending(send_mutex_);  // nobody writes an item any more
       std::lock_guard<std::mutex> lock(mutex_);
       over_ = !end.ok() ? end : absl::UnavailableError("the daemon ended the stream");
-      if (closed_ && end.ok()) over_ = absl::FailedPreconditionError("the pipeline is closed");
+      if (closed_ && end.ok()) over_ = Closed();
       lost.swap(under_way_);
       if (!lost.empty() && failed_.ok()) failed_ = over_;
       landing_ = !lost.empty();
