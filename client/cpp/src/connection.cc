@@ -67,6 +67,9 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
     // resume the session.
     arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
     arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
+    // Newer gRPC's own pings hold the next one back until they are answered: for a minute, unless
+    // told. Older headers have no name for it.
+    arguments.SetInt("grpc.http2.ping_timeout_ms", 10000);
   }
   connection->channel_ =
       grpc::CreateCustomChannel(connection->target_, grpc::InsecureChannelCredentials(), arguments);

@@ -35,7 +35,8 @@ _CHANNEL = [
 
 # A connection over which nothing comes any more, not even an answer to a ping, is broken although nobody closed it: that
 # is to be known within the lease, so that another one can resume the session.
-_TCP_CHANNEL = [("grpc.keepalive_time_ms", 10000), ("grpc.keepalive_timeout_ms", 10000)]
+# Newer gRPC also sends pings of its own, and holds the next one back until those are answered: for a minute, unless told.
+_TCP_CHANNEL = [("grpc.keepalive_time_ms", 10000), ("grpc.keepalive_timeout_ms", 10000), ("grpc.http2.ping_timeout_ms", 10000)]
 
 
 def default_target() -> str:
