@@ -11,10 +11,10 @@ from daemon import BINARY, ON_CPU, ROOT
 
 CHAOS = [sys.executable, str(ROOT / "tests/chaos/chaos.py")]
 VICTIM = pathlib.Path(BINARY).parent / "lamina_victim"
+pytestmark = pytest.mark.skipif(not ON_CPU, reason="its daemon and its bits are the CPU's")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ON_CPU, reason="its daemon and its bits are the CPU's")
 def test_nothing_is_left_of_clients_that_died(tmp_path):
     # So few clients can't tell a small leak of memory from what the allocator does; the thousand of scripts/chaos can.
     report = tmp_path / "report.json"
