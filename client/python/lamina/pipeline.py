@@ -428,20 +428,20 @@ class Pipeline:
 
     def forward(self, stack: Stack, x: Any, mask: Optional[Any] = None, lengths: Optional[Any] = None,
                 training: Optional[bool] = None, layers: Optional[Tuple[int, int]] = None,
-                out: Optional[np.ndarray] = None, cumulative_lengths: Optional[Any] = None,
+                out: Optional[Any] = None, cumulative_lengths: Optional[Any] = None, stream: Optional[int] = None,
                 timeout: Optional[float] = None) -> PendingForward:
         """Stack.forward: result (y, Context), or (y, None) in evaluation. Contexts that nobody holds any more are released
         before it; ResourceExhausted for want of room for another is not tried again."""
         self._check(stack)
         self._release_garbage()
         x, needs = self._given("x", x)
-        call = stack._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths)
+        call = stack._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths, stream)
         pending = PendingForward(self._stream, call, needs=needs)
         self._submit(pending, timeout)
         return pending
 
     def backward(self, stack: Stack, context: Union[PendingForward, Context], dy: Any, input_grad: bool = True,
-                 out: Optional[np.ndarray] = None, timeout: Optional[float] = None) -> Pending:
+                 out: Optional[Any] = None, stream: Optional[int] = None, timeout: Optional[float] = None) -> Pending:
         """Stack.backward: result dx, or None without input_grad. context: also a forward of this pipeline, which need not
         have run. ValueError: an evaluation, which has none, or another pipeline's that is not done."""
         self._check(stack)
@@ -454,7 +454,7 @@ class Pipeline:
             self._check_reach("context", source)
             held = source.context if source.done() else None
         spent = (source or context)._spent
-        call = stack._backward_call("" if held is None else held.id, spent, dy, input_grad, out)
+        call = stack._backward_call("" if held is None else held.id, spent, dy, input_grad, out, stream)
         pending = Pending(self._stream, call, source, needs if source is None else (*needs, source))
         if held is None and source is not None:
             pending._message.context_of = source._id
