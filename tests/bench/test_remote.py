@@ -63,7 +63,7 @@ def test_layers_by_calls_of_their_own_do_the_same_step(module, layers):
     """Without dropout, so that one step is as the other: the input's gradient has come through all of it."""
     config = {**module.shape(f"2,8,16,2,32,{layers}"), "dtype": "fp32", "pre_layer_norm": True, "dropout": 0.0}
     with module.Daemon(device="cpu") as daemon, module.lamina.connect(daemon.target) as client:
-        remote = module.Remote(client, config)
+        remote = module.Remote(client, module.create_stack(client, config), config, on_device=False)
         remote.whole()
         whole = remote.dx.copy()
         weights = client.stack("remote").gradients()
