@@ -396,6 +396,56 @@ def test_steps_in_a_row_with_work_between_them(client):
 
 
 @on_a_gpu
+def test_kernels_are_queued_behind_results_that_are_not_there_yet(client):
+    """A whole train of calls and kernels between them is enqueued before the first call runs."""
+    stack = client.create_stack("s", **{**CONFIG, "max_contexts": 3})
+    noise = [torch.randn(4, 16, 64, device="cuda") for _ in range(3)]
+    expected = []
+    for n in noise:
+        y, context = stack.forward(n.cpu().numpy(), training=True)
+        expected.append((y, stack.backward(context, np.tanh(y))))
+    gradients = stack.gradients()
+    stack.zero_gradients()
+    client.delete_stack("s")
+    stack = client.create_stack("s", **{**CONFIG, "max_contexts": 3})  # with the same dropout again
+    xs = [torch.from_dlpack(client.empty((4, 16, 64), device=True)) for _ in noise]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream), client.pipeline() as p:
+        spin(200)
+        results = []
+        for n, x in zip(noise, xs):
+            x.copy_(n)
+            forward = p.forward(stack, x, training=True)
+            y = forward.wait_on_stream()
+            backward = p.backward(stack, forward, torch.tanh(y))
+            results.append((y.clone(), backward.wait_on_stream().clone()))
+            assert not forward.done()
+        stream.synchronize()
+        for (y, dx), (right_y, right_dx) in zip(results, expected):
+            assert np.array_equal(y.cpu().numpy(), right_y)
+            assert np.allclose(dx.cpu().numpy(), right_dx, rtol=1e-4, atol=1e-6)  # tanh is each device's own
+        p.wait()
+    assert all(np.allclose(g, gradients[name], rtol=1e-3, atol=1e-5) for name, g in stack.gradients().items())
+
+
+@on_a_gpu
+def test_a_call_that_fails_lets_waiting_streams_go(client):
+    stack = client.create_stack("s", **CONFIG)
+    x = torch.from_dlpack(client.empty((4, 16, 64), device=True)).zero_()
+    with client.pipeline() as p:
+        wrong = p.forward(stack, x, training=False, layers=(2, 9))
+        wrong.wait_on_stream()
+        torch.cuda.synchronize()
+        with pytest.raises(lamina.InvalidArgument, match="layers"):
+            wrong.result()
+        with pytest.raises(lamina.InvalidArgument, match="layers"):
+            wrong.wait_on_stream()
+        with pytest.raises(ValueError, match="not in device memory"):
+            p.forward(stack, np.zeros((4, 16, 64), np.float32), training=False).wait_on_stream()
+
+
+@on_a_gpu
 def test_a_stream_that_never_comes_holds_up_nobody_else(client, daemon):
     stack = client.create_stack("s", **CONFIG)
     x = torch.from_dlpack(client.empty((4, 16, 64), device=True)).zero_()
@@ -463,6 +513,7 @@ def test_fences_number_a_stream_s_work():
         idle_streams = set()
         written = []
         synchronized = []
+        waited = []
 
         def register(self, address, length):
             return 1 << 40
@@ -476,11 +527,14 @@ def test_fences_number_a_stream_s_work():
         def write_value(self, stream, address, value):
             self.written.append((stream, address - (1 << 40), value))
 
+        def wait_value(self, stream, address, value):
+            self.waited.append((stream, address - (1 << 40), value))
+
         def synchronize(self, stream):
             self.synchronized.append(stream)
 
     fake = Fake()
-    fences = StreamFences(fake, mmap.mmap(-1, 16), "page")
+    fences = StreamFences(fake, mmap.mmap(-1, 32), "page")  # two for us, two for the daemon
     seen = []
     for stream in (100, 0, 100, 0, 200):
         fence = tpb.Fence()
@@ -488,6 +542,20 @@ def test_fences_number_a_stream_s_work():
         seen.append((fence.slice.offset_bytes, fence.value))
     assert seen == [(0, 1), (8, 1), (0, 2), (8, 2), (0, 0)]
     assert fake.written == [(100, 0, 1), (0, 8, 1), (100, 0, 2), (0, 8, 2)] and fake.synchronized == [200]
+    # What calls leave behind: one at a time for each number, whose waiters are let go when it is given back.
+    first, second = tpb.Fence(), tpb.Fence()
+    done, other = fences.done(first), fences.done(second)
+    assert {first.slice.offset_bytes, second.slice.offset_bytes} == {16, 24} and first.value == second.value == 1
+    assert fences.done(tpb.Fence()) is None
+    done.wait_on(300)
+    assert fake.waited == [(300, first.slice.offset_bytes, 1)]
+    fences._numbers[second.slice.offset_bytes // 8] = 1  # the daemon's stream
+    done.over()
+    other.over()
+    assert list(fences._numbers)[2:] == [1, 1]
+    third = tpb.Fence()
+    fences.done(third)
+    assert third.value == 2
     fake.idle_streams = {100, 0}
     for stream, value in ((100, 0), (0, 3)):  # the legacy stream's own idleness says too little
         fence = tpb.Fence()

@@ -243,8 +243,12 @@ class StreamFences:
         self._seen = device.register(host, len(memory))
         weakref.finalize(self, device.unregister, host).atexit = False
         self._lock = threading.Lock()
-        self._slots: Dict[int, int] = {}  # stream -> index
-        self._values: List[int] = []  # by index: the last that was asked for
+        # The first half of the page is for what streams of ours store, the second for what the daemon's does.
+        half = len(self._numbers) // 2
+        self._slots: Dict[int, int] = {}  # stream -> index; guarded by _lock, as what follows
+        self._values = [0] * len(self._numbers)  # by index: the last that was asked for
+        self._first_done = half
+        self._free = list(range(half, len(self._numbers)))
 
     def mark(self, stream: int, fence: tensor_pb2.Fence) -> None:
         """Has the stream say when it has come here, and fills `fence` so that a call waits for it; leaves it alone where
@@ -254,13 +258,48 @@ class StreamFences:
             return
         with self._lock:
             index = self._slots.setdefault(stream, len(self._slots))
-            if index < len(self._numbers):
-                if index == len(self._values):
-                    self._values.append(0)
-                value = self._values[index] = self._values[index] + 1
-                self._device.write_value(stream, self._seen + 8 * index, value)
-                fence.slice.region_id, fence.slice.offset_bytes, fence.slice.size_bytes = self._region_id, 8 * index, 8
-                fence.value = value
+            if index < self._first_done:
+                self._device.write_value(stream, self._seen + 8 * index, self._fill(fence, index))
                 return
             del self._slots[stream]
-        self._device.synchronize(stream)  # more streams than a page has numbers
+        self._device.synchronize(stream)  # more streams than there are numbers
+
+    def _fill(self, fence: tensor_pb2.Fence, index: int) -> int:
+        """Needs _lock."""
+        self._values[index] += 1
+        fence.slice.region_id, fence.slice.offset_bytes, fence.slice.size_bytes = self._region_id, 8 * index, 8
+        fence.value = self._values[index]
+        return self._values[index]
+
+    def done(self, fence: tensor_pb2.Fence) -> Optional[Done]:
+        """A number for the daemon to store when a call has run, in `fence`; None where all are in use."""
+        with self._lock:
+            if not self._free:
+                return None
+            index = self._free.pop()
+            return Done(self, index, self._fill(fence, index))
+
+    def _wait(self, stream: int, index: int, value: int) -> None:
+        self._device.wait_value(stream, self._seen + 8 * index, value)
+
+    def _give_back(self, index: int, value: int) -> None:
+        # The daemon, which had it for one call, stores nothing in it any more: whoever waits is let go.
+        if self._numbers[index] < value:
+            self._numbers[index] = value
+        with self._lock:
+            self._free.append(index)
+
+
+class Done:
+    """The number that one call leaves behind. Threads: any."""
+
+    def __init__(self, fences: StreamFences, index: int, value: int) -> None:
+        self._fences, self._index, self._value = fences, index, value
+
+    def wait_on(self, stream: int) -> None:
+        """Has a stream of ours wait for it."""
+        self._fences._wait(stream, self._index, self._value)
+
+    def over(self) -> None:
+        """When the call was answered, or never will be: streams that wait go on. Once."""
+        self._fences._give_back(self._index, self._value)

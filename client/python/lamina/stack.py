@@ -63,6 +63,8 @@ class Applied:
 class _HostWay:
     """How a call's tensors in host memory cross: in a region, or in messages."""
 
+    stream: Optional[int] = None
+
     def __init__(self, session: Session, value: Any, dtype: str, out: Optional[np.ndarray]) -> None:
         self._session, self._dtype, self._out = session, dtype, out
         self._given = np.asarray(value)
@@ -95,6 +97,7 @@ class _DeviceWay:
     def __init__(self, session: Session, given: device.Given, dtype: str, out: Optional[Any]) -> None:
         self._session, self._given, self._dtype, self._out = session, given, dtype, out
         self.shape = given.shape
+        self.stream: Optional[int] = given.stream
 
     def put(self, message: tensor_pb2.Tensor) -> Any:
         return self._session.device_tensor(self._given, self._dtype, message)
@@ -143,7 +146,7 @@ class Call:
     """One call of LayerService before it goes out. method: the RPC for it alone; field: its name in an ExecuteRequest and
     its answer's in an ExecuteResponse. mutation: whether it takes a sequence. keep: the arrays that it names. output: the
     array that its result will land in, None where that comes inside the answer or there is none. finish: makes the
-    result from the answer."""
+    result from the answer. stream: of tensors in device memory."""
 
     method: Callable
     field: str
@@ -152,6 +155,7 @@ class Call:
     finish: Callable[[Any], Any]
     keep: List[Any] = dataclasses.field(default_factory=list)
     output: Optional[Any] = None
+    stream: Optional[int] = None
 
 
 class Stack:
@@ -268,7 +272,7 @@ class Stack:
             return way.result(answer.output, y), context
 
         return Call(self._client._stubs.layer.Forward, "forward", request, training, finish, keep,
-                    None if y is None else way.shown(y))
+                    None if y is None else way.shown(y), way.stream)
 
     def _way(self, name: str, value: Any, out: Optional[Any], stream: Optional[int]) -> Union[_HostWay, _DeviceWay]:
         session = self._client.session
@@ -313,7 +317,7 @@ class Stack:
             return way.result(answer.input_grad, dx) if input_grad else None
 
         return Call(self._client._stubs.layer.Backward, "backward", request, True, finish, keep,
-                    None if dx is None else way.shown(dx))
+                    None if dx is None else way.shown(dx), way.stream)
 
     def apply_gradients(self, lr: float, beta1: Optional[float] = None, beta2: Optional[float] = None,
                         eps: Optional[float] = None, weight_decay: Optional[float] = None,
