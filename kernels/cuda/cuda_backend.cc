@@ -101,11 +101,17 @@ class CudaBackend final : public Backend {
     // Nothing can be reported from here; a failed device fails the first call of whoever is next.
     static_cast<void>(cudaSetDevice(info_.ordinal));
     if (stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(stream_));
+    if (ahead_stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(ahead_stream_));
     products_.reset();
+    for (cudaEvent_t event : {ahead_there_, ahead_taken_}) {
+      if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
+    }
     for (cudaEvent_t event : marks_) {
       if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
     }
-    if (stream_ != nullptr) static_cast<void>(cudaStreamDestroy(stream_));
+    for (cudaStream_t stream : {stream_, ahead_stream_}) {
+      if (stream != nullptr) static_cast<void>(cudaStreamDestroy(stream));
+    }
   }
 
   absl::StatusOr<void*> Allocate(size_t bytes) override;
@@ -129,6 +135,8 @@ class CudaBackend final : public Backend {
   }
   absl::Status SetZero(void* data, size_t bytes) override;
   absl::Status Synchronize() override;
+  absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes) override;
+  absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) override;
   absl::Status Signal(uint64_t* at, uint64_t value) override;
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
@@ -171,6 +179,10 @@ class CudaBackend final : public Backend {
 
   const std::unique_ptr<const OpSizes> sizes_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t ahead_stream_ = nullptr;  // of CopyInAhead
+  cudaEvent_t ahead_there_ = nullptr;    // on it: the last one's end
+  cudaEvent_t ahead_taken_ = nullptr;    // on stream_: the last TakeAhead's
+  bool ahead_begun_ = false;             // since the last Synchronize
   std::array<cudaEvent_t, kMarks> marks_{};
   std::array<bool, kMarks> recorded_{};
   std::unique_ptr<cuda::Products> products_;
@@ -180,8 +192,17 @@ absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(DeviceInfo info) {
   std::unique_ptr<CudaBackend> backend(new CudaBackend(std::move(info)));
   absl::Status status =
       Check(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking), "stream");
+  if (status.ok()) {
+    status =
+        Check(cudaStreamCreateWithFlags(&backend->ahead_stream_, cudaStreamNonBlocking), "stream");
+  }
   for (cudaEvent_t& event : backend->marks_) {
     if (status.ok()) status = Check(cudaEventCreate(&event), "event");
+  }
+  for (cudaEvent_t* event : {&backend->ahead_there_, &backend->ahead_taken_}) {
+    if (status.ok()) {
+      status = Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
+    }
   }
   if (!status.ok()) return status;
   absl::StatusOr<std::unique_ptr<cuda::Products>> products = cuda::Products::Create();
@@ -262,7 +283,33 @@ absl::Status CudaBackend::SetZero(void* data, size_t bytes) {
 
 absl::Status CudaBackend::Synchronize() {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  return Check(cudaStreamSynchronize(stream_), "synchronize");
+  const absl::Status status = Check(cudaStreamSynchronize(stream_), "synchronize");
+  if (!std::exchange(ahead_begun_, false)) return status;
+  const absl::Status ahead = Check(cudaStreamSynchronize(ahead_stream_), "synchronize");
+  return status.ok() ? ahead : status;
+}
+
+absl::Status CudaBackend::CopyInAhead(void* ahead, const void* host_src, size_t bytes) {
+  if (bytes == 0) return absl::OkStatus();
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  ahead_begun_ = true;
+  // One that was never recorded is waited for by nobody.
+  absl::Status status =
+      Check(cudaStreamWaitEvent(ahead_stream_, ahead_taken_, 0), "copy ahead: wait");
+  if (status.ok()) {
+    status = Check(cudaMemcpyAsync(ahead, host_src, bytes, cudaMemcpyHostToDevice, ahead_stream_),
+                   "copy ahead");
+  }
+  if (!status.ok()) return status;
+  return Check(cudaEventRecord(ahead_there_, ahead_stream_), "copy ahead: event");
+}
+
+absl::Status CudaBackend::TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  absl::Status status = Check(cudaStreamWaitEvent(stream_, ahead_there_, 0), "take ahead: wait");
+  if (status.ok()) status = CopyWithin(device_dst, ahead, bytes);
+  if (!status.ok()) return status;
+  return Check(cudaEventRecord(ahead_taken_, stream_), "take ahead: event");
 }
 
 absl::Status CudaBackend::Signal(uint64_t* at, uint64_t value) {

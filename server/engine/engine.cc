@@ -288,6 +288,7 @@ absl::StatusOr<StackInfo> EngineImpl::UpdateStack(const std::string& name,
   ENGINE_RETURN_IF_ERROR(Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(name));
     Stack& stack = *entry->stack;
+    ahead_ = {};  // its memory may be laid out anew
     const absl::Status changed = OnDevice([&]() -> absl::Status {
       ENGINE_RETURN_IF_ERROR(stack.Update(changes));
       return backend_->Synchronize();
@@ -310,6 +311,7 @@ absl::StatusOr<StackInfo> EngineImpl::UpdateStack(const std::string& name,
 
 void EngineImpl::RemoveStack(const std::string& name) {
   contexts_.StackDeleted(name);
+  ahead_ = {};
   std::unique_ptr<Entry> entry;
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -64,6 +64,13 @@ struct Fence {
   explicit operator bool() const { return at != nullptr; }
 };
 
+// The input of a call that its client has sent behind the one that runs, in host memory.
+struct NextInput {
+  uint64_t ticket = 0;  // 0: none. The same as that call's own, and no other's
+  std::string stack;
+  CallTensor input;
+};
+
 // What a call waits for, and how long it may wait for the device thread.
 struct CallControl {
   absl::Time deadline = absl::InfiniteFuture();
@@ -74,6 +81,10 @@ struct CallControl {
   // The call begins once this is reached. That is waited for by its own thread, before it is queued
   // for the device: a number that never comes holds nobody else up.
   Fence ready;
+  // Where the device copies inputs: the next one is copied while this call computes, and is used if
+  // the call that comes with this ticket is the next to look for it.
+  NextInput next;
+  uint64_t ticket = 0;  // this call's, if it was the next of another
 };
 
 // Of a call that was not begun because it would have had to wait. No other call answers ABORTED.
@@ -235,6 +246,8 @@ class Engine {
   virtual bool TryPost(std::function<void()> task) = 0;
   // Whether other calls wait for whoever has the turn.
   virtual bool TurnIsWanted() const = 0;
+  // Whether CallControl::next is any use.
+  virtual bool CopiesAhead() const = 0;
 
   // --- steps ---
   virtual absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,

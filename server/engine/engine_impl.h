@@ -42,6 +42,7 @@ class EngineImpl final : public Engine {
   DeviceTurn TryTurn() override { return queue_.TryTurn(); }
   bool TryPost(std::function<void()> task) override { return queue_.TryPost(std::move(task)); }
   bool TurnIsWanted() const override { return queue_.TurnIsWanted(); }
+  bool CopiesAhead() const override { return !backend_->info().host_memory; }
 
   absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
                                          const CallControl& control) override;
@@ -111,13 +112,18 @@ class EngineImpl final : public Engine {
   void PublishContexts();
   void RemoveStack(const std::string& name);  // which exists
 
-  absl::Status RunForward(const ForwardCall& call, Clock::time_point admitted,
-                          ForwardOutcome& outcome);
-  absl::Status RunBackward(const BackwardCall& call, Clock::time_point admitted,
-                           BackwardOutcome& outcome);
+  absl::Status RunForward(const ForwardCall& call, const CallControl& control,
+                          Clock::time_point admitted, ForwardOutcome& outcome);
+  absl::Status RunBackward(const BackwardCall& call, const CallControl& control,
+                           Clock::time_point admitted, BackwardOutcome& outcome);
   // `tensor` for kernels to read: where it is, or copied into a slot of the stack's staging.
   absl::StatusOr<TensorView> InputView(Stack& stack, Stack::Staging slot, const CallTensor& tensor,
                                        const Shape& shape);
+  // The same of a call's main input, which may have been copied ahead.
+  absl::StatusOr<TensorView> MainInputView(Stack& stack, const CallTensor& tensor,
+                                           const Shape& shape, uint64_t ticket);
+  // Begins to copy the next call's input, unless `output`, where this one's result goes, is there.
+  absl::Status CopyAhead(const NextInput& next, const CallTensor& output);
   // Where kernels write what is to come to `target`: there, or in the stack's staging.
   absl::StatusOr<TensorView> OutputView(Stack& stack, const CallTensor& target);
   // Brings it there, if it is not.
@@ -138,7 +144,14 @@ class EngineImpl final : public Engine {
   std::atomic<bool> failed_{false};    // health_ is not OK
   std::atomic<bool> draining_{false};  // Drain was called
 
-  ContextTable contexts_;  // whoever's turn it is, as the next
+  // What lies in a stack's staging for the next call's input. Whoever's turn it is, as the next
+  // two.
+  struct Ahead {
+    uint64_t ticket = 0;  // 0: nothing
+    const Stack* stack = nullptr;
+    size_t bytes = 0;
+  } ahead_;
+  ContextTable contexts_;
   // The running call's lengths or cumulative lengths, checked.
   std::vector<int32_t> lengths_;
 

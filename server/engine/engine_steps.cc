@@ -85,6 +85,39 @@ absl::StatusOr<TensorView> EngineImpl::InputView(Stack& stack, Stack::Staging sl
   return view;
 }
 
+absl::StatusOr<TensorView> EngineImpl::MainInputView(Stack& stack, const CallTensor& tensor,
+                                                     const Shape& shape, uint64_t ticket) {
+  const Ahead ahead = ahead_;
+  if (ticket == 0 || ahead.ticket != ticket) {
+    return InputView(stack, Stack::Staging::kInput, tensor, shape);
+  }
+  ahead_ = {};
+  if (ahead.stack != &stack || ahead.bytes != tensor.bytes()) {
+    return InputView(stack, Stack::Staging::kInput, tensor, shape);
+  }
+  // Brought to where it always is: a step that comes back has the same addresses.
+  ENGINE_ASSIGN_OR_RETURN(const TensorView view,
+                          stack.StagingView(Stack::Staging::kInput, tensor.dtype, shape));
+  ENGINE_ASSIGN_OR_RETURN(const TensorView from,
+                          stack.StagingView(Stack::Staging::kInputAhead, tensor.dtype, shape));
+  ENGINE_RETURN_IF_ERROR(backend_->TakeAhead(view.data, from.data, view.bytes()));
+  return view;
+}
+
+absl::Status EngineImpl::CopyAhead(const NextInput& next, const CallTensor& output) {
+  if (next.ticket == 0 || backend_->info().host_memory || Overlap(next.input, output))
+    return absl::OkStatus();
+  // The call itself says what is wrong with it.
+  const absl::StatusOr<Entry*> entry = Find(next.stack);
+  if (!entry.ok()) return absl::OkStatus();
+  Stack& stack = *(*entry)->stack;
+  const absl::StatusOr<TensorView> to =
+      stack.StagingView(Stack::Staging::kInputAhead, next.input.dtype, next.input.shape);
+  if (!to.ok()) return absl::OkStatus();
+  ahead_ = {.ticket = next.ticket, .stack = &stack, .bytes = to->bytes()};
+  return backend_->CopyInAhead(to->data, next.input.data, to->bytes());
+}
+
 absl::StatusOr<TensorView> EngineImpl::OutputView(Stack& stack, const CallTensor& target) {
   if (InPlace(*backend_, target)) return TensorView{target.data, target.dtype, target.shape};
   return stack.StagingView(Stack::Staging::kOutput, target.dtype, target.shape);
@@ -104,13 +137,13 @@ absl::StatusOr<ForwardOutcome> EngineImpl::Forward(const ForwardCall& call,
   ForwardOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
       Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
-        return RunForward(call, admitted, outcome);
+        return RunForward(call, control, admitted, outcome);
       }));
   return outcome;
 }
 
-absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point admitted,
-                                    ForwardOutcome& outcome) {
+absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& control,
+                                    Clock::time_point admitted, ForwardOutcome& outcome) {
   outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
   ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(call.stack));
   Stack& stack = *entry->stack;
@@ -187,7 +220,7 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point a
     if (packed) args.longest = seq;
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
     using S = Stack::Staging;
-    ENGINE_ASSIGN_OR_RETURN(args.input, InputView(stack, S::kInput, call.input, shape));
+    ENGINE_ASSIGN_OR_RETURN(args.input, MainInputView(stack, call.input, shape, control.ticket));
     if (call.mask) {
       ENGINE_ASSIGN_OR_RETURN(args.mask, InputView(stack, S::kMask, call.mask, mask_shape));
     }
@@ -201,6 +234,7 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, Clock::time_point a
                               InputView(stack, S::kCuSeqlens, lengths, lengths_shape));
     }
     ENGINE_ASSIGN_OR_RETURN(args.output, OutputView(stack, output));
+    ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, output));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
     if (training) {
       ENGINE_ASSIGN_OR_RETURN(context, stack.ForwardTraining(args));
@@ -243,13 +277,13 @@ absl::StatusOr<BackwardOutcome> EngineImpl::Backward(const BackwardCall& call,
   BackwardOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
       Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
-        return RunBackward(call, admitted, outcome);
+        return RunBackward(call, control, admitted, outcome);
       }));
   return outcome;
 }
 
-absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point admitted,
-                                     BackwardOutcome& outcome) {
+absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl& control,
+                                     Clock::time_point admitted, BackwardOutcome& outcome) {
   outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
   // The context first: of a deleted stack it says more than the stack's absence.
   const absl::StatusOr<const ContextTable::Record*> found =
@@ -279,11 +313,12 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, Clock::time_point
   ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
     ENGINE_ASSIGN_OR_RETURN(const TensorView output_grad,
-                            InputView(stack, Stack::Staging::kInput, call.output_grad, shape));
+                            MainInputView(stack, call.output_grad, shape, control.ticket));
     TensorView input_grad;
     if (wanted) {
       ENGINE_ASSIGN_OR_RETURN(input_grad, OutputView(stack, target));
     }
+    ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, target));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
     ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));

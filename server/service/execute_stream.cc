@@ -17,6 +17,7 @@
 #include "absl/time/time.h"
 #include "server/service/layer_calls.h"
 #include "server/service/serve.h"
+#include "server/service/tensors.h"
 
 namespace lamina {
 namespace {
@@ -49,9 +50,16 @@ class NamedContexts {
   std::map<uint64_t, std::string> contexts_;  // empty: the Forward failed
 };
 
+// Never the same twice.
+uint64_t NewTicket() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
 // One call: from when it is read until it is answered.
 struct Item {
   v1::ExecuteRequest request;
+  uint64_t ticket = NewTicket();  // CallControl's
   absl::Time deadline = absl::InfiniteFuture();
   std::atomic<bool> cancelled{false};
 };
@@ -224,6 +232,10 @@ class ExecuteStream final
     CallControl control;
     control.deadline = item.deadline;
     control.has_turn = place == Place::kDevice;
+    if (place != Place::kGrpc && state_.engine.CopiesAhead()) {
+      control.ticket = item.ticket;
+      control.next = InputOfNext();
+    }
     control.cancelled = [&] {
       return item.cancelled || (control_.cancelled && control_.cancelled());
     };
@@ -271,6 +283,38 @@ class ExecuteStream final
       }
     }
     return status;
+  }
+
+  // The input of the call that waits behind the one that runs, if it lies in host memory that the
+  // client has filled.
+  NextInput InputOfNext() {
+    NextInput next;
+    std::string session_id;
+    v1::Tensor input;
+    const char* field = "input";
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (waiting_.empty() || waiting_.front()->cancelled) return {};
+      const v1::ExecuteRequest& request = waiting_.front()->request;
+      if (request.has_forward() && !request.forward().has_ready()) {
+        next.stack = request.forward().stack();
+        session_id = request.forward().session_id();
+        input = request.forward().input();
+      } else if (request.has_backward() && !request.backward().has_ready()) {
+        next.stack = request.backward().stack();
+        session_id = request.backward().mutation().session_id();
+        input = request.backward().output_grad();
+        field = "output_grad";
+      }
+      if (!input.has_slice()) return {};
+      next.ticket = waiting_.front()->ticket;
+    }
+    const auto session = state_.sessions.Find(session_id);
+    if (!session.ok()) return {};
+    auto resolved = ResolveInput(field, input, state_.engine.options().inline_cap_bytes, **session);
+    if (!resolved.ok() || resolved->memory != Memory::kHost) return {};  // the call says why
+    next.input = *std::move(resolved);
+    return next;
   }
 
   static absl::Status NoContextOf(const v1::ExecuteRequest& request) {

@@ -36,6 +36,8 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> ops{0};               // so far
   std::atomic<int64_t> synchronizations{0};  // so far
   std::atomic<int64_t> host_copies{0};       // so far: CopyIn and CopyOut
+  std::atomic<int64_t> ahead_copies{0};      // so far: CopyInAhead
+  std::atomic<int64_t> ahead_taken{0};       // so far: TakeAhead
   std::atomic<size_t> shared_bytes{0};       // of AllocateShared, not freed
   std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
   std::atomic<int64_t> steps{0};             // so far
@@ -107,6 +109,14 @@ class CountingBackend final : public Backend {
   absl::Status CopyWithin(void* dst, const void* src, size_t bytes) override {
     if (log_ != nullptr) log_->Copy(dst, src, bytes);
     return inner_->CopyWithin(dst, src, bytes);
+  }
+  absl::Status CopyInAhead(void* ahead, const void* src, size_t bytes) override {
+    ++ahead_copies;
+    return inner_->CopyInAhead(ahead, src, bytes);
+  }
+  absl::Status TakeAhead(void* dst, const void* ahead, size_t bytes) override {
+    ++ahead_taken;
+    return inner_->TakeAhead(dst, ahead, bytes);
   }
   absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
   absl::Status Synchronize() override {

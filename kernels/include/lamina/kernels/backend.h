@@ -395,7 +395,20 @@ class Backend {
   virtual absl::Status CopyOut(void* host_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status SetZero(void* data, size_t bytes) = 0;
+  // Waits for all of it, and for CopyInAhead.
   virtual absl::Status Synchronize() = 0;
+
+  // --- a copy ahead of its turn, beside what runs: for the input of a step that is to come ---
+  // Begins to fill `ahead`, a buffer of the device's for nothing else, without waiting for what was
+  // enqueued before, but for the last TakeAhead. host_src stays as it is until Synchronize.
+  virtual absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes) {
+    return CopyIn(ahead, host_src, bytes);
+  }
+  // In stream order: copies what the last CopyInAhead brought from `ahead` to where it is needed.
+  virtual absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
+    return CopyWithin(device_dst, ahead, bytes);
+  }
+
   // Stores `value` in `at`, host memory that was given to RegisterHost and is aligned to 8, once
   // everything enqueued before is done: who reads it there, on any processor or device, sees all of
   // that. Nobody else may write there meanwhile.
