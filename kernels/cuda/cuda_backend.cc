@@ -311,7 +311,7 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
     p.k = ColsOf(args.x);
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.x.dtype;
-    if (cuda::HasGeluProduct(p)) {
+    if (cuda::UseGeluProduct(p)) {
       return Check(cuda::LaunchGeluProduct(p, stream_), "Linear with gelu");
     }
   }
@@ -352,7 +352,7 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.dy.dtype;
     p.workspace = static_cast<float*>(ws.data);
-    if (cuda::HasGeluProduct(p)) {
+    if (cuda::UseGeluProduct(p)) {
       const size_t needed = args.dbias ? cuda::GeluProductWorkspaceBytes(p.m, p.n) : 0;
       absl::Status status = NeedWorkspace(ws, needed, "LinearInputGrad");
       if (!status.ok()) return status;
