@@ -127,6 +127,19 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->envname("LAMINA_TOTAL_REGION_CAP_BYTES")
       ->transform(CLI::AsSizeValue(false))
       ->capture_default_str();
+  f.device_region_cap_bytes = uint64_t{4} << 30;
+  app.add_option("--device-region-cap-bytes", f.device_region_cap_bytes,
+                 "Bytes of a session's regions in device memory together; 0: there are none")
+      ->envname("LAMINA_DEVICE_REGION_CAP_BYTES")
+      ->transform(CLI::AsSizeValue(false))
+      ->capture_default_str();
+  f.total_device_region_cap_bytes = uint64_t{8} << 30;
+  app.add_option("--total-device-region-cap-bytes", f.total_device_region_cap_bytes,
+                 "Bytes of all sessions' regions in device memory together: what stacks may be "
+                 "short of; 0: there are none")
+      ->envname("LAMINA_TOTAL_DEVICE_REGION_CAP_BYTES")
+      ->transform(CLI::AsSizeValue(false))
+      ->capture_default_str();
   f.lease_seconds = 30;
   app.add_option("--lease", f.lease_seconds, "Longest silence of a session, seconds")
       ->envname("LAMINA_LEASE")

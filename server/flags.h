@@ -24,6 +24,8 @@ struct Flags {
   int64_t region_cap = 0;
   uint64_t region_cap_bytes = 0;
   uint64_t total_region_cap_bytes = 0;
+  uint64_t device_region_cap_bytes = 0;
+  uint64_t total_device_region_cap_bytes = 0;
   double lease_seconds = 0;
   double resume_grace_cap_seconds = 0;
   double drain_seconds = 0;

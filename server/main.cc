@@ -18,6 +18,7 @@
 #include "server/logging.h"
 #include "server/metrics/exposer.h"
 #include "server/metrics/metrics.h"
+#include "server/service/device_memory.h"
 #include "server/service/grpc_server.h"
 #include "server/service/shared_state.h"
 #include "server/session/broker.h"
@@ -47,6 +48,8 @@ SessionOptions ToSessionOptions(const Flags& flags) {
   options.region_cap = flags.region_cap;
   options.region_cap_bytes = flags.region_cap_bytes;
   options.total_region_cap_bytes = flags.total_region_cap_bytes;
+  options.device_region_cap_bytes = flags.device_region_cap_bytes;
+  options.total_device_region_cap_bytes = flags.total_device_region_cap_bytes;
   return options;
 }
 
@@ -109,6 +112,9 @@ int Run(const Flags& flags, const sigset_t& signals) {
       return (*engine)->RegisterHost(data, bytes);
     };
     hooks.unregister_host = [&](void* data) { (*engine)->UnregisterHost(data); };
+    hooks.make_device_memory = [&](size_t bytes, RegionKind kind) {
+      return MakeDeviceMemory(**engine, bytes, kind);
+    };
   }
   hooks.ended = [&](uint64_t key, const std::string& reason) {
     (*engine)->EndSession(key);
@@ -121,6 +127,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   metrics.SetRefresh([&] {
     metrics.SetSessions(sessions->live_sessions(), sessions->adrift_sessions(),
                         sessions->live_regions(), sessions->region_bytes());
+    metrics.SetDeviceRegions(sessions->live_device_regions(), sessions->device_region_bytes());
   });
 
   std::unique_ptr<Broker> broker;

@@ -22,6 +22,7 @@
 #include "optimizer.cuh"
 #include "product.h"
 #include "row_norm.cuh"
+#include "shared_memory.h"
 
 namespace lamina {
 namespace {
@@ -112,6 +113,10 @@ class CudaBackend final : public Backend {
   absl::StatusOr<size_t> FreeBytes() const override;
   absl::Status RegisterHost(void* data, size_t bytes) override;
   void UnregisterHost(void* data) override;
+  absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                               SharingKind kind) override {
+    return cuda::AllocateShared(info_.ordinal, bytes, kind);
+  }
 
   absl::Status CopyIn(void* device_dst, const void* host_src, size_t bytes) override {
     return Copy(device_dst, host_src, bytes, cudaMemcpyHostToDevice, "copy to the device");
@@ -124,6 +129,7 @@ class CudaBackend final : public Backend {
   }
   absl::Status SetZero(void* data, size_t bytes) override;
   absl::Status Synchronize() override;
+  absl::Status Signal(uint64_t* at, uint64_t value) override;
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
 
@@ -222,7 +228,8 @@ absl::Status CudaBackend::RegisterHost(void* data, size_t bytes) {
     return absl::InvalidArgumentError(absl::StrCat("RegisterHost: no memory, ", bytes, " bytes"));
   }
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
+  const cudaError_t error =
+      cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   if (error == cudaSuccess) return absl::OkStatus();
   static_cast<void>(cudaGetLastError());
   if (error == cudaErrorHostMemoryAlreadyRegistered) {
@@ -256,6 +263,15 @@ absl::Status CudaBackend::SetZero(void* data, size_t bytes) {
 absl::Status CudaBackend::Synchronize() {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   return Check(cudaStreamSynchronize(stream_), "synchronize");
+}
+
+absl::Status CudaBackend::Signal(uint64_t* at, uint64_t value) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const absl::Status written = cuda::WriteValue(stream_, at, value);
+  if (!absl::IsUnimplemented(written)) return written;
+  // Later than it could be, but never too early.
+  if (absl::Status status = Synchronize(); !status.ok()) return status;
+  return Backend::Signal(at, value);
 }
 
 // --- time ---

@@ -58,7 +58,7 @@ class EngineImpl final : public Engine {
       const std::string& stack, const std::vector<std::string>& names, DType dtype,
       bool gradients) override;
   absl::Status ReadParameters(const std::string& stack, const std::vector<std::string>& names,
-                              DType dtype, bool gradients, void* dst, size_t bytes,
+                              DType dtype, bool gradients, const ParameterTarget& target,
                               const CallControl& control) override;
   absl::Status WriteParameters(const std::string& stack, const std::vector<ParameterValue>& values,
                                const CallControl& control) override;
@@ -70,6 +70,8 @@ class EngineImpl final : public Engine {
 
   absl::Status RegisterHost(void* data, size_t bytes) override;
   void UnregisterHost(void* data) override;
+  absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                               SharingKind kind) override;
   void EndSession(SessionKey session) override;
   void Drain() override;
   absl::Status health() const override;
@@ -86,6 +88,9 @@ class EngineImpl final : public Engine {
   // Runs `work` in its turn unless the device has failed.
   absl::Status Run(const CallControl& control, Admission admission,
                    absl::FunctionRef<absl::Status(Clock::time_point admitted)> work);
+  // Waits until control.ready is reached: see Run's statuses, and FAILED_PRECONDITION: the cap on
+  // such waits. NotNow: it would have to wait, and the caller has the turn.
+  absl::Status WaitUntilReady(const CallControl& control) const;
   // UNAVAILABLE where the device has failed.
   absl::Status CheckDevice() const;
   absl::Status CheckServing() const;
@@ -110,9 +115,16 @@ class EngineImpl final : public Engine {
                           ForwardOutcome& outcome);
   absl::Status RunBackward(const BackwardCall& call, Clock::time_point admitted,
                            BackwardOutcome& outcome);
+  // `tensor` for kernels to read: where it is, or copied into a slot of the stack's staging.
+  absl::StatusOr<TensorView> InputView(Stack& stack, Stack::Staging slot, const CallTensor& tensor,
+                                       const Shape& shape);
+  // Where kernels write what is to come to `target`: there, or in the stack's staging.
+  absl::StatusOr<TensorView> OutputView(Stack& stack, const CallTensor& target);
+  // Brings it there, if it is not.
+  absl::Status Deliver(const TensorView& view, const CallTensor& target);
   // Seconds between the marks 0 to 3 of a step into `times`; after Synchronize.
   absl::Status ReadMarks(StepTimes& times);
-  void CountTensor(const HostTensor& tensor, TensorRole role);
+  void CountTensor(const CallTensor& tensor, TensorRole role);
   void CountInline(size_t bytes);
 
   std::unique_ptr<Backend> backend_;

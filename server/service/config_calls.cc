@@ -26,6 +26,12 @@ absl::Status RunCall(SharedState& state, const v1::GetServerInfoRequest&, const 
   response->set_replay_window(MutationLog::kReplayWindow);
   response->add_transports(v1::TRANSPORT_INLINE);
   if (!state.broker_path.empty()) response->add_transports(v1::TRANSPORT_MEMFD);
+  if (state.sessions.offers_device_regions() && !state.broker_path.empty()) {
+    response->add_transports(v1::TRANSPORT_DEVICE);
+    response->set_total_device_region_cap_bytes(
+        state.sessions.options().total_device_region_cap_bytes);
+  }
+  response->set_device_region_bytes(state.sessions.device_region_bytes());
   response->set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - state.started));
   response->set_checkpoints_enabled(!options.checkpoint_dir.empty());
   response->set_build_commit(state.commit);
@@ -112,8 +118,7 @@ absl::Status RunCall(SharedState& state, const v1::GetParametersRequest& request
   if (!pass.status().ok()) return pass.status();
   const ParameterQuery query{
       request.stack(), {request.names().begin(), request.names().end()}, request.dtype(), false};
-  return ReadParametersTo(state, query, request.session_id(), request.target(), control,
-                          response->mutable_tensors());
+  return ReadParametersTo(state, query, request, control, response->mutable_tensors());
 }
 
 absl::Status StreamParameters(SharedState& state, const v1::StreamParametersRequest& request,
@@ -146,8 +151,7 @@ absl::Status RunCall(SharedState& state, const v1::GetGradientsRequest& request,
                              {request.names().begin(), request.names().end()},
                              v1::DATA_TYPE_FLOAT32,
                              true};
-  return ReadParametersTo(state, query, request.session_id(), request.target(), control,
-                          response->mutable_tensors());
+  return ReadParametersTo(state, query, request, control, response->mutable_tensors());
 }
 
 absl::Status RunCall(SharedState& state, const v1::SaveCheckpointRequest& request,

@@ -42,13 +42,13 @@ class SessionImpl final : public Session {
  public:
   SessionImpl(uint64_t key, std::string client_name, absl::Duration resume_grace,
               const SessionOptions& options, std::shared_ptr<Ledger> total,
-              std::shared_ptr<const SessionHooks> hooks)
+              std::shared_ptr<Ledger> device_total, std::shared_ptr<const SessionHooks> hooks)
       : key_(key),
         client_name_(std::move(client_name)),
         resume_grace_(resume_grace),
         region_cap_(options.region_cap),
-        ledger_(std::make_shared<Ledger>(options.region_cap_bytes)),
-        total_(std::move(total)),
+        host_{std::make_shared<Ledger>(options.region_cap_bytes), std::move(total)},
+        device_{std::make_shared<Ledger>(options.device_region_cap_bytes), std::move(device_total)},
         hooks_(std::move(hooks)) {}
 
   // Nobody holds it: no call of it runs, and none can come. Contexts go before the regions, which
@@ -61,7 +61,7 @@ class SessionImpl final : public Session {
   const std::string& client_name() const override { return client_name_; }
   absl::Duration resume_grace() const override { return resume_grace_; }
 
-  absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) override {
+  absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes, RegionKind kind) override {
     if (bytes < 1 || bytes > kLargestRegion) {
       return absl::InvalidArgumentError(
           absl::StrCat("size_bytes: ", bytes, " is outside [1, ", kLargestRegion, "]"));
@@ -76,7 +76,8 @@ class SessionImpl final : public Session {
       }
       ++being_made_;
     }
-    auto made = MakeRegion(NewCapability(), bytes, ledger_, total_, hooks_);
+    auto made = MakeRegion(NewCapability(), bytes, kind,
+                           kind == RegionKind::kMemfd ? host_ : device_, hooks_);
     std::lock_guard<std::mutex> lock(mutex_);  // goes before `made` does: no unmapping under it
     --being_made_;
     if (!made.ok()) return made.status();
@@ -134,7 +135,7 @@ class SessionImpl final : public Session {
   const std::string client_name_;
   const absl::Duration resume_grace_;
   const int64_t region_cap_;
-  const std::shared_ptr<Ledger> ledger_, total_;
+  const Ledgers host_, device_;
   const std::shared_ptr<const SessionHooks> hooks_;
   std::mutex mutex_;
   std::unordered_map<std::string, std::shared_ptr<Region>> regions_;  // guarded by mutex_
@@ -150,6 +151,7 @@ class SessionManagerImpl final : public SessionManager {
       : options_(options),
         hooks_(std::make_shared<const SessionHooks>(std::move(hooks))),
         total_(std::make_shared<Ledger>(options.total_region_cap_bytes)),
+        device_total_(std::make_shared<Ledger>(options.total_device_region_cap_bytes)),
         reaper_([this] { Reap(); }) {}
 
   ~SessionManagerImpl() override {
@@ -181,7 +183,7 @@ class SessionManagerImpl final : public SessionManager {
       }
       auto session = std::make_shared<SessionImpl>(
           ++last_key_, client_name, std::min(resume_grace, options_.resume_grace_cap), options_,
-          total_, hooks_);
+          total_, device_total_, hooks_);
       session->expires = absl::Now() + options_.lease;
       sessions_[opened.id] = session;
       opened.session = std::move(session);
@@ -283,6 +285,12 @@ class SessionManagerImpl final : public SessionManager {
   }
   int64_t live_regions() const override { return total_->count.load(); }
   size_t region_bytes() const override { return total_->bytes(); }
+  int64_t live_device_regions() const override { return device_total_->count.load(); }
+  size_t device_region_bytes() const override { return device_total_->bytes(); }
+  bool offers_device_regions() const override {
+    return hooks_->make_device_memory && options_.device_region_cap_bytes > 0 &&
+           options_.total_device_region_cap_bytes > 0;
+  }
   const SessionOptions& options() const override { return options_; }
 
  private:
@@ -358,7 +366,7 @@ class SessionManagerImpl final : public SessionManager {
 
   const SessionOptions options_;
   const std::shared_ptr<const SessionHooks> hooks_;
-  const std::shared_ptr<Ledger> total_;
+  const std::shared_ptr<Ledger> total_, device_total_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   Sessions sessions_;                                  // by id; guarded by mutex_

@@ -131,7 +131,8 @@ class Client:
     """A connection to one daemon. Use as a context manager, or call close().
 
     target: "unix:PATH" or "HOST:PORT"; None: default_target(). transport: None (or LAMINA_TRANSPORT) to share memory
-    with the daemon where that works and send tensors inside messages else, "memfd" or "inline" to insist. client_name:
+    with the daemon where that works and send tensors inside messages else, "memfd" or "inline" to insist; "device" insists
+    on sharing device memory as well, which is otherwise done when it is first used and possible. client_name:
     who this is, for people who read the daemon's log. timeout: of every call, in seconds; None: none. Nothing is sent
     before the first call. Threads: any. A process that forks is to connect in the child.
 
@@ -153,8 +154,8 @@ class Client:
     def __init__(self, target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
                  timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> None:
         transport = transport or os.environ.get("LAMINA_TRANSPORT") or None
-        if transport not in (None, "memfd", "inline"):
-            raise ValueError(f"transport: {transport!r} must be None, 'memfd' or 'inline'")
+        if transport not in (None, "device", "memfd", "inline"):
+            raise ValueError(f"transport: {transport!r} must be None, 'device', 'memfd' or 'inline'")
         if resume_grace is not None and not resume_grace >= 0:
             raise ValueError(f"resume_grace: {resume_grace!r} must be at least 0")
         self.target = target or default_target()
@@ -207,19 +208,33 @@ class Client:
 
     @property
     def transport(self) -> str:
-        """How tensors cross: "memfd" (shared memory, no copy) or "inline" (inside messages)."""
+        """How tensors in host memory cross: "memfd" (shared memory, no copy) or "inline" (inside messages)."""
         return "inline" if self.session.pool is None else "memfd"
 
-    def empty(self, shape: Any, dtype: Any = "fp32") -> np.ndarray:
+    @property
+    def shares_device(self) -> bool:
+        """Whether tensors in device memory cross without a copy through the host: client and daemon see the same device,
+        and the daemon offers regions there. why_no_device says what is in the way."""
+        return self.session.device_pool() is not None
+
+    @property
+    def why_no_device(self) -> Optional[str]:
+        """Why shares_device is False, in words; None where it is True."""
+        return None if self.session.device_pool() is not None else self.session.no_device
+
+    def empty(self, shape: Any, dtype: Any = "fp32", device: bool = False) -> Any:
         """An uninitialised numpy array in memory shared with the daemon: passing it (or a contiguous part of it) costs no
         copy. Without shared memory, a plain array. bf16: uint16 bits. The memory is used again once no array over it is
-        referenced. ResourceExhausted: the session's cap on regions."""
-        return self.session.empty(shape, dtype)
+        referenced. ResourceExhausted: the session's cap on regions.
+
+        device: a DeviceArray in device memory that the daemon maps too (see lamina.device); torch.from_dlpack makes a
+        tensor of it. Unavailable: no device regions, and why."""
+        return self.session.empty_on_device(shape, dtype) if device else self.session.empty(shape, dtype)
 
     def trim(self) -> int:
         """Gives shared memory that no array uses back to the daemon; returns the bytes. It happens by itself where the
         session's cap is reached."""
-        return 0 if self.session.pool is None else self.session.pool.trim()
+        return self.session.trim()
 
     def pipeline(self, timeout: Optional[float] = None, depth: int = 32) -> Pipeline:
         """A Pipeline: calls that are under way together, without waiting for each other's answers; see lamina.pipeline.
