@@ -374,7 +374,7 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
     p.k = ColsOf(args.x);
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.x.dtype;
-    if (cuda::HasGeluProduct(p)) {
+    if (cuda::UseGeluProduct(p)) {
       return Check(cuda::LaunchGeluProduct(p, stream_), "Linear with gelu");
     }
   }
@@ -415,7 +415,7 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.dy.dtype;
     p.workspace = static_cast<float*>(ws.data);
-    if (cuda::HasGeluProduct(p)) {
+    if (cuda::UseGeluProduct(p)) {
       const size_t needed = args.dbias ? cuda::GeluProductWorkspaceBytes(p.m, p.n) : 0;
       absl::Status status = NeedWorkspace(ws, needed, "LinearInputGrad");
       if (!status.ok()) return status;
@@ -599,6 +599,9 @@ absl::Status CheckSaved(const TensorView& saved, const char* op) {
       absl::StrCat(op, ": saved is not aligned to ", alignof(SoftmaxRow), " bytes"));
 }
 
+// Of words that warps write side by side: a line.
+constexpr size_t kWordAlignment = 128;
+
 // What AttentionArgs and AttentionBackwardArgs have in common.
 template <typename Args>
 AttentionParams AttentionParamsOf(const Args& args) {
@@ -650,6 +653,16 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   if (!status.ok()) return status;
   p.delta = static_cast<float*>(ws.data);
   if (sums_bytes > 0) p.sums = p.delta + rows;
+  // With what is left; where that is less than the plan has, with fewer heads at a time.
+  const size_t before =
+      (delta_bytes + sums_bytes + kWordAlignment - 1) / kWordAlignment * kWordAlignment;
+  const size_t kept_bytes =
+      args.dims.packed_tokens > 0 ? 0 : cuda::KeptBitsBytes(p.seq, p.batch * p.heads);
+  if (p.dropout.rng != nullptr && kept_bytes > 0 && ws.bytes > before) {
+    p.kept_bytes = std::min(kept_bytes, ws.bytes - before);
+    if (p.kept_bytes >= cuda::KeptBitsBytes(p.seq))
+      p.kept = reinterpret_cast<uint32_t*>(static_cast<char*>(ws.data) + before);
+  }
   status = Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
   if (!status.ok() || !args.dbias || cuda::BackwardAddsToBias(p)) return status;
   cuda::ColumnSumArgs sums;
