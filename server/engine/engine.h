@@ -60,6 +60,7 @@ struct CallControl {
   // The calling thread has the device's turn (Engine::TryTurn, TryPost) and waits for nothing: a
   // call that must wait for another one of its session answers NotNow.
   bool has_turn = false;
+  std::string caller;  // whose call it is, as Caller::identity; the engine does not care
 };
 
 // Of a call that was not begun because it would have had to wait. No other call answers ABORTED.
