@@ -21,6 +21,7 @@
 #include "server/logging.h"
 #include "server/metrics/exposer.h"
 #include "server/metrics/metrics.h"
+#include "server/service/grpc_log.h"
 #include "server/service/grpc_server.h"
 #include "server/service/shared_state.h"
 #include "server/session/broker.h"
@@ -241,6 +242,7 @@ int main(int argc, char** argv) {
   const auto flags = lamina::ParseFlags(argc, argv, LAMINA_VERSION, &exit_code);
   if (!flags) return exit_code;
   lamina::SetUpLog(flags->log_level, flags->log_format);
+  lamina::TakeGrpcLog();
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);

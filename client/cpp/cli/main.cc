@@ -88,10 +88,37 @@ class Commands {
                      : "must be 0 to 1000000 seconds";
         })
         ->type_name("SECONDS");
+    AddSecurity();
     app_->set_version_flag("--version", "lamina " LAMINA_VERSION);
     app_->require_subcommand(1);
     app_->fallthrough();  // global options may follow the command
     app_->footer(kFooter);
+  }
+
+  void AddSecurity() {
+    client::Security& security = globals_.security;
+    const auto add = [this](const char* flag, std::string* value, const char* variable,
+                            const char* type, const char* help) {
+      app_->add_option(flag, *value, help)
+          ->envname(variable)
+          ->type_name(type)
+          ->group("Options for daemons over TCP");
+    };
+    app_->add_flag("--tls", security.tls, "TLS, with the authorities that this system trusts")
+        ->envname("LAMINA_TLS")
+        ->group("Options for daemons over TCP");
+    add("--tls-ca", &security.ca_file, "LAMINA_TLS_CA", "FILE",
+        "TLS, with the authorities in this file; PEM");
+    add("--tls-server-name", &security.server_name, "LAMINA_TLS_SERVER_NAME", "NAME",
+        "The name in the daemon's certificate [the target's host]");
+    add("--client-cert", &security.certificate_file, "LAMINA_CLIENT_CERT", "FILE",
+        "This client's certificate; PEM");
+    add("--client-key", &security.key_file, "LAMINA_CLIENT_KEY", "FILE", "Its private key; PEM");
+    add("--token-file", &security.token_file, "LAMINA_TOKEN_FILE", "FILE",
+        "Holds the bearer token to show to the daemon");
+    app_->add_flag("--insecure", security.insecure,
+                   "No TLS, whatever else is said, and the token unencrypted also to other hosts")
+        ->group("Options for daemons over TCP");
   }
 
   CLI::App* AddNamed(CLI::App* parent, const char* name, const char* help, std::string* stack,

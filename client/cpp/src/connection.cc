@@ -1,13 +1,12 @@
 #include "src/connection.h"
 
-#include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
 #include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "src/channel.h"
 
 namespace lamina::client::internal {
 namespace {
@@ -46,8 +45,7 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
   if (!normal.ok()) return normal.status();
   std::shared_ptr<Connection> connection(new Connection());
   connection->target_ = *std::move(normal);
-  connection->on_this_host_ = absl::StartsWith(connection->target_, "unix:") ||
-                              absl::StartsWith(connection->target_, "unix-abstract:");
+  connection->on_this_host_ = IsOnThisHost(connection->target_);
   connection->options_ = options;
   grpc::ChannelArguments arguments;
   // The daemon's inline cap is the limit, not gRPC's 4 MB.
@@ -71,8 +69,11 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
     // told. Older headers have no name for it.
     arguments.SetInt("grpc.http2.ping_timeout_ms", 10000);
   }
-  connection->channel_ =
-      grpc::CreateCustomChannel(connection->target_, grpc::InsecureChannelCredentials(), arguments);
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel =
+      OpenChannel(connection->target_,
+                  options.security ? *options.security : Security::FromEnvironment(), arguments);
+  if (!channel.ok()) return channel.status();
+  connection->channel_ = *std::move(channel);
   connection->config_ = pb::ConfigService::NewStub(connection->channel_);
   connection->layers_ = pb::LayerService::NewStub(connection->channel_);
   connection->sessions_ = pb::SessionService::NewStub(connection->channel_);

@@ -62,6 +62,18 @@ class Unavailable(LaminaError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class Unauthenticated(LaminaError):
+    """The daemon does not know who calls: no token or certificate, or one that it does not (or no longer) accept."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(LaminaError):
+    """The daemon knows who calls, and its roles do not allow the call; the message names them."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Unimplemented(LaminaError):
     """This version lacks the setting or call."""
 
@@ -94,7 +106,7 @@ class Internal(LaminaError):
 
 _BY_CODE: Dict[grpc.StatusCode, Type[LaminaError]] = {
     c.code: c for c in (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted, Unavailable,
-                        Unimplemented, DeadlineExceeded, Cancelled, DataLoss, Internal)}
+                        Unauthenticated, PermissionDenied, Unimplemented, DeadlineExceeded, Cancelled, DataLoss, Internal)}
 
 
 _BY_NUMBER: Dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
