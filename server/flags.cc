@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
@@ -11,6 +12,16 @@
 
 namespace lamina {
 namespace {
+
+constexpr const char* kFooter = R"(Exit codes:
+  0  stopped in order
+  1  could not drain or save in order, or failed while it ran
+  2  wrong flags
+  3  can't listen
+  4  a certificate, key, tokens or roles file is wrong
+  5  the checkpoint folder can't be used
+  6  the device can't be used
+From 2 on: one line on standard error says why, and nothing has listened.)";
 
 // /run/lamina for root, the user's own runtime folder else.
 std::string DefaultSocket() {
@@ -72,6 +83,11 @@ std::string Complaint(const Flags& f) {
        f.device.find_first_not_of("0123456789", 5) != std::string::npos)) {
     return "--device " + f.device + ": must be auto, cpu or cuda:N";
   }
+  // The kernel's word for nobody.
+  if (std::find(f.allow_uids.begin(), f.allow_uids.end(), static_cast<uid_t>(-1)) !=
+      f.allow_uids.end()) {
+    return "--allow-uid " + std::to_string(static_cast<uid_t>(-1)) + ": is no user";
+  }
   if (f.tls_cert.empty() != f.tls_key.empty()) {
     return f.tls_key.empty() ? "--tls-cert: needs --tls-key FILE"
                              : "--tls-key: needs --tls-cert FILE";
@@ -92,14 +108,8 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
   CLI::App app{
       "laminad: owns transformer layer stacks in one device's memory and serves them over gRPC.\n"
       "Stops on SIGTERM or SIGINT: refuses new calls, finishes running ones, exits with 0; a "
-      "second signal "
-      "stops it at once.\n"
-      "Exit codes: 0 stopped in order; 1 failed while it ran or drained; 2 wrong flags; 3 can't "
-      "listen;\n"
-      "4 a certificate, key, tokens or roles file is wrong; 5 the checkpoint folder can't be used; "
-      "6 the device\n"
-      "can't. From 2 on: one line says why, and nothing has listened. docs/operations.md says "
-      "more."};
+      "second signal stops it at once."};
+  app.footer(kFooter);
   app.set_version_flag("--version", "laminad " + version);
   app.get_formatter()->column_width(34);
 

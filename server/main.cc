@@ -69,13 +69,13 @@ std::vector<std::string> AddressesOf(const Flags& flags) {
   return addresses;
 }
 
-// Signals are taken here alone: main blocked them before any thread began. Calls `look` about once
-// a second meanwhile.
+// Signals are taken here alone: main blocked them before any thread began. Calls `look` about four
+// times a second meanwhile.
 void WaitForStop(const sigset_t& signals, const std::function<void()>& look) {
   int signal = -1;
   while (signal < 0) {
-    const timespec second{.tv_sec = 1, .tv_nsec = 0};
-    signal = sigtimedwait(&signals, nullptr, &second);
+    const timespec pause{.tv_sec = 0, .tv_nsec = 250'000'000};
+    signal = sigtimedwait(&signals, nullptr, &pause);
     look();
   }
   spdlog::info("event=draining signal={}", signal == SIGINT ? "SIGINT" : "SIGTERM");

@@ -256,8 +256,9 @@ absl::StatusOr<Caller> Access::Identify(const Policy& policy, const Presented& p
     const bool own = uid == geteuid();
     if (!own && std::find(options_.allowed_uids.begin(), options_.allowed_uids.end(), uid) ==
                     options_.allowed_uids.end()) {
-      return absl::PermissionDeniedError(
-          absl::StrCat("UID ", uid, " may not use this socket; --allow-uid says who may"));
+      return absl::PermissionDeniedError(absl::StrCat(
+          uid == kStranger ? "your user" : absl::StrCat("UID ", uid),
+          " may not use this socket; laminad --allow-uid names those who may, by number"));
     }
     caller.identity = absl::StrCat("uid:", uid);
     caller.roles = policy.RolesOf({caller.identity});

@@ -173,8 +173,10 @@ std::shared_ptr<grpc::ServerCredentials> Admission::Tls(const TlsFiles& files) {
     if (material->version == given) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
     const grpc_ssl_pem_key_cert_pair pair{.private_key = material->key.c_str(),
                                           .cert_chain = material->certificate.c_str()};
-    *config = grpc_ssl_server_certificate_config_create(
-        material->client_ca.empty() ? nullptr : material->client_ca.c_str(), &pair, 1);
+    // gRPC insists on authorities for clients' certificates, also where it asks for none of those.
+    const std::string& authorities =
+        material->client_ca.empty() ? material->certificate : material->client_ca;
+    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
     given = material->version;
     return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
   };

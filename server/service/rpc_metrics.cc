@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "server/access/roles.h"
+
 namespace lamina {
 namespace {
 
@@ -64,6 +66,8 @@ grpc::experimental::Interceptor* RpcMetricsFactory::CreateServerInterceptor(
   OrderedByGrpc();
   // "/lamina.v1.LayerService/Forward"
   std::string path = info->method();
+  // Clients may call what they like: only names that there are become labels.
+  if (!DemandOf(path)) path = "unknown/unknown";
   if (!path.empty() && path.front() == '/') path.erase(0, 1);
   const size_t slash = path.find('/');
   const std::string service = path.substr(0, slash);

@@ -60,14 +60,14 @@ std::string TlsHint(const GlobalOptions& options, absl::string_view reason) {
   if (!tls && absl::StrContains(reason, "Socket closed")) {
     return "the daemon may want it: --tls-ca FILE";
   }
-  if (absl::StrContains(reason, "certificate verify failed")) {
-    return "the daemon's certificate is over, or not signed by who --tls-ca FILE trusts";
-  }
   if (absl::StrContains(reason, "Hostname Verification Check failed")) {
     return "the daemon's certificate has another name: --tls-server-name NAME";
   }
   if (tls && absl::StrContains(reason, "wrong version number")) {
     return "the daemon speaks none: leave --tls-ca and the like out";
+  }
+  if (absl::StrContains(reason, "handshake failed")) {
+    return "the daemon's certificate is over, or not signed by who --tls-ca FILE trusts";
   }
   return "";
 }
