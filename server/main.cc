@@ -7,9 +7,12 @@
 
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
@@ -94,11 +97,14 @@ int Run(const Flags& flags, const sigset_t& signals) {
   MetricSet metrics({.version = LAMINA_VERSION,
                      .commit = LAMINA_COMMIT,
                      .backend = device.kind,
-                     .device = device.name});
+                     .device = device.name,
+                     .uuid = device.uuid,
+                     .ordinal = device.ordinal});
   EngineOptions engine_options;
   engine_options.checkpoint_dir = flags.checkpoints;
   engine_options.queue_capacity = flags.queue_capacity;
   engine_options.inline_cap_bytes = flags.inline_cap_bytes;
+  engine_options.measure_peak = true;
   auto engine = Engine::Create(*std::move(backend), &metrics, engine_options);
   if (!engine.ok()) return Fail(engine.status());
 
@@ -121,6 +127,15 @@ int Run(const Flags& flags, const sigset_t& signals) {
   metrics.SetRefresh([&] {
     metrics.SetSessions(sessions->live_sessions(), sessions->adrift_sessions(),
                         sessions->live_regions(), sessions->region_bytes());
+    const std::map<SessionKey, ContextUse> contexts = (*engine)->ContextUses();
+    std::vector<SessionMemory> memory;
+    for (const SessionManager::View& session : sessions->List()) {
+      const auto use = contexts.find(session.key);
+      memory.push_back({.region_bytes = session.region_bytes,
+                        .activation_bytes = use == contexts.end() ? 0 : use->second.bytes});
+    }
+    metrics.SetSessionMemory(std::move(memory));
+    metrics.SetDeviceFree((*engine)->device_free_bytes());
   });
 
   std::unique_ptr<Broker> broker;
