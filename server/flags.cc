@@ -48,6 +48,25 @@ std::string Complaint(const std::string& address, bool insecure) {
   return "";
 }
 
+// What each option came to: as given, on the command line or by the environment, or its default.
+std::vector<std::pair<std::string, std::string>> AllSettings(const CLI::App& app) {
+  std::vector<std::pair<std::string, std::string>> settings;
+  for (const CLI::Option* option : app.get_options()) {
+    const std::vector<std::string>& names = option->get_lnames();
+    if (names.empty() || names.front() == "help" || names.front() == "version") continue;
+    std::string value = option->get_default_str();
+    if (option->count() > 0) {
+      value.clear();
+      for (const std::string& result : option->reduced_results())
+        value += (value.empty() ? "" : ",") + result;
+    } else if (option->get_expected_max() == 0) {
+      value = "false";  // a flag
+    }
+    settings.emplace_back(names.front(), value);
+  }
+  return settings;
+}
+
 }  // namespace
 
 std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& version, int* exit_code) {
@@ -186,6 +205,7 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
     *exit_code = 2;
     return std::nullopt;
   }
+  f.all = AllSettings(app);
   if (f.metrics == "none") f.metrics.clear();
   if (f.broker.empty()) {
     for (const std::string& address : f.listen) {

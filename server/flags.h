@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lamina {
@@ -32,6 +33,8 @@ struct Flags {
   bool channelz = false;
   std::string log_level;
   std::string log_format;  // "text", "json"
+  // Every setting by its flag's name ("listen"), as text, whoever gave it.
+  std::vector<std::pair<std::string, std::string>> all;
 };
 
 // Parses the command line; the environment stands behind it. On --help, --version or a mistake it

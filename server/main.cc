@@ -5,6 +5,7 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -13,6 +14,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
@@ -25,6 +28,7 @@
 #include "server/service/shared_state.h"
 #include "server/session/broker.h"
 #include "server/session/session_manager.h"
+#include "server/status/status_pages.h"
 
 namespace lamina {
 namespace {
@@ -51,6 +55,15 @@ SessionOptions ToSessionOptions(const Flags& flags) {
   options.region_cap_bytes = flags.region_cap_bytes;
   options.total_region_cap_bytes = flags.total_region_cap_bytes;
   return options;
+}
+
+// What /configz shows.
+std::string ConfigJson(const Flags& flags) {
+  nlohmann::ordered_json settings = nlohmann::ordered_json::object();
+  for (const auto& [name, value] : flags.all) settings[name] = value;
+  const nlohmann::ordered_json config = {
+      {"version", LAMINA_VERSION}, {"commit", LAMINA_COMMIT}, {"settings", std::move(settings)}};
+  return config.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 // Signals are taken here alone: main blocked them before any thread began. Calls `look` about once
@@ -157,15 +170,27 @@ int Run(const Flags& flags, const sigset_t& signals) {
                     .started = started};
   auto server = GrpcServer::Start({.listen = flags.listen, .channelz = flags.channelz}, state);
   if (!server.ok()) return Fail(server.status());
+  std::atomic<Phase> phase{Phase::kStarting};
+  const StatusSources status{.engine = **engine,
+                             .sessions = *sessions,
+                             .metrics = metrics,
+                             .phase = phase,
+                             .version = LAMINA_VERSION,
+                             .commit = LAMINA_COMMIT,
+                             .started = started,
+                             .listen = (*server)->addresses(),
+                             .broker = flags.broker};
   std::unique_ptr<MetricsExposer> exposer;
   if (!flags.metrics.empty()) {
-    auto opened = MetricsExposer::Start(flags.metrics, metrics);
+    auto opened =
+        MetricsExposer::Start(flags.metrics, metrics, StatusPages(status, ConfigJson(flags)));
     if (!opened.ok()) return Fail(opened.status());
     exposer = *std::move(opened);
   }
 
   (*server)->SetServing(true);
   metrics.SetServing(true);
+  phase = Phase::kServing;
   spdlog::info(
       "event=ready version={} commit={} device={}:{} device_name={} threads={} listen={} "
       "broker={} metrics={}",
@@ -183,6 +208,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
     (*server)->SetServing(false);
     metrics.SetServing(false);
   });
+  phase = Phase::kDraining;
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
   (*server)->SetServing(false);
   metrics.SetServing(false);

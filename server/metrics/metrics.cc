@@ -357,6 +357,8 @@ void MetricSet::TensorMoved(TensorCarrier carrier, TensorRole role, size_t bytes
 
 void MetricSet::SetQueueDepth(int64_t calls) { queue_depth_->Set(static_cast<double>(calls)); }
 
+int64_t MetricSet::queue_depth() const { return static_cast<int64_t>(queue_depth_->Value()); }
+
 void MetricSet::Rejected(Rejection reason) {
   rejections_[static_cast<size_t>(reason)]->Increment();
 }

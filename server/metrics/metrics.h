@@ -145,6 +145,7 @@ class MetricSet {
 
   // --- admission ---
   void SetQueueDepth(int64_t calls);
+  int64_t queue_depth() const;
   void Rejected(Rejection reason);
 
   // --- memory and what lives ---

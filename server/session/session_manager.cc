@@ -116,10 +116,11 @@ class SessionImpl final : public Session {
     return absl::OkStatus();
   }
 
-  SessionManager::View Describe() const {
+  SessionManager::View Describe() {
+    std::lock_guard<std::mutex> lock(mutex_);
     return {.key = key_,
             .client_name = client_name_,
-            .regions = ledger_->count.load(),
+            .regions = static_cast<int64_t>(regions_.size()),
             .region_bytes = ledger_->bytes()};
   }
 
