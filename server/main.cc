@@ -158,28 +158,15 @@ int Run(const Flags& flags, const sigset_t& signals) {
     if (!opened.ok()) return Fail(opened.status());
     broker = *std::move(opened);
   }
-  Gate gate;
-  SharedState state{.engine = **engine,
-                    .sessions = *sessions,
-                    .metrics = metrics,
-                    .mutations = mutations,
-                    .gate = gate,
-                    .broker_path = flags.broker,
-                    .version = LAMINA_VERSION,
-                    .commit = LAMINA_COMMIT,
-                    .started = started};
-  auto server = GrpcServer::Start({.listen = flags.listen, .channelz = flags.channelz}, state);
-  if (!server.ok()) return Fail(server.status());
   std::atomic<Phase> phase{Phase::kStarting};
-  const StatusSources status{.engine = **engine,
-                             .sessions = *sessions,
-                             .metrics = metrics,
-                             .phase = phase,
-                             .version = LAMINA_VERSION,
-                             .commit = LAMINA_COMMIT,
-                             .started = started,
-                             .listen = (*server)->addresses(),
-                             .broker = flags.broker};
+  StatusSources status{.engine = **engine,
+                       .sessions = *sessions,
+                       .metrics = metrics,
+                       .phase = phase,
+                       .version = LAMINA_VERSION,
+                       .commit = LAMINA_COMMIT,
+                       .started = started,
+                       .broker = flags.broker};
   std::unique_ptr<MetricsExposer> exposer;
   if (!flags.metrics.empty()) {
     auto opened =
@@ -187,6 +174,20 @@ int Run(const Flags& flags, const sigset_t& signals) {
     if (!opened.ok()) return Fail(opened.status());
     exposer = *std::move(opened);
   }
+  Gate gate;
+  SharedState state{.engine = **engine,
+                    .sessions = *sessions,
+                    .metrics = metrics,
+                    .mutations = mutations,
+                    .gate = gate,
+                    .broker_path = flags.broker,
+                    .metrics_address = exposer == nullptr ? "" : exposer->address(),
+                    .version = LAMINA_VERSION,
+                    .commit = LAMINA_COMMIT,
+                    .started = started};
+  auto server = GrpcServer::Start({.listen = flags.listen, .channelz = flags.channelz}, state);
+  if (!server.ok()) return Fail(server.status());
+  status.listen = (*server)->addresses();
 
   (*server)->SetServing(true);
   metrics.SetServing(true);

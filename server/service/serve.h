@@ -6,13 +6,15 @@
 #include <grpcpp/support/server_callback.h>
 
 #include "server/service/calls.h"
+#include "server/service/request_tag.h"
 #include "server/service/shared_state.h"
 #include "server/service/status.h"
 #include "server/service/workers.h"
 
 namespace lamina {
 
-// A call's deadline and whether its client has gone. The context must outlive the result.
+// A call's deadline, whether its client has gone, and whose it is. The context must outlive the
+// result.
 inline CallControl ControlOf(grpc::ServerContextBase* context) {
   CallControl control;
   const auto deadline = context->deadline();
@@ -20,6 +22,7 @@ inline CallControl ControlOf(grpc::ServerContextBase* context) {
     control.deadline = absl::FromChrono(deadline);
   }
   control.cancelled = [context] { return context->IsCancelled(); };
+  Tag(*context, control);
   return control;
 }
 

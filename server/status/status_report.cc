@@ -164,7 +164,9 @@ nlohmann::ordered_json StatusReport(const StatusSources& sources) {
                  {"reason", readiness.reason},
                  {"now", absl::ToDoubleSeconds(now - absl::UnixEpoch())},
                  {"uptime_seconds", absl::ToDoubleSeconds(now - sources.started)},
-                 {"listen", sources.listen},
+                 {"listen", sources.phase.load(std::memory_order_acquire) == Phase::kStarting
+                                ? std::vector<std::string>()
+                                : sources.listen},
                  {"broker", sources.broker},
                  {"device", DeviceJson(sources, free_bytes)}};
   report["memory"] = {{"planned_bytes", planned}, {"planned_by_kind", ByKind(stacks)}};

@@ -25,8 +25,8 @@ struct StatusSources {
   const std::atomic<Phase>& phase;
   std::string version, commit;
   absl::Time started;
-  std::vector<std::string> listen;
-  std::string broker;  // its path; empty: none
+  std::vector<std::string> listen;  // set before the phase leaves kStarting, looked at later
+  std::string broker;               // its path; empty: none
 };
 
 // "starting", "serving", "draining" or "failed", and why the last.
