@@ -95,10 +95,30 @@ std::string Complaint(const Flags& f) {
   if (!f.tls_client_ca.empty() && f.tls_cert.empty()) {
     return "--tls-client-ca: needs --tls-cert FILE and --tls-key FILE";
   }
+  if (f.metrics_token && f.tokens.empty()) return "--metrics-token: needs --tokens FILE";
   if (f.final_checkpoint && f.checkpoints.empty()) {
     return "--final-checkpoint: needs --checkpoints DIR";
   }
   return "";
+}
+
+// What each option came to: as given, on the command line or by the environment, or its default.
+std::vector<std::pair<std::string, std::string>> AllSettings(const CLI::App& app) {
+  std::vector<std::pair<std::string, std::string>> settings;
+  for (const CLI::Option* option : app.get_options()) {
+    const std::vector<std::string>& names = option->get_lnames();
+    if (names.empty() || names.front() == "help" || names.front() == "version") continue;
+    std::string value = option->get_default_str();
+    if (option->count() > 0) {
+      value.clear();
+      for (const std::string& result : option->reduced_results())
+        value += (value.empty() ? "" : ",") + result;
+    } else if (option->get_expected_max() == 0) {
+      value = "false";  // a flag
+    }
+    settings.emplace_back(names.front(), value);
+  }
+  return settings;
 }
 
 }  // namespace
@@ -224,6 +244,9 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
                  "docs/security.md has their form")
       ->envname("LAMINA_ROLES")
       ->type_name("FILE");
+  app.add_flag("--metrics-token", f.metrics_token,
+               "The metrics port too needs one of --tokens, with any role; not /healthz and /readyz")
+      ->envname("LAMINA_METRICS_TOKEN");
   app.add_flag("--insecure", f.insecure,
                "Allow TCP addresses other than loopback without encryption, or without asking who "
                "calls")
@@ -257,6 +280,7 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
     *exit_code = kWrongFlags;
     return std::nullopt;
   }
+  f.all = AllSettings(app);
   if (f.metrics == "none") f.metrics.clear();
   if (f.broker.empty()) {
     for (const std::string& address : f.listen) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lamina {
@@ -30,10 +31,13 @@ struct Flags {
   std::vector<uid_t> allow_uids;
   std::string tls_cert, tls_key, tls_client_ca;  // files; all empty: no TLS
   std::string tokens, roles;                     // files; empty: none
+  bool metrics_token = false;                    // the metrics port needs one of the tokens
   bool insecure = false;
   bool channelz = false;
   std::string log_level;
   std::string log_format;  // "text", "json"
+  // Every setting by its flag's name ("listen"), as text, whoever gave it.
+  std::vector<std::pair<std::string, std::string>> all;
 };
 
 // How the process ends; docs/operations.md and --help have the same table.

@@ -5,12 +5,17 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
@@ -27,6 +32,7 @@
 #include "server/session/broker.h"
 #include "server/session/session_manager.h"
 #include "server/start_checks.h"
+#include "server/status/status_pages.h"
 
 namespace lamina {
 namespace {
@@ -67,6 +73,25 @@ std::vector<std::string> AddressesOf(const Flags& flags) {
   if (!flags.broker.empty()) addresses.push_back("unix:" + flags.broker);
   if (!flags.metrics.empty()) addresses.push_back(flags.metrics);
   return addresses;
+}
+
+// What /configz shows.
+std::string ConfigJson(const Flags& flags) {
+  nlohmann::ordered_json settings = nlohmann::ordered_json::object();
+  for (const auto& [name, value] : flags.all) settings[name] = value;
+  const nlohmann::ordered_json config = {
+      {"version", LAMINA_VERSION}, {"commit", LAMINA_COMMIT}, {"settings", std::move(settings)}};
+  return config.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+// Lets those see pages who have a token with some role. Probes need none.
+HttpGuard PageGuard(const Access& access) {
+  return [&access](const std::string& path, const std::string& authorization) {
+    if (path == "/healthz" || path == "/readyz") return true;
+    if (authorization.empty()) return false;
+    const auto caller = access.Identify({.authorization = {authorization}});
+    return caller.ok() && caller->roles != kNoRole;
+  };
 }
 
 // Signals are taken here alone: main blocked them before any thread began. Calls `look` about four
@@ -134,11 +159,14 @@ int Run(const Flags& flags, const sigset_t& signals) {
   MetricSet metrics({.version = LAMINA_VERSION,
                      .commit = LAMINA_COMMIT,
                      .backend = device.kind,
-                     .device = device.name});
+                     .device = device.name,
+                     .uuid = device.uuid,
+                     .ordinal = device.ordinal});
   EngineOptions engine_options;
   engine_options.checkpoint_dir = flags.checkpoints;
   engine_options.queue_capacity = flags.queue_capacity;
   engine_options.inline_cap_bytes = flags.inline_cap_bytes;
+  engine_options.measure_peak = true;
   auto engine = Engine::Create(*std::move(backend), &metrics, engine_options);
   if (!engine.ok()) return Fail(kFailed, engine.status());
 
@@ -161,6 +189,15 @@ int Run(const Flags& flags, const sigset_t& signals) {
   metrics.SetRefresh([&] {
     metrics.SetSessions(sessions->live_sessions(), sessions->adrift_sessions(),
                         sessions->live_regions(), sessions->region_bytes());
+    const std::map<SessionKey, ContextUse> contexts = (*engine)->ContextUses();
+    std::vector<SessionMemory> memory;
+    for (const SessionManager::View& session : sessions->List()) {
+      const auto use = contexts.find(session.key);
+      memory.push_back({.region_bytes = session.region_bytes,
+                        .activation_bytes = use == contexts.end() ? 0 : use->second.bytes});
+    }
+    metrics.SetSessionMemory(std::move(memory));
+    metrics.SetDeviceFree((*engine)->device_free_bytes());
   });
 
   std::unique_ptr<Broker> broker;
@@ -170,6 +207,23 @@ int Run(const Flags& flags, const sigset_t& signals) {
     if (!opened.ok()) return Fail(kCantListen, opened.status());
     broker = *std::move(opened);
   }
+  std::atomic<Phase> phase{Phase::kStarting};
+  StatusSources status{.engine = **engine,
+                       .sessions = *sessions,
+                       .metrics = metrics,
+                       .phase = phase,
+                       .version = LAMINA_VERSION,
+                       .commit = LAMINA_COMMIT,
+                       .started = started,
+                       .broker = flags.broker};
+  std::unique_ptr<MetricsExposer> exposer;
+  if (!flags.metrics.empty()) {
+    auto opened =
+        MetricsExposer::Start(flags.metrics, metrics, StatusPages(status, ConfigJson(flags)),
+                              flags.metrics_token ? PageGuard(**access) : HttpGuard());
+    if (!opened.ok()) return Fail(kCantListen, opened.status());
+    exposer = *std::move(opened);
+  }
   Gate gate;
   SharedState state{.engine = **engine,
                     .sessions = *sessions,
@@ -178,6 +232,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
                     .mutations = mutations,
                     .gate = gate,
                     .broker_path = flags.broker,
+                    .metrics_address = exposer == nullptr ? "" : exposer->address(),
                     .version = LAMINA_VERSION,
                     .commit = LAMINA_COMMIT,
                     .started = started};
@@ -187,15 +242,11 @@ int Run(const Flags& flags, const sigset_t& signals) {
                                    .allowed_uids = flags.allow_uids},
                                   state);
   if (!server.ok()) return Fail(kCantListen, server.status());
-  std::unique_ptr<MetricsExposer> exposer;
-  if (!flags.metrics.empty()) {
-    auto opened = MetricsExposer::Start(flags.metrics, metrics);
-    if (!opened.ok()) return Fail(kCantListen, opened.status());
-    exposer = *std::move(opened);
-  }
+  status.listen = (*server)->addresses();
 
   (*server)->SetServing(true);
   metrics.SetServing(true);
+  phase = Phase::kServing;
   spdlog::info(
       "event=ready version={} commit={} device={}:{} device_name={} threads={} listen={} "
       "broker={} metrics={}",
@@ -215,6 +266,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
     (*server)->SetServing(false);
     metrics.SetServing(false);
   });
+  phase = Phase::kDraining;
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
   (*server)->SetServing(false);
   metrics.SetServing(false);

@@ -189,6 +189,10 @@ class ExecuteStream final
         response.clear_result();
         response.set_code(static_cast<int32_t>(status.code()));
         response.set_message(std::string(status.message()));
+        CallControl whose = control_;
+        whose.request_item = now_->request.id();
+        response.set_request_id(RequestIdOf(whose));
+        LogFailure("/lamina.v1.LayerService/Execute", status.code(), status.message(), whose);
       }
       lock.lock();
       now_ = nullptr;
@@ -225,6 +229,10 @@ class ExecuteStream final
     control.deadline = item.deadline;
     control.has_turn = place == Place::kDevice;
     control.caller = control_.caller;
+    control.request_id = control_.request_id;
+    control.request_item = id;
+    control.trace_id = control_.trace_id;
+    control.span_id = control_.span_id;
     control.cancelled = [&] {
       return item.cancelled || (control_.cancelled && control_.cancelled());
     };

@@ -119,6 +119,14 @@ class SessionImpl final : public Session {
     return absl::OkStatus();
   }
 
+  SessionManager::View Describe() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return {.key = key_,
+            .client_name = client_name_,
+            .regions = static_cast<int64_t>(regions_.size()),
+            .region_bytes = ledger_->bytes()};
+  }
+
   void EndFor(const std::string& reason) {
     std::lock_guard<std::mutex> lock(mutex_);
     ended_ = true;
@@ -126,7 +134,7 @@ class SessionImpl final : public Session {
   }
 
   // The manager's; guarded by its mutex.
-  absl::Time expires;
+  absl::Time opened, expires;
   uint64_t keeper = 0;        // 0: none
   SessionManager::Lost lost;  // the keeper's
   bool adrift = false;        // its keeper broke, and `expires` is the end of the grace
@@ -186,7 +194,8 @@ class SessionManagerImpl final : public SessionManager {
       auto session = std::make_shared<SessionImpl>(
           ++last_key_, client_name, owner, std::min(resume_grace, options_.resume_grace_cap), options_,
           total_, hooks_);
-      session->expires = absl::Now() + options_.lease;
+      session->opened = absl::Now();
+      session->expires = session->opened + options_.lease;
       sessions_[opened.id] = session;
       opened.session = std::move(session);
     }
@@ -283,6 +292,24 @@ class SessionManagerImpl final : public SessionManager {
     }
     if (ended.lost) ended.lost("deleted");
     return absl::OkStatus();
+  }
+
+  std::vector<View> List() const override {
+    std::vector<View> views;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const absl::Time now = absl::Now();
+      for (const auto& [id, session] : sessions_) {
+        View& view = views.emplace_back(session->Describe());
+        view.age = now - session->opened;
+        view.expires_in = session->expires - now;
+        view.kept = session->keeper != 0;
+        view.adrift = session->adrift;
+      }
+    }
+    std::sort(views.begin(), views.end(),
+              [](const View& a, const View& b) { return a.key < b.key; });
+    return views;
   }
 
   int64_t live_sessions() const override {

@@ -129,6 +129,17 @@ class SessionManager {
   // Ends the session; where no call holds it, its end hook has run when this returns. NOT_FOUND.
   virtual absl::Status Delete(const std::string& id, const std::string& caller = "") = 0;
 
+  // A session as an operator sees it; nothing of it is a secret.
+  struct View {
+    uint64_t key = 0;
+    std::string client_name;
+    absl::Duration age, expires_in;  // expires_in: unless something is heard of it
+    bool kept = false;               // it has a keeper
+    bool adrift = false;
+    int64_t regions = 0;
+    size_t region_bytes = 0;
+  };
+  virtual std::vector<View> List() const = 0;  // by key
   virtual int64_t live_sessions() const = 0;
   virtual int64_t adrift_sessions() const = 0;  // of those
   virtual int64_t live_regions() const = 0;

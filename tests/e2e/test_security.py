@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import grpc
 import lamina
@@ -274,6 +276,27 @@ def test_a_session_is_its_makers(tmp_path):
         assert next(layers[tcp].Execute(iter([streamed]), metadata=bearer(ALICE))).code == 0
         assert len(calls["ListRegions"](tcp, bearer(ALICE)).regions) == 1
         assert calls["Forward"](tcp, bearer(ALICE)).output.inline_data
+
+
+def test_the_metrics_port_may_need_a_token(tmp_path):
+    tokens = replace(tmp_path / "tokens", f"alice {ALICE}\nbob {BOB}\n")
+    rules = replace(tmp_path / "roles", "token:alice read-only\n")
+    with Daemon("--tokens", tokens, "--roles", rules, "--metrics-token") as d:
+        def code(path, token=None):
+            request = urllib.request.Request(f"http://{d.metrics_address}{path}")
+            if token is not None:
+                request.add_header("Authorization", f"Bearer {token}")
+            try:
+                return urllib.request.urlopen(request, timeout=20).status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        for path in ("/metrics", "/statusz", "/configz", "/"):
+            assert [code(path), code(path, CAROL), code(path, BOB), code(path, ALICE)] == [401, 401, 401, 200], path
+        assert [code(path) for path in ("/healthz", "/readyz")] == [200, 200]
+        token = replace(tmp_path / "token", ALICE)
+        assert cli("status", "--target", d.target, "--token-file", token).returncode == 0
+        assert "401" in cli("status", "--target", d.target).stderr
 
 
 # --- TLS ---

@@ -48,7 +48,7 @@ def nothing_listened(folder):
     (["--no-such-flag"], "--no-such-flag"), (["--queue-capacity", "0"], "queue-capacity"), (["--listen", "nonsense"], "HOST:PORT"),
     (["--listen", "127.0.0.1:99999"], "0 to 65535"), (["--metrics", "9464"], "HOST:PORT"), (["--device", "tpu"], "cuda:N"),
     (["--device", "cuda:x"], "cuda:N"), (["--tls-cert", "x"], "needs --tls-key"), (["--tls-key", "x"], "needs --tls-cert"),
-    (["--tls-client-ca", "x"], "needs --tls-cert"), (["--final-checkpoint"], "needs --checkpoints"),
+    (["--tls-client-ca", "x"], "needs --tls-cert"), (["--final-checkpoint"], "needs --checkpoints"), (["--metrics-token"], "needs --tokens"),
     (["--listen", "0.0.0.0:0"], "--insecure"), (["--listen", "[::]:0"], "--insecure"),
     (["--listen", "127.0.0.1.example.org:0"], "--insecure"), (["--allow-uid", "4294967295"], "no user"),
     (["--allow-uid", "nobody"], "allow-uid"), (["--log-format", "xml"], "log-format")])

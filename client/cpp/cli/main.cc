@@ -20,7 +20,8 @@ Exit codes:
   1  the daemon refused or failed (the message has the status code), or a result could not be written
   2  wrong arguments, or a file that was given is not what it should be
   3  no daemon answers at the target
-Errors go to stderr, with --output json as {"error": {"code", "message", "exit_code"}}.)";
+Errors go to stderr, with --output json as {"error": {"code", "message", "exit_code", "request_id"}}; the request id is
+what the log of the daemon calls the call.)";
 
 using Action = std::function<int()>;
 
@@ -133,6 +134,16 @@ class Commands {
        [this] { return Info(globals_); });
     Do(app_->add_subcommand("health", "Exit 0 when the daemon serves, for container probes"),
        [this] { return Health(globals_); });
+    CLI::App* status = app_->add_subcommand(
+        "status",
+        "What the daemon's page /statusz shows: stacks, memory, sessions, the last steps.\nIt is "
+        "asked over HTTP.");
+    status
+        ->add_option("--metrics", metrics_,
+                     "Its HTTP server, where the daemon need not be asked for it: "
+                     "http://HOST:PORT or HOST:PORT")
+        ->type_name("URL");
+    Do(status, [this] { return Status(globals_, metrics_); });
   }
 
   void AddStack() {
@@ -428,7 +439,7 @@ class Commands {
   RunOptions run_;
   BenchOptions bench_;
   ConformanceOptions conformance_;
-  std::string stack_, checkpoint_;
+  std::string stack_, checkpoint_, metrics_;
   bool create_ = false;
   Action action_;
 };

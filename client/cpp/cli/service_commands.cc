@@ -154,6 +154,9 @@ int Info(const GlobalOptions& options) {
                {"transports", transports},
                {"inline cap", HumanBytes(info->inline_cap_bytes)},
                {"checkpoints", info->checkpoints_enabled ? "enabled" : "disabled"},
+               {"metrics", info->metrics_address.empty()
+                               ? "none"
+                               : absl::StrCat("http://", info->metrics_address, "/metrics")},
                {"uptime", HumanSeconds(info->uptime_seconds)}}));
     return static_cast<int>(kOk);
   });

@@ -28,6 +28,9 @@ absl::StatusOr<std::string> Normalize(const std::string& target) {
   return target;
 }
 
+// Of the status's payload.
+constexpr char kRequestIdPayload[] = "lamina.v1/x-request-id";
+
 }  // namespace
 
 absl::Status ToAbsl(const grpc::Status& status, const std::string& target) {
@@ -37,6 +40,21 @@ absl::Status ToAbsl(const grpc::Status& status, const std::string& target) {
     return absl::Status(code, absl::StrCat(target, ": ", status.error_message()));
   }
   return absl::Status(code, status.error_message());
+}
+
+absl::Status WithRequestId(absl::Status status, const std::string& id) {
+  if (!status.ok() && !id.empty()) status.SetPayload(kRequestIdPayload, absl::Cord(id));
+  return status;
+}
+
+absl::Status ToAbsl(const grpc::Status& status, const grpc::ClientContext& context,
+                    const std::string& target) {
+  if (status.ok()) return absl::OkStatus();
+  const auto& metadata = context.GetServerTrailingMetadata();
+  const auto id = metadata.find("x-request-id");
+  return WithRequestId(
+      ToAbsl(status, target),
+      id == metadata.end() ? "" : std::string(id->second.data(), id->second.size()));
 }
 
 absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string& target,
@@ -95,3 +113,12 @@ void Connection::Prepare(grpc::ClientContext* context) const {
 }
 
 }  // namespace lamina::client::internal
+
+namespace lamina::client {
+
+std::string RequestIdOf(const absl::Status& status) {
+  const absl::optional<absl::Cord> id = status.GetPayload(internal::kRequestIdPayload);
+  return id.has_value() ? std::string(*id) : "";
+}
+
+}  // namespace lamina::client

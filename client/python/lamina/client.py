@@ -52,7 +52,8 @@ def default_target() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ServerInfo:
-    """What a daemon is and offers. backend: "cpu" or "cuda"; sizes in bytes."""
+    """What a daemon is and offers. backend: "cpu" or "cuda"; sizes in bytes; metrics_address: HOST:PORT of /metrics and
+    /statusz, empty where there are none."""
 
     version: str
     backend: str
@@ -67,6 +68,7 @@ class ServerInfo:
     uptime_seconds: float
     checkpoints_enabled: bool
     build_commit: str
+    metrics_address: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,9 @@ struct ConnectOptions {
   std::optional<Security> security = {};         // absent: Security::FromEnvironment()
 };
 
+// What the daemon's log calls the call that ended so; empty where the daemon did not answer.
+std::string RequestIdOf(const absl::Status& status);
+
 // The environment's LAMINA_TARGET; else the socket where laminad listens by default: in /run/lamina
 // for root, in $XDG_RUNTIME_DIR/lamina for others (in /tmp/lamina-UID where that is not set).
 std::string DefaultTarget();
