@@ -244,8 +244,9 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
                  "docs/security.md has their form")
       ->envname("LAMINA_ROLES")
       ->type_name("FILE");
-  app.add_flag("--metrics-token", f.metrics_token,
-               "The metrics port too needs one of --tokens, with any role; not /healthz and /readyz")
+  app.add_flag(
+         "--metrics-token", f.metrics_token,
+         "The metrics port too needs one of --tokens, with any role; not /healthz and /readyz")
       ->envname("LAMINA_METRICS_TOKEN");
   app.add_flag("--insecure", f.insecure,
                "Allow TCP addresses other than loopback without encryption, or without asking who "

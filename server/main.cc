@@ -138,9 +138,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
   if (!access.ok()) return Fail(kBadAccessFile, access.status());
   std::unique_ptr<TlsFiles> tls;
   if (!flags.tls_cert.empty()) {
-    auto opened = TlsFiles::Open({.certificate = flags.tls_cert,
-                                  .key = flags.tls_key,
-                                  .client_ca = flags.tls_client_ca});
+    auto opened = TlsFiles::Open(
+        {.certificate = flags.tls_cert, .key = flags.tls_key, .client_ca = flags.tls_client_ca});
     if (!opened.ok()) return Fail(kBadAccessFile, opened.status());
     tls = *std::move(opened);
   }

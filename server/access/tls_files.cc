@@ -68,9 +68,9 @@ absl::StatusOr<std::vector<CertificatePtr>> Certificates(const char* what, const
 // Its own time; of a bundle of authorities, one that is over is no harm.
 absl::Status CheckTime(const char* what, const std::string& path, const X509* certificate) {
   if (X509_cmp_current_time(X509_get0_notAfter(certificate)) < 0) {
-    return Wrong(what, path,
-                 absl::StrCat("the certificate expired at ",
-                              Printed(X509_get0_notAfter(certificate))));
+    return Wrong(
+        what, path,
+        absl::StrCat("the certificate expired at ", Printed(X509_get0_notAfter(certificate))));
   }
   if (X509_cmp_current_time(X509_get0_notBefore(certificate)) > 0) {
     return Wrong(what, path,

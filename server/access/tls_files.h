@@ -1,5 +1,5 @@
-// The daemon's certificate, its key, and whom it trusts to sign clients' certificates: read, checked,
-// and read again when the files change.
+// The daemon's certificate, its key, and whom it trusts to sign clients' certificates: read,
+// checked, and read again when the files change.
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,9 @@ class GrpcServerImpl final : public GrpcServer {
  public:
   explicit GrpcServerImpl(SharedState& state)
       : admission_(state.access, state.metrics),
-        layer_(state, workers_), config_(state, workers_), session_(state, workers_) {}
+        layer_(state, workers_),
+        config_(state, workers_),
+        session_(state, workers_) {}
   ~GrpcServerImpl() override {
     if (server_ != nullptr) Shutdown(absl::Now());
   }

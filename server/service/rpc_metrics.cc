@@ -9,9 +9,8 @@
 #include <string>
 #include <utility>
 
-#include "server/service/request_tag.h"
-
 #include "server/access/roles.h"
+#include "server/service/request_tag.h"
 
 namespace lamina {
 namespace {

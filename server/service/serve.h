@@ -33,8 +33,8 @@ template <typename Request, typename Response>
 void AnswerOnWorker(SharedState& state, Workers& workers, grpc::CallbackServerContext* context,
                     const Request* request, Response* response, grpc::ServerUnaryReactor* reactor) {
   workers.Run([=, &state] {
-    reactor->Finish(
-        ToGrpc(Guarded([&] { return RunCall(state, *request, ControlOf(state, context), response); })));
+    reactor->Finish(ToGrpc(
+        Guarded([&] { return RunCall(state, *request, ControlOf(state, context), response); })));
   });
 }
 

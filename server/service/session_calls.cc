@@ -46,8 +46,8 @@ absl::Status RunCall(SharedState& state, const v1::DeleteSessionRequest& request
   return state.sessions.Delete(request.session_id(), control.caller);
 }
 
-absl::Status RunCall(SharedState& state, const v1::CreateRegionRequest& request, const CallControl& control,
-                     v1::CreateRegionResponse* response) {
+absl::Status RunCall(SharedState& state, const v1::CreateRegionRequest& request,
+                     const CallControl& control, v1::CreateRegionResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
   auto session = state.sessions.Find(request.session_id(), control.caller);
@@ -69,8 +69,8 @@ absl::Status RunCall(SharedState& state, const v1::CreateRegionRequest& request,
   return absl::OkStatus();
 }
 
-absl::Status RunCall(SharedState& state, const v1::ListRegionsRequest& request, const CallControl& control,
-                     v1::ListRegionsResponse* response) {
+absl::Status RunCall(SharedState& state, const v1::ListRegionsRequest& request,
+                     const CallControl& control, v1::ListRegionsResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
   auto session = state.sessions.Find(request.session_id(), control.caller);

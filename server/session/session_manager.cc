@@ -192,8 +192,8 @@ class SessionManagerImpl final : public SessionManager {
                          " sessions, the most that this daemon holds (--session-cap)"));
       }
       auto session = std::make_shared<SessionImpl>(
-          ++last_key_, client_name, owner, std::min(resume_grace, options_.resume_grace_cap), options_,
-          total_, hooks_);
+          ++last_key_, client_name, owner, std::min(resume_grace, options_.resume_grace_cap),
+          options_, total_, hooks_);
       session->opened = absl::Now();
       session->expires = session->opened + options_.lease;
       sessions_[opened.id] = session;
@@ -209,8 +209,7 @@ class SessionManagerImpl final : public SessionManager {
     return Renewed(Of(id, caller));
   }
 
-  absl::StatusOr<std::shared_ptr<Session>> FindLocally(const std::string& id,
-                                                       uid_t peer) override {
+  absl::StatusOr<std::shared_ptr<Session>> FindLocally(const std::string& id, uid_t peer) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return NoSession();

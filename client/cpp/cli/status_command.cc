@@ -77,8 +77,8 @@ absl::StatusOr<Address> AsSeenFrom(const std::string& target, const std::string&
   return address;
 }
 
-// The header that shows the token, where there is one. There is no encryption: to another host it is
-// not sent unless that is meant.
+// The header that shows the token, where there is one. There is no encryption: to another host it
+// is not sent unless that is meant.
 std::string Authorization(const GlobalOptions& options, const Address& address) {
   const client::Security& security = options.security;
   if (security.token_file.empty() || (!IsLoopback(address.host) && !security.insecure)) return "";

@@ -127,8 +127,7 @@ bool IsLoopback(const std::string& target) {
           host.find_first_not_of("0123456789.") == std::string::npos);
 }
 
-absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> TlsCredentials(
-    const Security& security) {
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> TlsCredentials(const Security& security) {
   if (security.certificate_file.empty() != security.key_file.empty()) {
     return absl::InvalidArgumentError("certificate_file and key_file go together");
   }
@@ -154,8 +153,8 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> TlsCredentials(
     options.set_certificate_provider(std::make_shared<tls::FileWatcherCertificateProvider>(
         security.key_file, security.certificate_file, kLookEverySeconds));
   } else if (!security.ca_file.empty()) {
-    options.set_certificate_provider(std::make_shared<tls::FileWatcherCertificateProvider>(
-        security.ca_file, kLookEverySeconds));
+    options.set_certificate_provider(
+        std::make_shared<tls::FileWatcherCertificateProvider>(security.ca_file, kLookEverySeconds));
   }
   if (!security.ca_file.empty()) options.watch_root_certs();
   if (!security.certificate_file.empty()) options.watch_identity_key_cert_pairs();

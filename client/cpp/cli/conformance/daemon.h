@@ -107,7 +107,7 @@ struct DaemonOptions {
   double timeout_seconds = 60;  // of each call; 0: none
   // Makes the channel to it; empty: one without TLS or token.
   std::function<std::shared_ptr<grpc::Channel>(const grpc::ChannelArguments&)> open;
-  bool slow = false;            // also checks that wait for a lease longer than some seconds
+  bool slow = false;  // also checks that wait for a lease longer than some seconds
 };
 
 // Threads: calls from any thread.
