@@ -1,6 +1,7 @@
 """Who may call what: TLS, certificates, tokens, roles, the users of Unix sockets, whose session it is."""
 
 import contextlib
+import datetime
 import os
 import pathlib
 import subprocess
@@ -23,6 +24,7 @@ from raw import refused
 
 CLI = os.environ.get("LAMINA_CLI", str(ROOT / "build/release/bin/lamina"))
 ALICE, BOB, CAROL = (f"{name}-0123456789abcdef" for name in ("alice", "bob", "carol"))
+HOUR = datetime.timedelta(hours=1)
 DENIED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 SOME, WORKER = {"read-only", "operator", "trainer"}, {"operator", "trainer"}
 
@@ -353,20 +355,14 @@ def test_connections_that_are_not_to_be(mutual, authority, tmp_path):
     assert refuses(mutual.tcp), "no TLS"
     assert refuses(mutual.tcp, authority), "no certificate"
     assert refuses(mutual.tcp, authority, other.issue("guest", common_name="guest")), "signed by another"
-    assert refuses(mutual.tcp, authority, authority.issue("late", common_name="guest", ends=-authority_hour())), "expired"
-    assert refuses(mutual.tcp, authority, authority.issue("early", common_name="guest", begins=authority_hour())), "not yet"
+    assert refuses(mutual.tcp, authority, authority.issue("late", common_name="guest", ends=-HOUR)), "expired"
+    assert refuses(mutual.tcp, authority, authority.issue("early", common_name="guest", begins=HOUR)), "not yet"
     guest = authority.issue("guest2", common_name="guest")
     assert refuses(mutual.tcp, other, guest), "the daemon's certificate is signed by another than this client trusts"
     with channel(mutual.tcp, authority, guest) as to:
         assert info(to).version
     with Daemon() as plain:
         assert refuses(plain.tcp, authority, guest), "a daemon without TLS"
-
-
-def authority_hour():
-    import datetime
-
-    return datetime.timedelta(hours=1)
 
 
 def test_certificates_are_reloaded(tmp_path):
@@ -389,7 +385,8 @@ def test_certificates_are_reloaded(tmp_path):
                 (pair[0], new.path.read_bytes(), "is not the key of"), (trusted, b"nobody", "has no certificate")], 1):
             replace(path, content)
             wait_until(lambda: d.log().count("event=certificate_kept") == number)
-            assert words in d.log().splitlines()[-1], d.log()
+            kept = [line for line in d.log().splitlines() if "event=certificate_kept" in line]
+            assert words in kept[-1], kept
             assert works(old, of_old)
             replace(path, good[path])
             wait_until(lambda: d.log().count("event=certificate_loaded") == 1 + number)
@@ -402,6 +399,20 @@ def test_certificates_are_reloaded(tmp_path):
         replace(trusted, new.path.read_bytes())
         wait_until(lambda: not works(new, of_old))
         assert works(new, of_new)
+
+
+def test_a_certificate_that_runs_out_is_logged(authority):
+    pair = authority.issue_for_daemon("short", ends=datetime.timedelta(seconds=3))
+    with Daemon(*tls_flags(pair)) as d:
+        wait_until(lambda: "level=warning event=certificate_expires_soon" in d.log())
+        wait_until(lambda: "level=error event=certificate_expired" in d.log())
+        with channel(d.tcp, authority) as to:
+            assert code_of(lambda: info(to, timeout=10)) == grpc.StatusCode.UNAVAILABLE
+        authority.issue_for_daemon("short", ends=datetime.timedelta(days=9))
+        wait_until(lambda: d.log().count("event=certificate_loaded") == 2)
+        with channel(d.tcp, authority) as to:
+            assert info(to).version
+        assert d.log().count("event=certificate_expire") == 2
 
 
 def test_a_token_or_a_certificate(authority, tmp_path):
