@@ -23,6 +23,7 @@ from lamina.v1 import tensor_pb2 as tpb
 from raw import refused
 
 CLI = os.environ.get("LAMINA_CLI", str(ROOT / "build/release/bin/lamina"))
+LIBRARY = str(pathlib.Path(lamina.__file__).parents[1])
 ALICE, BOB, CAROL = (f"{name}-0123456789abcdef" for name in ("alice", "bob", "carol"))
 HOUR = datetime.timedelta(hours=1)
 DENIED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -521,6 +522,7 @@ def test_the_command_line(secured, mutual, authority):
     assert done.returncode == 2 and "unencrypted" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_conformance_over_tls_with_a_token(secured, authority):
     done = cli("conformance", "--only", "service,sessions,handles", env=environment(secured, authority, ALICE))
     assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout
@@ -532,7 +534,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other u
 USER, STRANGER = 54321, 54322
 AS_USER = f"""
 import os, sys, grpc
-sys.path[:0] = [{str(ROOT / "client/python")!r}, {str(ROOT / "tests/e2e")!r}]
+sys.path.insert(0, {LIBRARY!r})
 import lamina
 os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 try:
@@ -595,7 +597,7 @@ def test_the_broker_gives_a_users_region_to_that_user_alone():
             region = next(iter(client.session._regions))
             session = client.session.id
             map_region(d.broker, session, region)
-            code = (f"import os, sys; sys.path[:0] = [{str(ROOT / 'client/python')!r}]\n"
+            code = (f"import os, sys; sys.path.insert(0, {LIBRARY!r})\n"
                     "from lamina.regions import map_region\nimport lamina\n"
                     f"os.setuid({USER})\n"
                     "try: map_region(*sys.argv[1:]); print('mapped')\n"

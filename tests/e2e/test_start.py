@@ -196,6 +196,8 @@ def test_the_line_is_there_without_a_log_too(usual, tmp_path):
 
 
 def test_the_exit_codes_are_documented():
+    if not (ROOT / "server/flags.h").exists():
+        pytest.skip("the tests were brought along without the sources")
     page = (ROOT / "docs/operations.md").read_text()
     table = {int(code) for code in re.findall(r"^\| (\d) \|", page, re.MULTILINE)}
     source = (ROOT / "server/flags.h").read_text()

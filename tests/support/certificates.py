@@ -5,10 +5,14 @@ import ipaddress
 import os
 import pathlib
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+import pytest
+
+pytest.importorskip("cryptography")  # scripts/setup installs it; where tests were brought along it may be missing
+
+from cryptography import x509  # noqa: E402
+from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
+from cryptography.x509.oid import NameOID  # noqa: E402
 
 DAY = datetime.timedelta(days=1)
 
