@@ -5,31 +5,48 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
+#include "server/access/access.h"
+#include "server/access/tls_files.h"
 #include "server/engine/engine.h"
 #include "server/flags.h"
 #include "server/logging.h"
 #include "server/metrics/exposer.h"
 #include "server/metrics/metrics.h"
 #include "server/service/device_memory.h"
+#include "server/service/grpc_log.h"
 #include "server/service/grpc_server.h"
 #include "server/service/shared_state.h"
 #include "server/session/broker.h"
 #include "server/session/session_manager.h"
+#include "server/start_checks.h"
+#include "server/status/status_pages.h"
 
 namespace lamina {
 namespace {
 
-int Fail(const absl::Status& status) {
-  spdlog::error("event=failed reason={}", Quoted(status.message()));
-  return 1;
+// The one line of a daemon that does not start, also where the log is off.
+int Fail(ExitCode code, const absl::Status& status) {
+  if (spdlog::should_log(spdlog::level::err)) {
+    spdlog::error("event=failed exit_code={} reason={}", static_cast<int>(code),
+                  Quoted(status.message()));
+  } else {
+    std::fprintf(stderr, "laminad: %s\n", std::string(status.message()).c_str());
+  }
+  return code;
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const Flags& flags) {
@@ -53,13 +70,40 @@ SessionOptions ToSessionOptions(const Flags& flags) {
   return options;
 }
 
-// Signals are taken here alone: main blocked them before any thread began. Calls `look` about once
-// a second meanwhile.
+// All that the daemon is going to listen on.
+std::vector<std::string> AddressesOf(const Flags& flags) {
+  std::vector<std::string> addresses = flags.listen;
+  if (!flags.broker.empty()) addresses.push_back("unix:" + flags.broker);
+  if (!flags.metrics.empty()) addresses.push_back(flags.metrics);
+  return addresses;
+}
+
+// What /configz shows.
+std::string ConfigJson(const Flags& flags) {
+  nlohmann::ordered_json settings = nlohmann::ordered_json::object();
+  for (const auto& [name, value] : flags.all) settings[name] = value;
+  const nlohmann::ordered_json config = {
+      {"version", LAMINA_VERSION}, {"commit", LAMINA_COMMIT}, {"settings", std::move(settings)}};
+  return config.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+// Lets those see pages who have a token with some role. Probes need none.
+HttpGuard PageGuard(const Access& access) {
+  return [&access](const std::string& path, const std::string& authorization) {
+    if (path == "/healthz" || path == "/readyz") return true;
+    if (authorization.empty()) return false;
+    const auto caller = access.Identify({.authorization = {authorization}});
+    return caller.ok() && caller->roles != kNoRole;
+  };
+}
+
+// Signals are taken here alone: main blocked them before any thread began. Calls `look` about four
+// times a second meanwhile.
 void WaitForStop(const sigset_t& signals, const std::function<void()>& look) {
   int signal = -1;
   while (signal < 0) {
-    const timespec second{.tv_sec = 1, .tv_nsec = 0};
-    signal = sigtimedwait(&signals, nullptr, &second);
+    const timespec pause{.tv_sec = 0, .tv_nsec = 250'000'000};
+    signal = sigtimedwait(&signals, nullptr, &pause);
     look();
   }
   spdlog::info("event=draining signal={}", signal == SIGINT ? "SIGINT" : "SIGTERM");
@@ -90,20 +134,43 @@ bool SaveAll(Engine& engine) {
 
 int Run(const Flags& flags, const sigset_t& signals) {
   const absl::Time started = absl::Now();
+  auto access = Access::Open({.tokens = flags.tokens,
+                              .roles = flags.roles,
+                              .client_certificates = !flags.tls_client_ca.empty(),
+                              .allowed_uids = flags.allow_uids});
+  if (!access.ok()) return Fail(kBadAccessFile, access.status());
+  std::unique_ptr<TlsFiles> tls;
+  if (!flags.tls_cert.empty()) {
+    auto opened = TlsFiles::Open(
+        {.certificate = flags.tls_cert, .key = flags.tls_key, .client_ca = flags.tls_client_ca});
+    if (!opened.ok()) return Fail(kBadAccessFile, opened.status());
+    tls = *std::move(opened);
+  }
+  if (!flags.checkpoints.empty()) {
+    if (absl::Status status = CheckCheckpointFolder(flags.checkpoints); !status.ok()) {
+      return Fail(kNoCheckpoints, status);
+    }
+  }
+  if (absl::Status status = CheckAddresses(AddressesOf(flags)); !status.ok()) {
+    return Fail(kCantListen, status);
+  }
   auto backend = OpenDevice(flags);
-  if (!backend.ok()) return Fail(backend.status());
+  if (!backend.ok()) return Fail(kNoDevice, backend.status());
   const DeviceInfo device = (*backend)->info();
 
   MetricSet metrics({.version = LAMINA_VERSION,
                      .commit = LAMINA_COMMIT,
                      .backend = device.kind,
-                     .device = device.name});
+                     .device = device.name,
+                     .uuid = device.uuid,
+                     .ordinal = device.ordinal});
   EngineOptions engine_options;
   engine_options.checkpoint_dir = flags.checkpoints;
   engine_options.queue_capacity = flags.queue_capacity;
   engine_options.inline_cap_bytes = flags.inline_cap_bytes;
+  engine_options.measure_peak = true;
   auto engine = Engine::Create(*std::move(backend), &metrics, engine_options);
-  if (!engine.ok()) return Fail(engine.status());
+  if (!engine.ok()) return Fail(kFailed, engine.status());
 
   MutationLogs mutations;
   SessionHooks hooks;
@@ -128,36 +195,64 @@ int Run(const Flags& flags, const sigset_t& signals) {
     metrics.SetSessions(sessions->live_sessions(), sessions->adrift_sessions(),
                         sessions->live_regions(), sessions->region_bytes());
     metrics.SetDeviceRegions(sessions->live_device_regions(), sessions->device_region_bytes());
+    const std::map<SessionKey, ContextUse> contexts = (*engine)->ContextUses();
+    std::vector<SessionMemory> memory;
+    for (const SessionManager::View& session : sessions->List()) {
+      const auto use = contexts.find(session.key);
+      memory.push_back({.region_bytes = session.region_bytes,
+                        .activation_bytes = use == contexts.end() ? 0 : use->second.bytes});
+    }
+    metrics.SetSessionMemory(std::move(memory));
+    metrics.SetDeviceFree((*engine)->device_free_bytes());
   });
 
   std::unique_ptr<Broker> broker;
   if (!flags.broker.empty()) {
     auto opened =
         Broker::Start({.path = flags.broker, .allowed_uids = flags.allow_uids}, *sessions);
-    if (!opened.ok()) return Fail(opened.status());
+    if (!opened.ok()) return Fail(kCantListen, opened.status());
     broker = *std::move(opened);
+  }
+  std::atomic<Phase> phase{Phase::kStarting};
+  StatusSources status{.engine = **engine,
+                       .sessions = *sessions,
+                       .metrics = metrics,
+                       .phase = phase,
+                       .version = LAMINA_VERSION,
+                       .commit = LAMINA_COMMIT,
+                       .started = started,
+                       .broker = flags.broker};
+  std::unique_ptr<MetricsExposer> exposer;
+  if (!flags.metrics.empty()) {
+    auto opened =
+        MetricsExposer::Start(flags.metrics, metrics, StatusPages(status, ConfigJson(flags)),
+                              flags.metrics_token ? PageGuard(**access) : HttpGuard());
+    if (!opened.ok()) return Fail(kCantListen, opened.status());
+    exposer = *std::move(opened);
   }
   Gate gate;
   SharedState state{.engine = **engine,
                     .sessions = *sessions,
+                    .access = **access,
                     .metrics = metrics,
                     .mutations = mutations,
                     .gate = gate,
                     .broker_path = flags.broker,
+                    .metrics_address = exposer == nullptr ? "" : exposer->address(),
                     .version = LAMINA_VERSION,
                     .commit = LAMINA_COMMIT,
                     .started = started};
-  auto server = GrpcServer::Start({.listen = flags.listen, .channelz = flags.channelz}, state);
-  if (!server.ok()) return Fail(server.status());
-  std::unique_ptr<MetricsExposer> exposer;
-  if (!flags.metrics.empty()) {
-    auto opened = MetricsExposer::Start(flags.metrics, metrics);
-    if (!opened.ok()) return Fail(opened.status());
-    exposer = *std::move(opened);
-  }
+  auto server = GrpcServer::Start({.listen = flags.listen,
+                                   .channelz = flags.channelz,
+                                   .tls = tls.get(),
+                                   .allowed_uids = flags.allow_uids},
+                                  state);
+  if (!server.ok()) return Fail(kCantListen, server.status());
+  status.listen = (*server)->addresses();
 
   (*server)->SetServing(true);
   metrics.SetServing(true);
+  phase = Phase::kServing;
   spdlog::info(
       "event=ready version={} commit={} device={}:{} device_name={} threads={} listen={} "
       "broker={} metrics={}",
@@ -168,6 +263,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
 
   bool healthy = true;
   WaitForStop(signals, [&] {
+    if (tls != nullptr) tls->Refresh();
+    if ((*access)->Refresh()) (*server)->LookAgain();
     const absl::Status health = (*engine)->health();
     if (health.ok() || !healthy) return;
     healthy = false;
@@ -175,6 +272,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
     (*server)->SetServing(false);
     metrics.SetServing(false);
   });
+  phase = Phase::kDraining;
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
   (*server)->SetServing(false);
   metrics.SetServing(false);
@@ -202,6 +300,7 @@ int main(int argc, char** argv) {
   const auto flags = lamina::ParseFlags(argc, argv, LAMINA_VERSION, &exit_code);
   if (!flags) return exit_code;
   lamina::SetUpLog(flags->log_level, flags->log_format);
+  lamina::TakeGrpcLog();
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);

@@ -21,7 +21,11 @@ uint64_t Parse(const std::string& id) {
 
 std::string ContextTable::Add(SessionKey session, const std::string& stack,
                               std::unique_ptr<Context> context, const CallSize& size) {
-  sessions_[session][++last_id_] = Record{stack, std::move(context), size};
+  Record& record = sessions_[session][++last_id_];
+  record = Record{stack, std::move(context), size};
+  ContextUse& use = uses_[session];
+  ++use.contexts;
+  use.bytes += record.context->bytes();
   ++live_of_stack_[stack];
   ++live_;
   return absl::StrCat(last_id_);
@@ -60,6 +64,7 @@ void ContextTable::Erase(SessionKey session, const std::string& id) {
   const auto record = contexts.find(Parse(id));
   --live_of_stack_[record->second.stack];
   --live_;
+  Gone(session, *record->second.context);
   contexts.erase(record);  // the session's map stays: that it ran a Forward is known by it
 }
 
@@ -68,6 +73,7 @@ void ContextTable::StackDeleted(const std::string& stack) {
     size_t deleted = 0;
     for (auto& [id, record] : contexts) {
       if (record.stack == stack && record.context != nullptr) {
+        Gone(session, *record.context);
         record.context.reset();
         --live_;
       }
@@ -94,6 +100,7 @@ void ContextTable::SessionEnded(SessionKey session) {
       --live_;
     }
     sessions_.erase(contexts);
+    uses_.erase(session);
   }
   if (ended(session)) return;
   SessionKey last = session;
@@ -108,6 +115,17 @@ void ContextTable::SessionEnded(SessionKey session) {
   } else {
     ended_.emplace(session, last);
   }
+}
+
+void ContextTable::Gone(SessionKey session, const Context& context) {
+  ContextUse& use = uses_[session];
+  --use.contexts;
+  use.bytes -= context.bytes();
+}
+
+ContextUse ContextTable::use(SessionKey session) const {
+  const auto it = uses_.find(session);
+  return it == uses_.end() ? ContextUse{} : it->second;
 }
 
 bool ContextTable::ended(SessionKey session) const {

@@ -24,6 +24,7 @@ namespace lamina {
 struct CallSize {
   int64_t sequences = 0;  // B, or n of a packed batch
   int64_t tokens = 0;     // B * S, or T of a packed batch
+  int64_t padding = 0;    // those of them that lengths or a mask hide
   double sum_of_squared_lengths = 0;
 };
 
@@ -56,14 +57,21 @@ class ContextTable {
 
   int64_t live() const { return live_; }
   int64_t live(const std::string& stack) const;
+  // What a session's contexts take; of all that have any, or had.
+  ContextUse use(SessionKey session) const;
+  const std::map<SessionKey, ContextUse>& uses() const { return uses_; }
 
  private:
+  // Of uses_.
+  void Gone(SessionKey session, const Context& context);
+
   // What is remembered at most of one session's deleted contexts. A client that asks for something
   // older hears NOT_FOUND; no call is in flight for that long.
   static constexpr size_t kDeletedKept = 1024;
 
   std::map<SessionKey, std::map<uint64_t, Record>> sessions_;
   std::map<std::string, int64_t> live_of_stack_;
+  std::map<SessionKey, ContextUse> uses_;
   // The ended sessions, as ranges of keys: the first to the last. Keys are given out in order, so
   // there is at most one range more than sessions that live, however many have ended.
   std::map<SessionKey, SessionKey> ended_;

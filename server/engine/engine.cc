@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/engine/call_checks.h"
+#include "server/engine/device_peak.h"
 #include "server/engine/engine_impl.h"
 #include "server/engine/status_macros.h"
 
@@ -45,6 +46,11 @@ EngineImpl::EngineImpl(std::unique_ptr<Backend> backend, MetricSet* metrics, Eng
       options_(std::move(options)),
       queue_(options_.queue_capacity, metrics) {
   metrics_->SetServing(true);
+  metrics_->SetCheckpointsEnabled(!options_.checkpoint_dir.empty());
+  metrics_->SetDeviceCapacity(device().total_bytes);
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16})
+    metrics_->SetPeakFlops(ComputeTypeOf(dtype), KnownPeakFlops(device().name, dtype),
+                           /*measured=*/false);
 }
 
 EngineImpl::~EngineImpl() {
@@ -166,9 +172,12 @@ absl::StatusOr<EngineImpl::Entry*> EngineImpl::Find(const std::string& name) {
   return it->second.get();
 }
 
-void EngineImpl::Publish(const std::string& name, Entry& entry) {
+void EngineImpl::Publish(const std::string& name, Entry& entry, SessionKey session) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (session != 0) context_uses_[session] = contexts_.use(session);
+    entry.info.context_bytes_in_use = entry.stack->context_bytes_in_use();
+    entry.info.context_bytes_high_water = entry.stack->context_bytes_high_water();
     entry.info.counters = entry.stack->counters();
     entry.info.loss_scale = entry.stack->loss_scale();
     entry.info.outstanding_contexts = contexts_.live(name);
@@ -184,6 +193,23 @@ void EngineImpl::PublishContexts() {
   }
   metrics_->SetActivations(in_use, high_water);
   metrics_->SetContexts(contexts_.live());
+}
+
+void EngineImpl::PublishUses() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  context_uses_ = contexts_.uses();
+}
+
+std::map<SessionKey, ContextUse> EngineImpl::ContextUses() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return context_uses_;
+}
+
+void EngineImpl::FindPeak(DType dtype) {
+  const ComputeType type = ComputeTypeOf(dtype);
+  if (!options_.measure_peak || metrics_->peak_flops(type) > 0) return;
+  if (const double measured = MeasurePeakFlops(*backend_, dtype); measured > 0)
+    metrics_->SetPeakFlops(type, measured, /*measured=*/true);
 }
 
 void EngineImpl::PublishPlans() {
@@ -226,6 +252,7 @@ absl::StatusOr<StackInfo> EngineImpl::AddStack(const std::string& name,
   }
   auto entry = std::make_unique<Entry>();
   const absl::Status created = OnDevice([&]() -> absl::Status {
+    FindPeak(resolved.dtype);
     ENGINE_ASSIGN_OR_RETURN(entry->stack, Stack::Create(*backend_, resolved));
     return backend_->Synchronize();
   });
@@ -321,6 +348,7 @@ void EngineImpl::RemoveStack(const std::string& name) {
   }
   entry.reset();  // frees device memory: not while others wait for the mutex
   PublishPlans();
+  PublishUses();
   PublishContexts();
 }
 
@@ -365,6 +393,7 @@ void EngineImpl::EndSession(SessionKey session) {
   // and then the session's contexts stay until their stack goes.
   (void)queue_.Run({}, Admission::kAlways, [&](Clock::time_point) {
     contexts_.SessionEnded(session);
+    PublishUses();
     for (const auto& [name, entry] : stacks_) Publish(name, *entry);
     return absl::OkStatus();
   });

@@ -24,6 +24,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "lamina/kernels/backend.h"
 #include "lamina/transformer/config.h"
@@ -85,6 +86,12 @@ struct CallControl {
   // the call that comes with this ticket is the next to look for it.
   NextInput next;
   uint64_t ticket = 0;  // this call's, if it was the next of another
+  std::string caller;   // who makes the call, as Caller::identity; the engine does not care
+  // What the call is called, for the log of steps and for the daemon's own. They outlive the call.
+  absl::string_view request_id;  // empty: none
+  uint64_t request_item = 0;     // the message's id in an Execute stream; 0: a call of its own
+  absl::string_view trace_id;    // 32 hexadecimal digits; empty: none
+  absl::string_view span_id;     // 16; the client's span
 };
 
 // Of a call that was not begun because it would have had to wait. No other call answers ABORTED.
@@ -173,7 +180,15 @@ struct StackInfo {
   StackCounters counters;
   double loss_scale = 1.0;  // what to multiply the next loss by
   int64_t outstanding_contexts = 0;
+  size_t context_bytes_in_use = 0;      // of the context arena
+  size_t context_bytes_high_water = 0;  // the most that ever was
   std::vector<ParameterInfo> parameters;
+};
+
+// What a session's activation contexts take.
+struct ContextUse {
+  int64_t contexts = 0;
+  size_t bytes = 0;
 };
 
 // Values to write to one parameter: fp32 or the stack's dtype.
@@ -211,6 +226,9 @@ struct EngineOptions {
   int queue_capacity = 256;    // calls that wait
   size_t inline_cap_bytes = size_t{16} << 20;
   absl::Duration ready_cap = absl::Seconds(60);  // longest wait for CallControl::ready
+  // Where the device's peak is not known by its name: a product is timed before the first stack of
+  // each dtype is made. It takes some 10 ms.
+  bool measure_peak = false;
 };
 
 class Engine {
@@ -234,6 +252,9 @@ class Engine {
                                                 const CallControl& control) = 0;
   virtual absl::Status DeleteStack(const std::string& name, const CallControl& control) = 0;
   virtual absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) = 0;
+
+  // Of the sessions that have contexts. Waits for no step.
+  virtual std::map<SessionKey, ContextUse> ContextUses() const = 0;
 
   // --- the device's turn ---
   // Whether a call of this effort takes a caller's thread no longer than two changes of threads

@@ -37,6 +37,7 @@ class EngineImpl final : public Engine {
                                         const CallControl& control) override;
   absl::Status DeleteStack(const std::string& name, const CallControl& control) override;
   absl::StatusOr<PlanOutcome> PlanMemory(const StackConfig& config) override;
+  std::map<SessionKey, ContextUse> ContextUses() const override;
 
   bool IsLight(const std::string& stack, Effort effort, double elements) const override;
   DeviceTurn TryTurn() override { return queue_.TryTurn(); }
@@ -106,11 +107,19 @@ class EngineImpl final : public Engine {
 
   absl::StatusOr<Entry*> Find(const std::string& name);
   absl::StatusOr<StackInfo> AddStack(const std::string& name, const StackConfig& resolved);
-  // After a change: what GetStack shows, and the gauges.
-  void Publish(const std::string& name, Entry& entry);
+  // After a change: what GetStack shows, and the gauges. `session`: whose contexts changed.
+  void Publish(const std::string& name, Entry& entry, SessionKey session = 0);
+  void PublishUses();  // of all sessions' contexts
+  // Sees to it that the peak for this dtype is known, if it can be.
+  void FindPeak(DType dtype);
   void PublishPlans();
   void PublishContexts();
   void RemoveStack(const std::string& name);  // which exists
+  absl::StatusOr<CheckpointInfo> Save(const std::string& stack, const std::string& name,
+                                      const CallControl& control);
+  absl::StatusOr<StackInfo> Load(const std::string& stack, const std::string& name, bool create,
+                                 const CallControl& control);
+  void CountFailure(CheckpointOp op, const absl::Status& status);
 
   absl::Status RunForward(const ForwardCall& call, const CallControl& control,
                           Clock::time_point admitted, ForwardOutcome& outcome);
@@ -140,9 +149,10 @@ class EngineImpl final : public Engine {
   mutable std::mutex mutex_;
   // Changed by who has the turn alone; guarded by mutex_ for the others' sake.
   std::map<std::string, std::unique_ptr<Entry>> stacks_;
-  absl::Status health_;                // guarded by mutex_
-  std::atomic<bool> failed_{false};    // health_ is not OK
-  std::atomic<bool> draining_{false};  // Drain was called
+  std::map<SessionKey, ContextUse> context_uses_;  // guarded by mutex_
+  absl::Status health_;                            // guarded by mutex_
+  std::atomic<bool> failed_{false};                // health_ is not OK
+  std::atomic<bool> draining_{false};              // Drain was called
 
   // What lies in a stack's staging for the next call's input. Whoever's turn it is, as the next
   // two.

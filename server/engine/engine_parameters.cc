@@ -121,9 +121,40 @@ absl::Status EngineImpl::WriteParameters(const std::string& stack,
 
 // --- checkpoints ---
 
+// A failure of the daemon's, the disk's or the file's; not of what was asked for.
+void EngineImpl::CountFailure(CheckpointOp op, const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kDataLoss:
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kPermissionDenied:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kUnknown:
+      metrics_->CheckpointFailed(op);
+      break;
+    default:
+      break;
+  }
+}
+
 absl::StatusOr<CheckpointInfo> EngineImpl::SaveCheckpoint(const std::string& stack,
                                                           const std::string& name,
                                                           const CallControl& control) {
+  absl::StatusOr<CheckpointInfo> saved = Save(stack, name, control);
+  CountFailure(CheckpointOp::kSave, saved.status());
+  return saved;
+}
+
+absl::StatusOr<StackInfo> EngineImpl::LoadCheckpoint(const std::string& stack,
+                                                     const std::string& name, bool create,
+                                                     const CallControl& control) {
+  absl::StatusOr<StackInfo> loaded = Load(stack, name, create, control);
+  CountFailure(CheckpointOp::kLoad, loaded.status());
+  return loaded;
+}
+
+absl::StatusOr<CheckpointInfo> EngineImpl::Save(const std::string& stack, const std::string& name,
+                                                const CallControl& control) {
   const std::string& file = name.empty() ? stack : name;
   ENGINE_RETURN_IF_ERROR(CheckName(name.empty() ? "stack" : "name", file));
   if (options_.checkpoint_dir.empty())
@@ -160,9 +191,8 @@ absl::StatusOr<CheckpointInfo> EngineImpl::SaveCheckpoint(const std::string& sta
   return info;
 }
 
-absl::StatusOr<StackInfo> EngineImpl::LoadCheckpoint(const std::string& stack,
-                                                     const std::string& name, bool create,
-                                                     const CallControl& control) {
+absl::StatusOr<StackInfo> EngineImpl::Load(const std::string& stack, const std::string& name,
+                                           bool create, const CallControl& control) {
   ENGINE_RETURN_IF_ERROR(CheckName("stack", stack));
   const std::string& file = name.empty() ? stack : name;
   ENGINE_RETURN_IF_ERROR(CheckName("name", file));

@@ -1,8 +1,10 @@
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "server/engine/call_checks.h"
+#include "server/engine/device_peak.h"
 #include "server/engine/engine_impl.h"
 #include "server/engine/status_macros.h"
 
@@ -38,14 +40,39 @@ TensorCarrier CarrierOf(TensorTransport transport) {
 }
 
 StepSample Sample(const StepTimes& times, DeviceQueue::Clock::time_point admitted,
-                  const CallSize& size) {
+                  const CallSize& size, const StackInfo& stack, SessionKey session,
+                  const CallControl& control) {
   return StepSample{.samples = static_cast<double>(size.sequences),
                     .tokens = static_cast<double>(size.tokens),
+                    .padding_tokens = static_cast<double>(size.padding),
+                    .type = ComputeTypeOf(stack.config.dtype),
                     .queue_seconds = times.queue_seconds,
                     .input_seconds = times.input_seconds,
                     .compute_seconds = times.compute_seconds,
                     .output_seconds = times.output_seconds,
-                    .total_seconds = Seconds(DeviceQueue::Clock::now() - admitted)};
+                    .total_seconds = Seconds(DeviceQueue::Clock::now() - admitted),
+                    .stack = stack.name,
+                    .session = session,
+                    .request_id = control.request_id,
+                    .trace_id = control.trace_id,
+                    .request_item = control.request_item};
+}
+
+int64_t Padding(const std::vector<int32_t>& lengths, int64_t tokens) {
+  return tokens - std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+}
+
+// Of a mask that is added to scores: whoever hides a key writes -10000 or less, or what -infinity
+// is in the type. The client may write to it meanwhile; then the count is what was met. Of a mask
+// in the device's memory nothing is known.
+int64_t Padding(const CallTensor& mask) {
+  if (mask.memory != Memory::kHost) return 0;
+  constexpr float kHidden = -1000;
+  const float* const values = static_cast<const float*>(mask.data);
+  const int64_t count = mask.shape.elements();
+  int64_t hidden = 0;
+  for (int64_t i = 0; i < count; ++i) hidden += values[i] <= kHidden ? 1 : 0;
+  return hidden;
 }
 
 double ForwardFlops(const StackConfig& config, const LayerRange& layers, const CallSize& size) {
@@ -191,8 +218,10 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
             .tokens = shape[0] * seq,
             .sum_of_squared_lengths = static_cast<double>(shape[0] * seq * seq)};
     if (call.mask) ENGINE_RETURN_IF_ERROR(CheckMask(call.mask, shape[0], seq));
-    if (call.lengths)
+    if (call.lengths) {
       ENGINE_RETURN_IF_ERROR(CopyLengths(call.lengths, shape[0], seq, copy_in, lengths_));
+      size.padding = Padding(lengths_, size.tokens);
+    }
   }
   const size_t bytes = call.input.bytes();
   ENGINE_RETURN_IF_ERROR(
@@ -245,6 +274,7 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
     ENGINE_RETURN_IF_ERROR(Deliver(args.output, output));
     if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
+    if (call.mask) size.padding = Padding(call.mask);  // while a card still works
     ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
     return ReadMarks(outcome.times);
   });
@@ -256,14 +286,14 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   outcome.output_shape = shape;
   outcome.output_dtype = config.dtype;
   outcome.fused_attention = stack.FusedAttention(seq);
-  Publish(call.stack, *entry);
+  Publish(call.stack, *entry, call.session);
   CountTensor(call.input, TensorRole::kInput);
   CountTensor(call.mask, TensorRole::kInput);
   CountTensor(call.lengths, TensorRole::kInput);
   CountTensor(call.cumulative_lengths, TensorRole::kInput);
   CountTensor(call.output, TensorRole::kOutput);
   if (!call.output) CountInline(bytes);
-  StepSample sample = Sample(outcome.times, admitted, size);
+  StepSample sample = Sample(outcome.times, admitted, size, entry->info, call.session, control);
   sample.flops = ForwardFlops(config, layers, size);
   metrics_->StepDone(training ? StepDirection::kForwardTraining : StepDirection::kForwardEval,
                      sample);
@@ -336,11 +366,11 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
     outcome.shape = shape;
     outcome.dtype = config.dtype;
   }
-  Publish(call.stack, *entry);
+  Publish(call.stack, *entry, call.session);
   CountTensor(call.output_grad, TensorRole::kInput);
   CountTensor(call.input_grad, TensorRole::kOutput);
   if (wanted && !call.input_grad) CountInline(bytes);
-  StepSample sample = Sample(outcome.times, admitted, size);
+  StepSample sample = Sample(outcome.times, admitted, size, entry->info, call.session, control);
   sample.flops = 2 * ForwardFlops(config, layers, size);
   metrics_->StepDone(StepDirection::kBackward, sample);
   return absl::OkStatus();
@@ -355,7 +385,7 @@ absl::Status EngineImpl::ReleaseContext(const std::string& stack, SessionKey ses
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
     ENGINE_RETURN_IF_ERROR(found);
     contexts_.Erase(session, context_id);
-    Publish(stack, *entry);
+    Publish(stack, *entry, session);
     return absl::OkStatus();
   });
 }
@@ -386,7 +416,8 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
                                     .next_loss_scale = result.next_loss_scale,
                                     .scale_grew = entry->stack->loss_scale() > scale_before,
                                     .scale_backed_off = entry->stack->loss_scale() < scale_before});
-        metrics_->StepDone(StepDirection::kApply, Sample(outcome.times, admitted, {}));
+        metrics_->StepDone(StepDirection::kApply,
+                           Sample(outcome.times, admitted, {}, entry->info, 0, control));
         return absl::OkStatus();
       }));
   return outcome;

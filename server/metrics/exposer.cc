@@ -9,11 +9,12 @@
 #include <chrono>
 #include <exception>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "prometheus/exposer.h"
+#include "prometheus/text_serializer.h"
 
 namespace lamina {
 namespace {
@@ -44,10 +45,94 @@ void Knock(const std::string& address) {
   freeaddrinfo(found);
 }
 
+const char* Reason(int code) {
+  switch (code) {
+    case 200:
+      return "OK";
+    case 401:
+      return "Unauthorized";
+    case 404:
+      return "Not Found";
+    case 405:
+      return "Method Not Allowed";
+    case 503:
+      return "Service Unavailable";
+    default:
+      return "Internal Server Error";
+  }
+}
+
+void Send(mg_connection* connection, const HttpAnswer& answer, bool with_body) {
+  const std::string head = absl::StrCat(
+      "HTTP/1.1 ", answer.code, " ", Reason(answer.code), "\r\nContent-Type: ", answer.type,
+      "\r\nContent-Length: ", answer.body.size(), answer.code == 405 ? "\r\nAllow: GET, HEAD" : "",
+      answer.code == 401 ? "\r\nWWW-Authenticate: Bearer" : "",
+      "\r\nCache-Control: no-store\r\nContent-Security-Policy: ", answer.content_policy,
+      "\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY"
+      "\r\nReferrer-Policy: no-referrer\r\n\r\n");
+  mg_write(connection, head.data(), head.size());
+  if (with_body) mg_write(connection, answer.body.data(), answer.body.size());
+}
+
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std::string& address,
-                                                                      MetricSet& metrics) {
+// One path. The HTTP server would hand it what lies below the path too.
+class MetricsExposer::Page final : public CivetHandler {
+ public:
+  // `guard` outlives the page.
+  Page(std::string path, HttpPage page, const HttpGuard& guard)
+      : path_(std::move(path)), page_(std::move(page)), guard_(guard) {}
+
+  bool handleGet(CivetServer*, mg_connection* connection) override {
+    return Answer(connection, true);
+  }
+  bool handleHead(CivetServer*, mg_connection* connection) override {
+    return Answer(connection, false);
+  }
+  bool handlePost(CivetServer*, mg_connection* connection) override { return Refuse(connection); }
+  bool handlePut(CivetServer*, mg_connection* connection) override { return Refuse(connection); }
+  bool handleDelete(CivetServer*, mg_connection* connection) override { return Refuse(connection); }
+  bool handlePatch(CivetServer*, mg_connection* connection) override { return Refuse(connection); }
+  bool handleOptions(CivetServer*, mg_connection* connection) override {
+    return Refuse(connection);
+  }
+
+ private:
+  bool Answer(mg_connection* connection, bool with_body) {
+    const mg_request_info* const request = mg_get_request_info(connection);
+    const std::string path = request->local_uri == nullptr ? "" : request->local_uri;
+    HttpAnswer answer;
+    const char* const authorization = mg_get_header(connection, "Authorization");
+    if (guard_ && !guard_(path_, authorization == nullptr ? "" : authorization)) {
+      answer = {.code = 401, .body = "needs the header Authorization: Bearer TOKEN\n"};
+    } else if (path != path_) {
+      answer = {.code = 404, .body = "nothing here\n"};
+    } else {
+      try {
+        answer = page_(request->query_string == nullptr ? "" : request->query_string);
+      } catch (const std::exception& error) {  // memory that ran out
+        answer = {.code = 500, .body = absl::StrCat(error.what(), "\n")};
+      }
+    }
+    Send(connection, answer, with_body);
+    return true;
+  }
+
+  static bool Refuse(mg_connection* connection) {
+    Send(connection, {.code = 405, .body = "read-only: GET and HEAD\n"}, true);
+    return true;
+  }
+
+  const std::string path_;
+  const HttpPage page_;
+  const HttpGuard& guard_;
+};
+
+MetricsExposer::MetricsExposer() = default;
+
+absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
+    const std::string& address, MetricSet& metrics, std::map<std::string, HttpPage> pages,
+    HttpGuard guard) {
   const size_t colon = address.rfind(':');
   int port = -1;
   // What follows could smuggle further listeners or options into the HTTP server's own syntax.
@@ -58,13 +143,26 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std:
     return absl::InvalidArgumentError(
         absl::StrCat("metrics address \"", address, "\" must be HOST:PORT with PORT in 0..65535"));
   std::unique_ptr<MetricsExposer> result(new MetricsExposer);
+  result->guard_ = std::move(guard);
   start_messages.clear();
   CivetCallbacks callbacks;
   callbacks.log_message = KeepMessage;
+  pages["/metrics"] = [collectable = metrics.collectable()](const std::string&) {
+    return HttpAnswer{.type = "text/plain; version=0.0.4; charset=utf-8",
+                      .body = prometheus::TextSerializer().Serialize(collectable->Collect())};
+  };
+  std::string paths;
+  for (const auto& [path, page] : pages) absl::StrAppend(&paths, path, "\n");
+  pages["/"] = [paths](const std::string&) { return HttpAnswer{.body = paths}; };
+  for (auto& [path, page] : pages)
+    result->pages_[path] = std::make_unique<Page>(path, std::move(page), result->guard_);
   try {
-    result->exposer_ =
-        std::make_unique<prometheus::Exposer>(address, /*num_threads=*/2, &callbacks);
-    const std::vector<int> ports = result->exposer_->GetListeningPorts();
+    result->server_ = std::make_unique<CivetServer>(
+        std::vector<std::string>{"listening_ports", address, "num_threads", "4",
+                                 "request_timeout_ms", "10000", "enable_keep_alive", "no"},
+        &callbacks);
+    for (const auto& [path, page] : result->pages_) result->server_->addHandler(path, page.get());
+    const std::vector<int> ports = result->server_->getListeningPorts();
     if (ports.empty())
       return absl::UnavailableError(absl::StrCat("metrics: can't listen on ", address));
     result->port_ = ports.front();
@@ -74,8 +172,6 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(const std:
                      start_messages.empty() ? error.what() : start_messages.c_str()));
   }
   result->address_ = absl::StrCat(address.substr(0, colon), ":", result->port_);
-  result->collectable_ = metrics.collectable();
-  result->exposer_->RegisterCollectable(result->collectable_);
   return result;
 }
 
@@ -88,7 +184,7 @@ MetricsExposer::~MetricsExposer() {
       Knock(address_);
     }
   });
-  exposer_.reset();
+  server_.reset();
   ended = true;
   knocking.join();
 }

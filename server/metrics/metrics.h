@@ -26,11 +26,9 @@
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
+#include "server/metrics/step_log.h"
 
 namespace lamina {
-
-enum class StepDirection : uint8_t { kForwardEval, kForwardTraining, kBackward, kApply };
-inline constexpr size_t kStepDirections = 4;
 
 // Where a step's time went; kTotal is from admission to the result.
 enum class StepPhase : uint8_t { kQueue, kInput, kCompute, kOutput, kTotal };
@@ -62,14 +60,33 @@ inline constexpr size_t kResumptions = 2;
 
 enum class CheckpointOp : uint8_t { kSave, kLoad };
 
+// The dtypes that a stack computes in.
+enum class ComputeType : uint8_t { kF32, kBF16, kF16 };
+inline constexpr size_t kComputeTypes = 3;
+
 // One step that was done. Counts that a direction has not are zero.
 struct StepSample {
-  double samples = 0;  // sequences: B, or n of a packed batch
-  double tokens = 0;   // B * S, or T of a packed batch
-  double flops = 0;    // as Stack::ForwardFlops counts them
+  double samples = 0;         // sequences: B, or n of a packed batch
+  double tokens = 0;          // B * S, or T of a packed batch
+  double padding_tokens = 0;  // those of them that lengths or a mask hide
+  double flops = 0;           // as Stack::ForwardFlops counts them
+  ComputeType type = ComputeType::kF32;
   double queue_seconds = 0, input_seconds = 0, compute_seconds = 0, output_seconds = 0;
   double total_seconds = 0;
+  // For the log of steps alone.
+  absl::string_view stack;
+  uint64_t session = 0;
+  absl::string_view request_id, trace_id;
+  uint64_t request_item = 0;
 };
+
+// What one session holds.
+struct SessionMemory {
+  size_t region_bytes = 0;
+  size_t activation_bytes = 0;
+};
+// Sessions that have series of their own, by how much they hold; the rest share one.
+inline constexpr size_t kRankedSessions = 5;
 
 // What came of one optimizer step.
 struct AppliedStep {
@@ -84,6 +101,8 @@ struct BuildInfo {
   std::string commit;   // empty: unknown
   std::string backend;  // "cpu" or "cuda"
   std::string device;   // the device's own name
+  std::string uuid;     // "GPU-..."; empty on the CPU
+  int ordinal = 0;
 };
 
 // Counts one RPC method's calls under the names that gRPC dashboards know.
@@ -103,9 +122,15 @@ class RpcMethodMetrics {
   std::array<std::atomic<prometheus::Counter*>, kCodes> handled_{};  // made when first needed
 };
 
+class ProcessMetrics;
+
 class MetricSet {
  public:
-  explicit MetricSet(const BuildInfo& build);
+  static constexpr size_t kLoggedSteps = 1024;
+
+  // `logged_steps`: how many single steps are remembered.
+  explicit MetricSet(const BuildInfo& build, size_t logged_steps = kLoggedSteps);
+  ~MetricSet();
   MetricSet(const MetricSet&) = delete;
   MetricSet& operator=(const MetricSet&) = delete;
 
@@ -113,9 +138,15 @@ class MetricSet {
   void StepDone(StepDirection direction, const StepSample& sample);
   void GradientsApplied(const AppliedStep& step);
   void TensorMoved(TensorCarrier carrier, TensorRole role, size_t bytes);
+  // What the device can do at most, FLOP/s. `measured`: a step that does more raises it. 0: not
+  // known, as in the beginning.
+  void SetPeakFlops(ComputeType type, double flops_per_second, bool measured);
+  double peak_flops(ComputeType type) const;
+  const StepLog& steps() const { return step_log_; }
 
   // --- admission ---
   void SetQueueDepth(int64_t calls);
+  int64_t queue_depth() const;
   void Rejected(Rejection reason);
 
   // --- memory and what lives ---
@@ -123,6 +154,10 @@ class MetricSet {
   void SetActivations(size_t bytes_in_use, size_t bytes_high_water);
   void SetStacks(int64_t stacks);
   void SetContexts(int64_t contexts);
+  void SetDeviceCapacity(size_t bytes);
+  void SetDeviceFree(size_t bytes);
+  // Of all sessions, in any order.
+  void SetSessionMemory(std::vector<SessionMemory> sessions);
   // `adrift`: those of the sessions whose keeper broke and that can be resumed.
   void SetSessions(int64_t sessions, int64_t adrift, int64_t regions, size_t region_bytes);
   // Of all sessions, in device memory; SetSessions counts those in the host's.
@@ -132,7 +167,11 @@ class MetricSet {
   void SessionResumed(Resumption how);
 
   // --- checkpoints ---
+  void SetCheckpointsEnabled(bool enabled);
   void CheckpointDone(CheckpointOp op, double seconds, uint64_t bytes);
+  void CheckpointFailed(CheckpointOp op);
+  // Unix time of the last save; 0: none since the start.
+  double last_checkpoint() const;
 
   // --- the daemon ---
   void SetServing(bool serving);
@@ -157,8 +196,8 @@ class MetricSet {
   std::shared_ptr<Refreshing> collectable_;
 
   struct PerDirection {
-    prometheus::Counter *steps, *samples, *tokens, *flops;
-    prometheus::Gauge* achieved;
+    prometheus::Counter *steps, *samples, *real_tokens, *padding_tokens, *flops;
+    prometheus::Gauge *achieved, *mfu;
     std::array<prometheus::Histogram*, kStepPhases> seconds;
   };
   std::array<PerDirection, kStepDirections> directions_{};
@@ -167,6 +206,16 @@ class MetricSet {
   std::array<prometheus::Counter*, kRejections> rejections_{};
   std::array<prometheus::Gauge*, kDeviceMemoryKinds> device_memory_{};
   std::array<prometheus::Histogram*, 2> checkpoint_seconds_{};
+  std::array<prometheus::Counter*, 2> checkpoint_failures_{};
+  struct Peak {
+    prometheus::Gauge* flops = nullptr;
+    std::atomic<bool> measured{false};
+  };
+  std::array<Peak, kComputeTypes> peaks_{};
+  struct SessionGauges {
+    prometheus::Gauge *regions, *activations;
+  };
+  std::array<SessionGauges, kRankedSessions + 1> session_memory_{};  // the last: the rest
   std::vector<std::pair<std::string, prometheus::Counter*>> session_ends_;
   std::array<prometheus::Counter*, kResumptions> resumptions_{};
   prometheus::Counter *skipped_steps_, *loss_scale_growths_, *loss_scale_backoffs_;
@@ -174,7 +223,11 @@ class MetricSet {
   prometheus::Gauge *queue_depth_, *activations_, *activations_high_water_;
   prometheus::Gauge *stacks_, *contexts_, *sessions_, *adrift_, *regions_, *region_bytes_;
   prometheus::Gauge *device_regions_, *device_region_bytes_;
-  prometheus::Gauge *checkpoint_bytes_, *checkpoint_timestamp_, *serving_;
+  prometheus::Gauge *device_capacity_, *device_free_;
+  prometheus::Gauge *checkpoints_enabled_, *checkpoint_bytes_, *checkpoint_timestamp_;
+  prometheus::Gauge *checkpoint_age_, *serving_;
+  std::unique_ptr<ProcessMetrics> process_;
+  StepLog step_log_;
 
   prometheus::Family<prometheus::Counter>* rpc_started_;
   prometheus::Family<prometheus::Counter>* rpc_handled_;

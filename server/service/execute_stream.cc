@@ -74,7 +74,7 @@ class ExecuteStream final
     : public grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse> {
  public:
   ExecuteStream(SharedState& state, Workers& workers, grpc::CallbackServerContext* context)
-      : state_(state), workers_(workers), control_(ControlOf(context)) {
+      : state_(state), workers_(workers), control_(ControlOf(state, context)) {
     std::unique_lock<std::mutex> lock(mutex_);
     Do(lock, Decide());
   }
@@ -197,6 +197,10 @@ class ExecuteStream final
         response.clear_result();
         response.set_code(static_cast<int32_t>(status.code()));
         response.set_message(std::string(status.message()));
+        CallControl whose = control_;
+        whose.request_item = now_->request.id();
+        response.set_request_id(RequestIdOf(whose));
+        LogFailure("/lamina.v1.LayerService/Execute", status.code(), status.message(), whose);
       }
       lock.lock();
       now_ = nullptr;
@@ -236,6 +240,11 @@ class ExecuteStream final
       control.ticket = item.ticket;
       control.next = InputOfNext();
     }
+    control.caller = control_.caller;
+    control.request_id = control_.request_id;
+    control.request_item = id;
+    control.trace_id = control_.trace_id;
+    control.span_id = control_.span_id;
     control.cancelled = [&] {
       return item.cancelled || (control_.cancelled && control_.cancelled());
     };
@@ -309,7 +318,7 @@ class ExecuteStream final
       if (!input.has_slice()) return {};
       next.ticket = waiting_.front()->ticket;
     }
-    const auto session = state_.sessions.Find(session_id);
+    const auto session = state_.sessions.Find(session_id, control_.caller);
     if (!session.ok()) return {};
     auto resolved = ResolveInput(field, input, state_.engine.options().inline_cap_bytes, **session);
     if (!resolved.ok() || resolved->memory != Memory::kHost) return {};  // the call says why

@@ -50,7 +50,7 @@ absl::Status Read(SharedState& state, const ParameterQuery& query, const Request
   std::shared_ptr<Session> session;
   CallControl control = given;
   if (to_slice || request.has_ready()) {
-    auto found = state.sessions.Find(request.session_id());
+    auto found = state.sessions.Find(request.session_id(), given.caller);
     if (!found.ok()) return found.status();
     session = *std::move(found);
     auto ready = ResolveFence("ready", request.has_ready(), request.ready(), *session);

@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "server/access/access.h"
 #include "server/engine/engine.h"
 #include "server/engine/mutation_log.h"
 #include "server/metrics/metrics.h"
@@ -65,10 +66,12 @@ class MutationLogs {
 struct SharedState {
   Engine& engine;
   SessionManager& sessions;
+  Access& access;
   MetricSet& metrics;
   MutationLogs& mutations;
   Gate& gate;
   std::string broker_path;
+  std::string metrics_address;  // empty: none
   std::string version;
   std::string commit;
   absl::Time started;

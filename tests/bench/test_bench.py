@@ -123,3 +123,9 @@ def test_plot(stacks, tmp_path):
         return
     run(sys.executable, ROOT / "bench/plot", stacks, "--out", tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_observing_a_step_is_cheap():
+    cost = json.loads(run(BIN / "observe", "--seconds", 0.2, "--output", "json").stdout)  # it exits with 1 above 1 % of 1 ms
+    assert 0 < cost["share_of_1_ms_step"] < 0.01
+    assert cost["scrapes"] > 0

@@ -173,13 +173,14 @@ def test_metrics_count_sequences_and_tokens(client, daemon):
     stack.backward(context, x)
     after = daemon.metrics()
 
-    def grew(name, direction):
-        series = f'{name}{{direction="{direction}"}}'
+    def grew(name, direction, more=""):
+        series = f'{name}{{direction="{direction}"{more}}}'
         return after[series] - before[series]
 
     flops = 2 * (2 * 34 * (4 * 24**2 + 2 * 24 * 96) + 4 * 24 * sum(n * n for n in LENGTHS))
     for direction, times in (("forward_training", 1), ("backward", 2)):
-        assert grew("lamina_samples_total", direction) == 5 and grew("lamina_tokens_total", direction) == 34
+        assert grew("lamina_samples_total", direction) == 5 and grew("lamina_tokens_total", direction, ',kind="real"') == 34
+        assert grew("lamina_tokens_total", direction, ',kind="padding"') == 0
         assert grew("lamina_flops_total", direction) == pytest.approx(times * flops)
 
 

@@ -17,6 +17,7 @@ from lamina.config import StackConfig
 from lamina.errors import translated
 from lamina.lease import call_with_retries
 from lamina.pipeline import Pipeline
+from lamina.security import PathLike, Tls, bearing, open_channel
 from lamina.session import Session, on_this_host, usual_grace
 from lamina.stack import Stack
 from lamina.v1 import (config_service_pb2, config_service_pb2_grpc, layer_service_pb2_grpc, session_service_pb2_grpc,
@@ -51,7 +52,8 @@ def default_target() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ServerInfo:
-    """What a daemon is and offers. backend: "cpu" or "cuda"; sizes in bytes."""
+    """What a daemon is and offers. backend: "cpu" or "cuda"; sizes in bytes; metrics_address: HOST:PORT of /metrics and
+    /statusz, empty where there are none."""
 
     version: str
     backend: str
@@ -66,6 +68,7 @@ class ServerInfo:
     uptime_seconds: float
     checkpoints_enabled: bool
     build_commit: str
+    metrics_address: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,13 @@ class Client:
     is connected again by itself, and calls wait and are repeated, each run once; when the time is over the session has
     ended. 0: it ends with its connection. None: 10 over TCP, 0 over a Unix socket, which breaks with its process alone.
 
+    tls, token, token_file: of TCP targets; over a Unix socket the daemon knows its callers by their users. tls: the file of
+    the authorities that may have signed the daemon's certificate, or a Tls; True: those that gRPC trusts; False: no TLS, and
+    a token is sent unencrypted also to other hosts; None: what LAMINA_TLS_CA and the like say (Tls.from_environment).
+    token: a bearer token; token_file: a file that holds one, read again when it changes; neither: LAMINA_TOKEN_FILE.
+    Unauthenticated comes from calls whose caller the daemon does not know, PermissionDenied from those that its role does
+    not allow.
+
     >>> with connect() as client:
     ...     stack = client.create_stack("client-example", batch_size=4, max_seq_length=16, hidden_size=32, heads=4,
     ...                                 num_hidden_layers=2)
@@ -152,7 +162,9 @@ class Client:
     """
 
     def __init__(self, target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
-                 timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> None:
+                 timeout: Optional[float] = None, resume_grace: Optional[float] = None,
+                 tls: Union[Tls, PathLike, bool, None] = None, token: Optional[str] = None,
+                 token_file: Optional[PathLike] = None) -> None:
         transport = transport or os.environ.get("LAMINA_TRANSPORT") or None
         if transport not in (None, "device", "memfd", "inline"):
             raise ValueError(f"transport: {transport!r} must be None, 'device', 'memfd' or 'inline'")
@@ -164,10 +176,10 @@ class Client:
         self._client_name = client_name
         self._resume_grace = usual_grace(self.target) if resume_grace is None else float(resume_grace)
         options = _CHANNEL if on_this_host(self.target) else _CHANNEL + _TCP_CHANNEL
-        self._channel = grpc.insecure_channel(self.target, options=options)
-        self._stubs = _Stubs(config_service_pb2_grpc.ConfigServiceStub(self._channel),
-                             layer_service_pb2_grpc.LayerServiceStub(self._channel),
-                             session_service_pb2_grpc.SessionServiceStub(self._channel))
+        self._channel, bearer = open_channel(self.target, on_this_host(self.target), options, tls, token, token_file)
+        self._stubs = _Stubs(bearing(config_service_pb2_grpc.ConfigServiceStub(self._channel), bearer),
+                             bearing(layer_service_pb2_grpc.LayerServiceStub(self._channel), bearer),
+                             bearing(session_service_pb2_grpc.SessionServiceStub(self._channel), bearer))
         self._session: Optional[Session] = None
         self._opening = threading.Lock()
         self._closed = False
@@ -322,7 +334,9 @@ class Client:
 
 
 def connect(target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
-            timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> Client:
+            timeout: Optional[float] = None, resume_grace: Optional[float] = None,
+            tls: Union[Tls, PathLike, bool, None] = None, token: Optional[str] = None,
+            token_file: Optional[PathLike] = None) -> Client:
     """A Client of the daemon at `target` (default: LAMINA_TARGET, or the usual socket); see Client.
 
     >>> with connect() as client:
@@ -330,4 +344,4 @@ def connect(target: Optional[str] = None, transport: Optional[str] = None, clien
     >>> backend in ("cpu", "cuda")
     True
     """
-    return Client(target, transport, client_name, timeout, resume_grace)
+    return Client(target, transport, client_name, timeout, resume_grace, tls, token, token_file)

@@ -321,7 +321,7 @@ class _Stream:
         assert call is not None
         result, error = None, None
         if answer.code != 0:
-            error = self._told(from_number(answer.code, answer.message))
+            error = self._told(from_number(answer.code, answer.message, answer.request_id or None))
         else:
             try:
                 result = call.finish(getattr(answer, call.field))

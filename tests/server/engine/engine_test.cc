@@ -261,7 +261,7 @@ TEST(Steps, AreCounted) {
   const std::string forward = "{direction=\"forward_training\"}";
   EXPECT_EQ(rig.Metric("lamina_steps_total" + forward), 2);
   EXPECT_EQ(rig.Metric("lamina_samples_total" + forward), 6);
-  EXPECT_EQ(rig.Metric("lamina_tokens_total" + forward), 48);
+  EXPECT_EQ(rig.Metric("lamina_tokens_total{direction=\"forward_training\",kind=\"real\"}"), 48);
   EXPECT_EQ(rig.Metric("lamina_steps_total{direction=\"backward\"}"), 2);
   EXPECT_EQ(rig.Metric("lamina_steps_total{direction=\"apply\"}"), 1);
   EXPECT_EQ(rig.Metric("lamina_steps_total{direction=\"forward_eval\"}"), 0);

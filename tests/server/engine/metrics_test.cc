@@ -12,6 +12,7 @@
 #include <regex>
 #include <set>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -44,13 +45,15 @@ class MetricsTest : public ::testing::Test {
 TEST_F(MetricsTest, StepsLandInTheirSeries) {
   metrics_.StepDone(StepDirection::kBackward, {.samples = 2,
                                                .tokens = 256,
+                                               .padding_tokens = 56,
                                                .flops = 1e9,
                                                .queue_seconds = 0.00005,
                                                .compute_seconds = 0.5,
                                                .total_seconds = 100});
   EXPECT_TRUE(Has("lamina_steps_total{direction=\"backward\"} 1"));
   EXPECT_TRUE(Has("lamina_steps_total{direction=\"apply\"} 0"));
-  EXPECT_TRUE(Has("lamina_tokens_total{direction=\"backward\"} 256"));
+  EXPECT_TRUE(Has("lamina_tokens_total{direction=\"backward\",kind=\"real\"} 200"));
+  EXPECT_TRUE(Has("lamina_tokens_total{direction=\"backward\",kind=\"padding\"} 56"));
   EXPECT_TRUE(Has("lamina_achieved_flops_per_second{direction=\"backward\"} 2000000000"));
   const std::string bucket = "lamina_step_duration_seconds_bucket{direction=\"backward\",phase=";
   EXPECT_TRUE(Has(bucket + "\"queue\",le=\"0.0001\"} 1"));
@@ -73,6 +76,118 @@ TEST_F(MetricsTest, OptimizerStepsTellTheLossScale) {
   EXPECT_TRUE(Has("lamina_skipped_steps_total 2"));
   EXPECT_TRUE(Has("lamina_loss_scale_changes_total{change=\"growth\"} 1"));
   EXPECT_TRUE(Has("lamina_loss_scale_changes_total{change=\"backoff\"} 1"));
+}
+
+TEST_F(MetricsTest, FlopsAreHeldAgainstThePeak) {
+  const StepSample step{.flops = 1e9, .type = ComputeType::kBF16, .compute_seconds = 0.5};
+  metrics_.StepDone(StepDirection::kBackward, step);
+  EXPECT_TRUE(Has("lamina_mfu_ratio{direction=\"backward\"} 0"));  // no peak is known
+  metrics_.SetPeakFlops(ComputeType::kBF16, 8e9, /*measured=*/false);
+  metrics_.StepDone(StepDirection::kBackward, step);
+  EXPECT_TRUE(Has("lamina_mfu_ratio{direction=\"backward\"} 0.25"));
+  EXPECT_TRUE(Has("lamina_device_peak_flops_per_second{dtype=\"bf16\"} 8000000000"));
+  EXPECT_TRUE(Has("lamina_device_peak_flops_per_second{dtype=\"fp32\"} 0"));
+  // What was measured was not the most.
+  metrics_.SetPeakFlops(ComputeType::kBF16, 1e9, /*measured=*/true);
+  metrics_.StepDone(StepDirection::kBackward, step);
+  EXPECT_TRUE(Has("lamina_mfu_ratio{direction=\"backward\"} 1"));
+  EXPECT_TRUE(Has("lamina_device_peak_flops_per_second{dtype=\"bf16\"} 2000000000"));
+}
+
+TEST_F(MetricsTest, SessionsAreRankedByWhatTheyHold) {
+  std::vector<SessionMemory> sessions;
+  for (size_t i = 1; i <= 7; ++i)
+    sessions.push_back({.region_bytes = i, .activation_bytes = 10 * i});
+  metrics_.SetSessionMemory(sessions);
+  EXPECT_TRUE(Has("lamina_session_memory_bytes{kind=\"regions\",rank=\"1\"} 7"));
+  EXPECT_TRUE(Has("lamina_session_memory_bytes{kind=\"activations\",rank=\"5\"} 30"));
+  EXPECT_TRUE(Has("lamina_session_memory_bytes{kind=\"regions\",rank=\"rest\"} 3"));
+  metrics_.SetSessionMemory({{.region_bytes = 9}});
+  EXPECT_TRUE(Has("lamina_session_memory_bytes{kind=\"regions\",rank=\"1\"} 9"));
+  EXPECT_TRUE(Has("lamina_session_memory_bytes{kind=\"regions\",rank=\"2\"} 0"));
+  EXPECT_TRUE(Has("lamina_session_memory_bytes{kind=\"activations\",rank=\"rest\"} 0"));
+}
+
+TEST_F(MetricsTest, LastStepsAreRemembered) {
+  MetricSet metrics({}, /*logged_steps=*/4);
+  const std::string long_name(100, 'n');
+  for (int i = 1; i <= 6; ++i)
+    metrics.StepDone(StepDirection::kForwardEval, {.tokens = 10.0 * i,
+                                                   .compute_seconds = 0.5,
+                                                   .stack = i == 6 ? long_name : "s",
+                                                   .session = 3,
+                                                   .request_id = "r",
+                                                   .trace_id = "t",
+                                                   .request_item = 5});
+  EXPECT_EQ(metrics.steps().total(), 6u);
+  const std::vector<StepRecord> steps = metrics.steps().Last(100);
+  ASSERT_EQ(steps.size(), 4u);
+  EXPECT_EQ(steps[0].number, 3u);
+  EXPECT_EQ(steps[0].tokens, 30);
+  EXPECT_STREQ(steps[0].stack.data(), "s");
+  EXPECT_STREQ(steps[0].request_id.data(), "r");
+  EXPECT_STREQ(steps[0].trace_id.data(), "t");
+  EXPECT_EQ(steps[0].request_item, 5u);
+  EXPECT_EQ(std::string(steps[3].stack.data()), std::string(64, 'n'));
+  ASSERT_EQ(metrics.steps().Last(1).size(), 1u);
+  EXPECT_EQ(metrics.steps().Last(1)[0].number, 6u);
+}
+
+TEST(StepLogTest, SumsUpSeconds) {
+  lamina::StepLog log(8);
+  const auto add = [&](double ended, StepDirection direction, double tokens) {
+    StepRecord step{.ended = ended, .total = 0.25, .tokens = tokens, .direction = direction};
+    log.Add(step);
+  };
+  add(1000.1, StepDirection::kBackward, 5);
+  add(1000.9, StepDirection::kBackward, 7);
+  add(1000.9, StepDirection::kApply, 0);
+  add(1002.0, StepDirection::kForwardEval, 1);
+  std::vector<StepSecond> seconds = log.Seconds(1002);
+  ASSERT_EQ(seconds.size(), 2u);
+  EXPECT_EQ(seconds[0].second, 1000);
+  const auto of = [](const StepSecond& second, StepDirection direction) {
+    return second.sums[static_cast<size_t>(direction)];
+  };
+  EXPECT_EQ(of(seconds[0], StepDirection::kBackward).steps, 2);
+  EXPECT_EQ(of(seconds[0], StepDirection::kBackward).tokens, 12);
+  EXPECT_EQ(of(seconds[0], StepDirection::kBackward).seconds, 0.5);
+  EXPECT_EQ(of(seconds[0], StepDirection::kApply).steps, 1);
+  EXPECT_EQ(of(seconds[1], StepDirection::kBackward).steps, 0);
+  // One is forgotten when its place is needed, or its time has passed.
+  add(1000.0 + lamina::StepLog::kSeconds, StepDirection::kApply, 0);
+  seconds = log.Seconds(1000 + lamina::StepLog::kSeconds);
+  ASSERT_EQ(seconds.size(), 2u);
+  EXPECT_EQ(of(seconds[1], StepDirection::kBackward).steps, 0);
+  EXPECT_EQ(log.Seconds(1002 + lamina::StepLog::kSeconds).size(), 1u);
+}
+
+TEST(StepLogTest, ReadersSeeWholeSteps) {
+  lamina::StepLog log(4);
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> writers;
+  for (int t = 0; t < 2; ++t)
+    writers.emplace_back([&] {
+      while (!stop) {
+        StepRecord step{.ended = 5, .tokens = 1};
+        SetText(step.stack, std::string(64, 'a'));
+        log.Add(step);
+      }
+    });
+  uint64_t last = 0, seen = 0;
+  for (int i = 0; i < 2000 || seen == 0; ++i) {
+    for (const StepRecord& step : log.Last(4)) {
+      ++seen;
+      ASSERT_EQ(std::string(step.stack.data()), std::string(64, 'a'));
+      ASSERT_EQ(step.tokens, 1);
+      ASSERT_GT(step.number, 0u);
+      last = std::max(last, step.number);
+    }
+    log.Seconds(6);
+  }
+  stop = true;
+  for (std::thread& writer : writers) writer.join();
+  EXPECT_LE(last, log.total());
 }
 
 TEST_F(MetricsTest, BucketsAreAboutOnePointSixApart) {
@@ -183,14 +298,14 @@ TEST_F(MetricsTest, AreDocumented) {
   std::string line;
   while (std::getline(page, line)) {
     std::smatch match;
-    static const std::regex row("\\| `((?:lamina|grpc)_[a-z_]+)` \\|.*");
+    static const std::regex row("\\| `((?:lamina|grpc|process)_[a-z_]+)` \\|.*");
     if (std::regex_match(line, match, row)) documented.insert(match[1]);
   }
   EXPECT_EQ(documented, exported);
 }
 
-// One GET over a plain socket.
-std::string Get(int port, const std::string& path) {
+// One request over a plain socket.
+std::string Get(int port, const std::string& path, const std::string& method = "GET") {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address{};
   address.sin_family = AF_INET;
@@ -199,7 +314,9 @@ std::string Get(int port, const std::string& path) {
   std::string reply;
   if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) {
     const std::string request =
-        absl::StrCat("GET ", path, " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        absl::StrCat(method, " ", path,
+                     " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close"
+                     "\r\n\r\n");
     EXPECT_EQ(send(fd, request.data(), request.size(), 0), static_cast<ssize_t>(request.size()));
     char buffer[4096];
     for (ssize_t n; (n = recv(fd, buffer, sizeof(buffer), 0)) > 0;)
@@ -217,8 +334,37 @@ TEST_F(MetricsTest, AreServedOverHttp) {
   EXPECT_TRUE(absl::StartsWith(reply, "HTTP/1.1 200 OK")) << reply.substr(0, 200);
   EXPECT_TRUE(absl::StrContains(reply, "\nlamina_queue_depth 0\n"));
   EXPECT_TRUE(absl::StartsWith(Get(exposer->port(), "/other"), "HTTP/1.1 404"));
+  EXPECT_TRUE(absl::StartsWith(Get(exposer->port(), "/metrics/more"), "HTTP/1.1 404"));
+  EXPECT_TRUE(absl::EndsWith(Get(exposer->port(), "/"), "\r\n\r\n/metrics\n"));
   EXPECT_THAT(MetricsExposer::Start(exposer->address(), metrics_).status(),
               IsStatus(kUnavailable, exposer->address()));
+}
+
+TEST_F(MetricsTest, PagesAreServedBesideThem) {
+  std::string asked = "nothing";
+  const auto exposer = Value(MetricsExposer::Start(
+      "127.0.0.1:0", metrics_,
+      {{"/page",
+        [&](const std::string& query) {
+          asked = query;
+          return HttpAnswer{.code = 503, .type = "text/html", .body = "<p>no</p>"};
+        }},
+       {"/page.json", [](const std::string&) { return HttpAnswer{.body = "{}"}; }},
+       {"/broken",
+        [](const std::string&) -> HttpAnswer { throw std::runtime_error("it broke"); }}}));
+  std::string reply = Get(exposer->port(), "/page?a=b");
+  EXPECT_EQ(asked, "a=b");
+  EXPECT_TRUE(absl::StartsWith(reply, "HTTP/1.1 503 Service Unavailable\r\n")) << reply;
+  EXPECT_TRUE(absl::StrContains(reply, "\r\nContent-Type: text/html\r\n"));
+  EXPECT_TRUE(absl::StrContains(reply, "\r\nContent-Security-Policy: default-src 'none'\r\n"));
+  EXPECT_TRUE(absl::EndsWith(reply, "\r\n\r\n<p>no</p>"));
+  EXPECT_TRUE(absl::EndsWith(Get(exposer->port(), "/page.json"), "\r\n\r\n{}"));
+  EXPECT_TRUE(absl::StartsWith(Get(exposer->port(), "/broken"), "HTTP/1.1 500"));
+  reply = Get(exposer->port(), "/page", "HEAD");
+  EXPECT_TRUE(absl::StartsWith(reply, "HTTP/1.1 503"));
+  EXPECT_TRUE(absl::EndsWith(reply, "\r\n\r\n"));
+  for (const char* method : {"POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+    EXPECT_TRUE(absl::StartsWith(Get(exposer->port(), "/page", method), "HTTP/1.1 405")) << method;
 }
 
 TEST_F(MetricsTest, AddressesAreChecked) {

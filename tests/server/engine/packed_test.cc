@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "engine_rig.h"
 
 namespace lamina::testing {
@@ -302,7 +303,9 @@ TEST(Packed, IsCountedBySequencesAndTokens) {
   for (const auto& [direction, times] : {std::pair("forward_training", 1), {"backward", 2}}) {
     const std::string labels = std::string("{direction=\"") + direction + "\"}";
     EXPECT_EQ(rig.Metric("lamina_samples_total" + labels), 5);
-    EXPECT_EQ(rig.Metric("lamina_tokens_total" + labels), 24);
+    EXPECT_EQ(rig.Metric(
+                  absl::StrCat("lamina_tokens_total{direction=\"", direction, "\",kind=\"real\"}")),
+              24);
     EXPECT_NEAR(rig.Metric("lamina_flops_total" + labels), times * flops, 1);
   }
   EXPECT_EQ(rig.Metric("lamina_tensor_bytes_total{role=\"input\",transport=\"memfd\"}"),
