@@ -3,9 +3,12 @@
 #include <arpa/inet.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <iostream>
+#include <system_error>
 
 #include <CLI/CLI.hpp>
 
@@ -45,6 +48,27 @@ std::string Complaint(const std::string& address, bool insecure) {
            ": would serve everybody who can reach it, unencrypted; give --insecure if that is "
            "meant";
   }
+  return "";
+}
+
+// Empty, or why a --profile can't be written.
+std::string ProfileComplaint(const std::string& path) {
+  if (path.empty()) return "";
+  std::error_code error;
+  std::filesystem::path folder = path;
+  if (!std::filesystem::is_directory(folder, error)) {
+    folder = folder.parent_path().empty() ? "." : folder.parent_path();
+    if (!std::filesystem::is_directory(folder, error))
+      return "--profile " + path + ": there is no folder " + folder.string();
+  }
+  // Permissions do not say all: a file is made there.
+  std::string draft = (folder / ".laminad-XXXXXX").string();
+  const int fd = mkstemp(draft.data());
+  if (fd < 0)
+    return "--profile " + path + ": the folder " + folder.string() +
+           " can't be written to: " + std::strerror(errno);
+  close(fd);
+  unlink(draft.c_str());
   return "";
 }
 
@@ -186,6 +210,16 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->envname("LAMINA_LOG_FORMAT")
       ->check(CLI::IsMember({"text", "json"}))
       ->capture_default_str();
+  app.add_option("--profile", f.profile,
+                 "File or folder: on SIGUSR1 and at the end, a trace of the last steps is written "
+                 "there, for Perfetto or chrome://tracing")
+      ->envname("LAMINA_PROFILE");
+  f.profile_steps = 1024;
+  app.add_option("--profile-steps", f.profile_steps,
+                 "How many steps that are; each takes 280 bytes")
+      ->envname("LAMINA_PROFILE_STEPS")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
 
   try {
     app.parse(argc, argv);
@@ -200,6 +234,7 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
   if (f.final_checkpoint && f.checkpoints.empty()) {
     complaint = "--final-checkpoint: needs --checkpoints DIR";
   }
+  if (complaint.empty()) complaint = ProfileComplaint(f.profile);
   if (!complaint.empty()) {
     std::cerr << complaint << "\nRun with --help for more information.\n";
     *exit_code = 2;

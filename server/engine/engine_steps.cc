@@ -160,6 +160,8 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   const Shape lengths_shape{static_cast<int64_t>(lengths_.size())};
   std::unique_ptr<Context> context;
   const absl::Status done = OnDevice([&]() -> absl::Status {
+    const ProfilerRange range(*backend_, training ? "forward_training" : "forward_eval");
+    ProfilerRange phase(*backend_, "input");
     ForwardArgs args{.layers = layers};
     if (packed) args.longest = seq;
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
@@ -189,12 +191,14 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
       ENGINE_RETURN_IF_ERROR(stage(S::kOutput, config.dtype, shape, nullptr, args.output));
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    phase.Next("compute");
     if (training) {
       ENGINE_ASSIGN_OR_RETURN(context, stack.ForwardTraining(args));
     } else {
       ENGINE_RETURN_IF_ERROR(stack.ForwardEval(args));
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    phase.Next("output");
     if (!backend_->info().host_memory)
       ENGINE_RETURN_IF_ERROR(backend_->CopyOut(destination, args.output.data, bytes));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
@@ -265,6 +269,8 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
   }
 
   ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
+    const ProfilerRange range(*backend_, "backward");
+    ProfilerRange phase(*backend_, "input");
     TensorView output_grad = View(call.output_grad);
     TensorView input_grad;
     const bool direct = backend_->info().host_memory;
@@ -280,8 +286,10 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
                               stack.StagingView(Stack::Staging::kOutput, config.dtype, shape));
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    phase.Next("compute");
     ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    phase.Next("output");
     if (wanted && !direct)
       ENGINE_RETURN_IF_ERROR(backend_->CopyOut(destination, input_grad.data, bytes));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
@@ -334,6 +342,7 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
         ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
         const double scale_before = entry->stack->loss_scale();
         ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
+          const ProfilerRange range(*backend_, "apply");
           ENGINE_ASSIGN_OR_RETURN(outcome.result, entry->stack->ApplyGradients(options));
           if (zero_gradients) ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
           return backend_->Synchronize();
