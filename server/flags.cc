@@ -4,9 +4,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <iostream>
+#include <system_error>
 
 #include <CLI/CLI.hpp>
 
@@ -70,6 +73,27 @@ std::string Complaint(const std::string& address, const Flags& f) {
   return "";
 }
 
+// Empty, or why a --profile can't be written.
+std::string ProfileComplaint(const std::string& path) {
+  if (path.empty()) return "";
+  std::error_code error;
+  std::filesystem::path folder = path;
+  if (!std::filesystem::is_directory(folder, error)) {
+    folder = folder.parent_path().empty() ? "." : folder.parent_path();
+    if (!std::filesystem::is_directory(folder, error))
+      return "--profile " + path + ": there is no folder " + folder.string();
+  }
+  // Permissions do not say all: a file is made there.
+  std::string draft = (folder / ".laminad-XXXXXX").string();
+  const int fd = mkstemp(draft.data());
+  if (fd < 0)
+    return "--profile " + path + ": the folder " + folder.string() +
+           " can't be written to: " + std::strerror(errno);
+  close(fd);
+  unlink(draft.c_str());
+  return "";
+}
+
 // Empty, or what is wrong with flags that go together.
 std::string Complaint(const Flags& f) {
   for (const std::string& address : f.listen) {
@@ -99,7 +123,7 @@ std::string Complaint(const Flags& f) {
   if (f.final_checkpoint && f.checkpoints.empty()) {
     return "--final-checkpoint: needs --checkpoints DIR";
   }
-  return "";
+  return ProfileComplaint(f.profile);
 }
 
 // What each option came to: as given, on the command line or by the environment, or its default.
@@ -276,6 +300,16 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
   app.add_option("--log-format", f.log_format, "text or json, a line an event, on standard error")
       ->envname("LAMINA_LOG_FORMAT")
       ->check(CLI::IsMember({"text", "json"}))
+      ->capture_default_str();
+  app.add_option("--profile", f.profile,
+                 "File or folder: on SIGUSR1 and at the end, a trace of the last steps is written "
+                 "there, for Perfetto or chrome://tracing")
+      ->envname("LAMINA_PROFILE");
+  f.profile_steps = 1024;
+  app.add_option("--profile-steps", f.profile_steps,
+                 "How many steps that are; each takes 280 bytes")
+      ->envname("LAMINA_PROFILE_STEPS")
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
 
   try {

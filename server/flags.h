@@ -38,6 +38,8 @@ struct Flags {
   bool channelz = false;
   std::string log_level;
   std::string log_format;  // "text", "json"
+  std::string profile;     // file or folder for traces of the last steps; empty: none
+  int profile_steps = 0;   // how many these are, and the status page's log of steps
   // Every setting by its flag's name ("listen"), as text, whoever gave it.
   std::vector<std::pair<std::string, std::string>> all;
 };

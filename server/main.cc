@@ -5,6 +5,7 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <functional>
@@ -17,6 +18,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
 #include "server/access/access.h"
@@ -34,6 +36,7 @@
 #include "server/session/session_manager.h"
 #include "server/start_checks.h"
 #include "server/status/status_pages.h"
+#include "server/status/step_trace.h"
 
 namespace lamina {
 namespace {
@@ -97,19 +100,39 @@ HttpGuard PageGuard(const Access& access) {
   };
 }
 
+void WriteProfile(const MetricSet& metrics, const Flags& flags) {
+  if (flags.profile.empty()) {
+    spdlog::warn("event=no_profile reason=\"SIGUSR1 writes one where --profile says where to\"");
+    return;
+  }
+  const auto written =
+      WriteStepTrace(metrics.steps(), flags.profile, absl::StrCat("laminad ", getpid()));
+  if (written.ok()) {
+    spdlog::info("event=profile_written path={} steps={}", Quoted(*written),
+                 std::min<uint64_t>(metrics.steps().total(), metrics.steps().capacity()));
+  } else {
+    spdlog::error("event=profile_failed reason={}", Quoted(written.status().message()));
+  }
+}
+
 // Signals are taken here alone: main blocked them before any thread began. Calls `look` about four
-// times a second meanwhile.
-void WaitForStop(const sigset_t& signals, const std::function<void()>& look) {
+// times a second meanwhile, and `profile` on each SIGUSR1.
+void WaitForStop(const sigset_t& signals, const std::function<void()>& look,
+                 const std::function<void()>& profile) {
   int signal = -1;
   while (signal < 0) {
     const timespec pause{.tv_sec = 0, .tv_nsec = 250'000'000};
     signal = sigtimedwait(&signals, nullptr, &pause);
     look();
+    if (signal == SIGUSR1) {
+      profile();
+      signal = -1;
+    }
   }
   spdlog::info("event=draining signal={}", signal == SIGINT ? "SIGINT" : "SIGTERM");
   std::thread([signals] {
-    int again = 0;
-    sigwait(&signals, &again);
+    int again = SIGUSR1;
+    while (again == SIGUSR1) sigwait(&signals, &again);
     spdlog::warn("event=stopped_at_once");
     _exit(1);
   }).detach();
@@ -163,7 +186,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
                      .backend = device.kind,
                      .device = device.name,
                      .uuid = device.uuid,
-                     .ordinal = device.ordinal});
+                     .ordinal = device.ordinal},
+                    static_cast<size_t>(flags.profile_steps));
   EngineOptions engine_options;
   engine_options.checkpoint_dir = flags.checkpoints;
   engine_options.queue_capacity = flags.queue_capacity;
@@ -262,7 +286,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
       exposer == nullptr ? "none" : exposer->address());
 
   bool healthy = true;
-  WaitForStop(signals, [&] {
+  const auto look = [&] {
     if (tls != nullptr) tls->Refresh();
     if ((*access)->Refresh()) (*server)->LookAgain();
     const absl::Status health = (*engine)->health();
@@ -271,7 +295,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
     spdlog::error("event=device_failed reason={}", Quoted(health.message()));
     (*server)->SetServing(false);
     metrics.SetServing(false);
-  });
+  };
+  WaitForStop(signals, look, [&] { WriteProfile(metrics, flags); });
   phase = Phase::kDraining;
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
   (*server)->SetServing(false);
@@ -283,6 +308,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   (*server)->Shutdown(absl::Now() + absl::Milliseconds(100));
   (*engine)->Drain();
   metrics.SetRefresh(nullptr);
+  if (!flags.profile.empty()) WriteProfile(metrics, flags);
   spdlog::info("event=stopped in_order={}", in_order);
   return in_order ? 0 : 1;
 }
@@ -305,6 +331,7 @@ int main(int argc, char** argv) {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGUSR1);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
   return lamina::Run(*flags, signals);

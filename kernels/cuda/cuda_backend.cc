@@ -19,6 +19,7 @@
 #include "graph_cache.h"
 #include "kernel_limits.h"
 #include "lamb.cuh"
+#include "nvtx.h"
 #include "optimizer.cuh"
 #include "product.h"
 #include "row_norm.cuh"
@@ -140,6 +141,9 @@ class CudaBackend final : public Backend {
   absl::Status Signal(uint64_t* at, uint64_t value) override;
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
+
+  void BeginRange(const char* name, int64_t index) override { cuda::BeginNvtxRange(name, index); }
+  void EndRange() override { cuda::EndNvtxRange(); }
 
   const OpSizes& sizes() const override { return *sizes_; }
 

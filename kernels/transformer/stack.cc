@@ -508,6 +508,7 @@ absl::Status StackImpl::ForwardEval(const ForwardArgs& args) {
   const auto run = [&]() -> absl::Status {
     TensorView x = Tokens(args.input);
     for (int64_t i = args.layers.begin; i < args.layers.end; ++i) {
+      const ProfilerRange range(backend_, "layer.forward", i);
       const TensorView y = (args.layers.end - 1 - i) % 2 == 0 ? output : chain;
       LAMINA_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].Forward(call, x, activations, y));
       x = y;
@@ -566,6 +567,7 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
   const auto run = [&]() -> absl::Status {
     TensorView x = input;
     for (int64_t i = 0; i < layers; ++i) {
+      const ProfilerRange range(backend_, "layer.forward", args.layers.begin + i);
       const ContextBuffers::SavedLayer& saved = c.buffers.layers[static_cast<size_t>(i)];
       const bool last = i + 1 == layers;
       // Where outputs are not kept they alternate, so that the last is the caller's.
@@ -632,6 +634,8 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
     TensorView chain = workspace_.chain.Reshaped(dy.shape);
     TensorView other_chain = training_.chain.Reshaped(dy.shape);
     for (size_t i = c->buffers.layers.size(); i-- > 0;) {
+      const ProfilerRange range(backend_, "layer.backward",
+                                c->range.begin + static_cast<int64_t>(i));
       const ContextBuffers::SavedLayer& saved = c->buffers.layers[i];
       const TensorView x = i == 0 ? c->buffers.input : c->buffers.layers[i - 1].output;
       const TensorView dx = i == 0 && input_grad ? Tokens(input_grad) : chain;

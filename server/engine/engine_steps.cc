@@ -245,6 +245,8 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   const Shape lengths_shape{static_cast<int64_t>(lengths_.size())};
   std::unique_ptr<Context> context;
   const absl::Status done = OnDevice([&]() -> absl::Status {
+    const ProfilerRange range(*backend_, training ? "forward_training" : "forward_eval");
+    ProfilerRange phase(*backend_, "input");
     ForwardArgs args{.layers = layers};
     if (packed) args.longest = seq;
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
@@ -265,12 +267,14 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
     ENGINE_ASSIGN_OR_RETURN(args.output, OutputView(stack, output));
     ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, output));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    phase.Next("compute");
     if (training) {
       ENGINE_ASSIGN_OR_RETURN(context, stack.ForwardTraining(args));
     } else {
       ENGINE_RETURN_IF_ERROR(stack.ForwardEval(args));
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    phase.Next("output");
     ENGINE_RETURN_IF_ERROR(Deliver(args.output, output));
     if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
@@ -341,6 +345,8 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
   }
 
   ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
+    const ProfilerRange range(*backend_, "backward");
+    ProfilerRange phase(*backend_, "input");
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
     ENGINE_ASSIGN_OR_RETURN(const TensorView output_grad,
                             MainInputView(stack, call.output_grad, shape, control.ticket));
@@ -350,8 +356,10 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
     }
     ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, target));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    phase.Next("compute");
     ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    phase.Next("output");
     if (wanted) ENGINE_RETURN_IF_ERROR(Deliver(input_grad, target));
     if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
@@ -404,6 +412,7 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
         ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
         const double scale_before = entry->stack->loss_scale();
         ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
+          const ProfilerRange range(*backend_, "apply");
           ENGINE_ASSIGN_OR_RETURN(outcome.result, entry->stack->ApplyGradients(options));
           if (zero_gradients) ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
           return backend_->Synchronize();

@@ -125,7 +125,7 @@ class SessionImpl final : public Session {
     return {.key = key_,
             .client_name = client_name_,
             .regions = static_cast<int64_t>(regions_.size()),
-            .region_bytes = ledger_->bytes()};
+            .region_bytes = host_.session->bytes() + device_.session->bytes()};
   }
 
   void EndFor(const std::string& reason) {

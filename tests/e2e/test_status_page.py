@@ -11,7 +11,7 @@ import urllib.request
 import lamina
 import numpy as np
 import pytest
-from daemon import ON_CPU, Daemon, wait_until
+from daemon import ON_CPU, ROOT, Daemon, wait_until
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;"  # a client's name may be any printable ASCII
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=2, num_hidden_layers=2)
@@ -70,6 +70,19 @@ def test_the_report_says_what_lives_and_what_was_done(busy):
     assert 0 < parts <= backward["total_seconds"] * 1.01 + 1e-6
     history = report["history"]
     assert sum(second[1] for second in history["backward"]) >= 3 and history["forward_eval"] == []
+
+
+def test_the_page_of_the_documentation_has_every_field(busy):
+    daemon, _, _ = busy
+    page = (ROOT / "docs/operations.md").read_text()
+    report = json.loads(get(daemon, "/statusz.json")[2])
+    fields = set(report)
+    for part in (report["device"], report["memory"], report["queue"], report["checkpoints"], report["stacks"][0],
+                 report["sessions"], report["sessions"]["list"][0], report["steps"]):
+        fields |= set(part)
+    assert not [field for field in sorted(fields) if f"`{field}`" not in page]
+    for path in get(daemon, "/")[2].split():
+        assert f"| `{path}`" in page or f"`{path}` |" in page, path
 
 
 def test_the_report_is_bounded_however_many_sessions():

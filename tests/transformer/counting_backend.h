@@ -127,6 +127,13 @@ class CountingBackend final : public Backend {
   absl::StatusOr<double> SecondsBetween(int begin, int end) override {
     return inner_->SecondsBetween(begin, end);
   }
+  // Ranges as a profiler would see them, "(name:index" and ")"; looked at only while no call is on
+  // its way.
+  std::string ranges;
+  void BeginRange(const char* name, int64_t index) override {
+    ranges += std::string("(") + name + (index < 0 ? "" : ":" + std::to_string(index));
+  }
+  void EndRange() override { ranges += ")"; }
   const OpSizes& sizes() const override { return op_sizes_; }
   std::unique_ptr<StepCache> MakeStepCache() override {
     return std::make_unique<CheckedSteps>(

@@ -254,6 +254,18 @@ INSTANTIATE_TEST_SUITE_P(
       return std::string(Name(test.param.dtype)) + (test.param.host_memory ? "_direct" : "_staged");
     });
 
+TEST(Steps, AreRangesForAProfiler) {
+  Rig rig;
+  rig.Create("s", TinyConfig());
+  rig.backend().ranges.clear();
+  rig.ForwardBackward("s", kSession, 1);
+  Value(rig.engine().ApplyGradients("s", {.learning_rate = 1e-3}, false, {}));
+  EXPECT_EQ(rig.backend().ranges,
+            "(forward_training(input)(compute(layer.forward:0)(layer.forward:1))(output))"
+            "(backward(input)(compute(layer.backward:1)(layer.backward:0))(output))"
+            "(apply)");
+}
+
 TEST(Steps, AreCounted) {
   Rig rig;
   rig.Create("s", TinyConfig());

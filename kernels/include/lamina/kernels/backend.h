@@ -422,6 +422,12 @@ class Backend {
   // Seconds from one recorded mark to another; both must have passed (call Synchronize first).
   virtual absl::StatusOr<double> SecondsBetween(int begin, int end) = 0;
 
+  // --- for a profiler that looks on (NVTX on CUDA): what the calling thread does until EndRange;
+  // ranges nest. `name` lives for ever; `index` is a layer's, or -1. A few nanoseconds where none
+  // does, nothing where none can ---
+  virtual void BeginRange(const char* /*name*/, int64_t /*index*/) {}
+  virtual void EndRange() {}
+
   // --- sizes; the plan adds them up. Equal to OpSizes::Of this device's kind and threads ---
   virtual const OpSizes& sizes() const = 0;
   size_t AttentionSavedBytes(const LayerDims& dims) const {
@@ -473,6 +479,25 @@ class Backend {
   virtual absl::Status DoGradientStats(const Workspace& ws, const GradientStatsArgs& args) = 0;
   virtual absl::Status DoAdamW(const Workspace& ws, const AdamWArgs& args) = 0;
   virtual absl::Status DoLamb(const Workspace& ws, const LambArgs& args) = 0;
+};
+
+// A range of the profiler's, as long as this lives.
+class ProfilerRange {
+ public:
+  ProfilerRange(Backend& backend, const char* name, int64_t index = -1) : backend_(backend) {
+    backend_.BeginRange(name, index);
+  }
+  ~ProfilerRange() { backend_.EndRange(); }
+  ProfilerRange(const ProfilerRange&) = delete;
+  ProfilerRange& operator=(const ProfilerRange&) = delete;
+  // Ends it and begins the next one.
+  void Next(const char* name) {
+    backend_.EndRange();
+    backend_.BeginRange(name, -1);
+  }
+
+ private:
+  Backend& backend_;
 };
 
 }  // namespace lamina
