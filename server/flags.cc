@@ -29,21 +29,58 @@ bool IsLoopback(const std::string& host) {
   return host == "localhost" || host == "[::1]";
 }
 
+// Whether it is HOST:PORT.
+bool IsHostAndPort(const std::string& address) {
+  const size_t colon = address.rfind(':');
+  return colon != std::string::npos && colon != 0 && colon + 1 != address.size() &&
+         address.find_first_not_of("0123456789", colon + 1) == std::string::npos &&
+         address.size() - colon <= 6 && std::stol(address.substr(colon + 1)) <= 65535;
+}
+
 // Empty, or what is wrong with a --listen.
-std::string Complaint(const std::string& address, bool insecure) {
+std::string Complaint(const std::string& address, const Flags& f) {
   if (address.rfind("unix:", 0) == 0) {
     return address.size() > 5 ? "" : "--listen " + address + ": needs a path behind unix:";
   }
-  const size_t colon = address.rfind(':');
-  if (colon == std::string::npos || colon == 0 || colon + 1 == address.size() ||
-      address.find_first_not_of("0123456789", colon + 1) != std::string::npos ||
-      address.size() - colon > 6 || std::stol(address.substr(colon + 1)) > 65535) {
+  if (!IsHostAndPort(address)) {
     return "--listen " + address + ": must be unix:PATH or HOST:PORT with a port of 0 to 65535";
   }
-  if (!insecure && !IsLoopback(address.substr(0, colon))) {
+  if (f.insecure || IsLoopback(address.substr(0, address.rfind(':')))) return "";
+  if (f.tls_cert.empty()) {
     return "--listen " + address +
-           ": would serve everybody who can reach it, unencrypted; give --insecure if that is "
-           "meant";
+           ": would serve everybody who can reach it, unencrypted; give --tls-cert and --tls-key, "
+           "or --insecure if that is meant";
+  }
+  if (f.tls_client_ca.empty() && f.tokens.empty()) {
+    return "--listen " + address +
+           ": would serve everybody who can reach it; give --tls-client-ca or --tokens, which say "
+           "who may call, or --insecure if that is meant";
+  }
+  return "";
+}
+
+// Empty, or what is wrong with flags that go together.
+std::string Complaint(const Flags& f) {
+  for (const std::string& address : f.listen) {
+    if (std::string complaint = Complaint(address, f); !complaint.empty()) return complaint;
+  }
+  if (f.metrics != "none" && !IsHostAndPort(f.metrics)) {
+    return "--metrics " + f.metrics + ": must be none or HOST:PORT with a port of 0 to 65535";
+  }
+  if (f.device != "auto" && f.device != "cpu" &&
+      (f.device.rfind("cuda:", 0) != 0 || f.device.size() == 5 || f.device.size() > 8 ||
+       f.device.find_first_not_of("0123456789", 5) != std::string::npos)) {
+    return "--device " + f.device + ": must be auto, cpu or cuda:N";
+  }
+  if (f.tls_cert.empty() != f.tls_key.empty()) {
+    return f.tls_key.empty() ? "--tls-cert: needs --tls-key FILE"
+                             : "--tls-key: needs --tls-cert FILE";
+  }
+  if (!f.tls_client_ca.empty() && f.tls_cert.empty()) {
+    return "--tls-client-ca: needs --tls-cert FILE and --tls-key FILE";
+  }
+  if (f.final_checkpoint && f.checkpoints.empty()) {
+    return "--final-checkpoint: needs --checkpoints DIR";
   }
   return "";
 }
@@ -57,8 +94,12 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       "Stops on SIGTERM or SIGINT: refuses new calls, finishes running ones, exits with 0; a "
       "second signal "
       "stops it at once.\n"
-      "Exit codes: 0 stopped in order, 1 could not start or drain, 2 a mistake on the command "
-      "line."};
+      "Exit codes: 0 stopped in order; 1 failed while it ran or drained; 2 wrong flags; 3 can't "
+      "listen;\n"
+      "4 a certificate, key, tokens or roles file is wrong; 5 the checkpoint folder can't be used; "
+      "6 the device\n"
+      "can't. From 2 on: one line says why, and nothing has listened. docs/operations.md says "
+      "more."};
   app.set_version_flag("--version", "laminad " + version);
   app.get_formatter()->column_width(34);
 
@@ -90,8 +131,7 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->capture_default_str();
   app.add_option("--checkpoints", f.checkpoints,
                  "Folder for checkpoints; without it they are refused")
-      ->envname("LAMINA_CHECKPOINTS")
-      ->check(CLI::ExistingDirectory);
+      ->envname("LAMINA_CHECKPOINTS");
   app.add_flag("--final-checkpoint", f.final_checkpoint,
                "Save every stack under its name when stopped by a signal")
       ->envname("LAMINA_FINAL_CHECKPOINT");
@@ -147,13 +187,36 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->capture_default_str();
   app.add_option(
          "--allow-uid", f.allow_uids,
-         "Another user (number) whose processes may map regions; repeatable. The broker's "
-         "folder must let them in; they call over TCP, as the gRPC socket stays the daemon's "
-         "user's")
+         "Another user (number) whose processes may use the Unix sockets; repeatable. The sockets' "
+         "folder must let them in")
       ->envname("LAMINA_ALLOW_UID")
       ->delimiter(',');
+  app.add_option("--tls-cert", f.tls_cert,
+                 "The daemon's certificate, and those between it and the root; PEM. TCP addresses "
+                 "speak TLS alone then")
+      ->envname("LAMINA_TLS_CERT")
+      ->type_name("FILE");
+  app.add_option("--tls-key", f.tls_key, "Its private key; PEM, for the daemon's user alone")
+      ->envname("LAMINA_TLS_KEY")
+      ->type_name("FILE");
+  app.add_option("--tls-client-ca", f.tls_client_ca,
+                 "Who signs the certificates that clients over TCP must show (may, with --tokens); "
+                 "PEM")
+      ->envname("LAMINA_TLS_CLIENT_CA")
+      ->type_name("FILE");
+  app.add_option("--tokens", f.tokens,
+                 "Bearer tokens of clients over TCP, a line each: TOKEN or NAME TOKEN")
+      ->envname("LAMINA_TOKENS")
+      ->type_name("FILE");
+  app.add_option("--roles", f.roles,
+                 "Who may do what, a line each: IDENTITY ROLE[,ROLE]; without it, all who are "
+                 "known may do all. These five files are read again when they change; "
+                 "docs/security.md has their form")
+      ->envname("LAMINA_ROLES")
+      ->type_name("FILE");
   app.add_flag("--insecure", f.insecure,
-               "Allow TCP addresses other than loopback: no encryption, no authentication")
+               "Allow TCP addresses other than loopback without encryption, or without asking who "
+               "calls")
       ->envname("LAMINA_INSECURE");
   app.add_flag("--channelz", f.channelz, "Serve gRPC's own channelz service")
       ->envname("LAMINA_CHANNELZ");
@@ -171,19 +234,17 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    *exit_code = app.exit(error) == 0 ? 0 : 2;
+    if (error.get_exit_code() == 0) {  // --help, --version
+      *exit_code = app.exit(error);
+    } else {
+      std::cerr << "laminad: " << error.what() << " (--help lists the flags)\n";
+      *exit_code = kWrongFlags;
+    }
     return std::nullopt;
   }
-  std::string complaint;
-  for (const std::string& address : f.listen) {
-    if (complaint.empty()) complaint = Complaint(address, f.insecure);
-  }
-  if (f.final_checkpoint && f.checkpoints.empty()) {
-    complaint = "--final-checkpoint: needs --checkpoints DIR";
-  }
-  if (!complaint.empty()) {
-    std::cerr << complaint << "\nRun with --help for more information.\n";
-    *exit_code = 2;
+  if (const std::string complaint = Complaint(f); !complaint.empty()) {
+    std::cerr << "laminad: " << complaint << " (--help lists the flags)\n";
+    *exit_code = kWrongFlags;
     return std::nullopt;
   }
   if (f.metrics == "none") f.metrics.clear();

@@ -28,10 +28,23 @@ struct Flags {
   double resume_grace_cap_seconds = 0;
   double drain_seconds = 0;
   std::vector<uid_t> allow_uids;
+  std::string tls_cert, tls_key, tls_client_ca;  // files; all empty: no TLS
+  std::string tokens, roles;                     // files; empty: none
   bool insecure = false;
   bool channelz = false;
   std::string log_level;
   std::string log_format;  // "text", "json"
+};
+
+// How the process ends; docs/operations.md and --help have the same table.
+enum ExitCode : int {
+  kStopped = 0,        // in order
+  kFailed = 1,         // while it ran, or draining
+  kWrongFlags = 2,     // the command line or the environment
+  kCantListen = 3,     // an address, a socket
+  kBadAccessFile = 4,  // a certificate, key, tokens or roles file
+  kNoCheckpoints = 5,  // the checkpoint folder: missing, not writable, full
+  kNoDevice = 6,       // the device that was asked for
 };
 
 // Parses the command line; the environment stands behind it. On --help, --version or a mistake it

@@ -16,6 +16,8 @@
 
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
+#include "server/access/access.h"
+#include "server/access/tls_files.h"
 #include "server/engine/engine.h"
 #include "server/flags.h"
 #include "server/logging.h"
@@ -25,13 +27,20 @@
 #include "server/service/shared_state.h"
 #include "server/session/broker.h"
 #include "server/session/session_manager.h"
+#include "server/start_checks.h"
 
 namespace lamina {
 namespace {
 
-int Fail(const absl::Status& status) {
-  spdlog::error("event=failed reason={}", Quoted(status.message()));
-  return 1;
+// The one line of a daemon that does not start, also where the log is off.
+int Fail(ExitCode code, const absl::Status& status) {
+  if (spdlog::should_log(spdlog::level::err)) {
+    spdlog::error("event=failed exit_code={} reason={}", static_cast<int>(code),
+                  Quoted(status.message()));
+  } else {
+    std::fprintf(stderr, "laminad: %s\n", std::string(status.message()).c_str());
+  }
+  return code;
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const Flags& flags) {
@@ -51,6 +60,14 @@ SessionOptions ToSessionOptions(const Flags& flags) {
   options.region_cap_bytes = flags.region_cap_bytes;
   options.total_region_cap_bytes = flags.total_region_cap_bytes;
   return options;
+}
+
+// All that the daemon is going to listen on.
+std::vector<std::string> AddressesOf(const Flags& flags) {
+  std::vector<std::string> addresses = flags.listen;
+  if (!flags.broker.empty()) addresses.push_back("unix:" + flags.broker);
+  if (!flags.metrics.empty()) addresses.push_back(flags.metrics);
+  return addresses;
 }
 
 // Signals are taken here alone: main blocked them before any thread began. Calls `look` about once
@@ -90,8 +107,29 @@ bool SaveAll(Engine& engine) {
 
 int Run(const Flags& flags, const sigset_t& signals) {
   const absl::Time started = absl::Now();
+  auto access = Access::Open({.tokens = flags.tokens,
+                              .roles = flags.roles,
+                              .client_certificates = !flags.tls_client_ca.empty(),
+                              .allowed_uids = flags.allow_uids});
+  if (!access.ok()) return Fail(kBadAccessFile, access.status());
+  std::unique_ptr<TlsFiles> tls;
+  if (!flags.tls_cert.empty()) {
+    auto opened = TlsFiles::Open({.certificate = flags.tls_cert,
+                                  .key = flags.tls_key,
+                                  .client_ca = flags.tls_client_ca});
+    if (!opened.ok()) return Fail(kBadAccessFile, opened.status());
+    tls = *std::move(opened);
+  }
+  if (!flags.checkpoints.empty()) {
+    if (absl::Status status = CheckCheckpointFolder(flags.checkpoints); !status.ok()) {
+      return Fail(kNoCheckpoints, status);
+    }
+  }
+  if (absl::Status status = CheckAddresses(AddressesOf(flags)); !status.ok()) {
+    return Fail(kCantListen, status);
+  }
   auto backend = OpenDevice(flags);
-  if (!backend.ok()) return Fail(backend.status());
+  if (!backend.ok()) return Fail(kNoDevice, backend.status());
   const DeviceInfo device = (*backend)->info();
 
   MetricSet metrics({.version = LAMINA_VERSION,
@@ -106,7 +144,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   engine_options.inline_cap_bytes = flags.inline_cap_bytes;
   engine_options.measure_peak = true;
   auto engine = Engine::Create(*std::move(backend), &metrics, engine_options);
-  if (!engine.ok()) return Fail(engine.status());
+  if (!engine.ok()) return Fail(kFailed, engine.status());
 
   MutationLogs mutations;
   SessionHooks hooks;
@@ -142,12 +180,13 @@ int Run(const Flags& flags, const sigset_t& signals) {
   if (!flags.broker.empty()) {
     auto opened =
         Broker::Start({.path = flags.broker, .allowed_uids = flags.allow_uids}, *sessions);
-    if (!opened.ok()) return Fail(opened.status());
+    if (!opened.ok()) return Fail(kCantListen, opened.status());
     broker = *std::move(opened);
   }
   Gate gate;
   SharedState state{.engine = **engine,
                     .sessions = *sessions,
+                    .access = **access,
                     .metrics = metrics,
                     .mutations = mutations,
                     .gate = gate,
@@ -155,12 +194,16 @@ int Run(const Flags& flags, const sigset_t& signals) {
                     .version = LAMINA_VERSION,
                     .commit = LAMINA_COMMIT,
                     .started = started};
-  auto server = GrpcServer::Start({.listen = flags.listen, .channelz = flags.channelz}, state);
-  if (!server.ok()) return Fail(server.status());
+  auto server = GrpcServer::Start({.listen = flags.listen,
+                                   .channelz = flags.channelz,
+                                   .tls = tls.get(),
+                                   .allowed_uids = flags.allow_uids},
+                                  state);
+  if (!server.ok()) return Fail(kCantListen, server.status());
   std::unique_ptr<MetricsExposer> exposer;
   if (!flags.metrics.empty()) {
     auto opened = MetricsExposer::Start(flags.metrics, metrics);
-    if (!opened.ok()) return Fail(opened.status());
+    if (!opened.ok()) return Fail(kCantListen, opened.status());
     exposer = *std::move(opened);
   }
 
@@ -176,6 +219,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
 
   bool healthy = true;
   WaitForStop(signals, [&] {
+    if (tls != nullptr) tls->Refresh();
+    if ((*access)->Refresh()) (*server)->LookAgain();
     const absl::Status health = (*engine)->health();
     if (health.ok() || !healthy) return;
     healthy = false;

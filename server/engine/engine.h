@@ -66,6 +66,7 @@ struct CallControl {
   uint64_t request_item = 0;     // the message's id in an Execute stream; 0: a call of its own
   absl::string_view trace_id;    // 32 hexadecimal digits; empty: none
   absl::string_view span_id;     // 16; the client's span
+  std::string caller;  // whose call it is, as Caller::identity; the engine does not care
 };
 
 // Of a call that was not begun because it would have had to wait. No other call answers ABORTED.

@@ -42,14 +42,15 @@ std::string Canonical(const Message& message) {
 // The mutation's session, or what is wrong with the mutation.
 inline absl::StatusOr<std::shared_ptr<Session>> MutatingSession(SharedState& state,
                                                                 bool has_mutation,
-                                                                const v1::Mutation& mutation) {
+                                                                const v1::Mutation& mutation,
+                                                              const CallControl& control) {
   if (!has_mutation) {
     return absl::InvalidArgumentError("mutation: is needed; this call changes something");
   }
   if (mutation.sequence() == 0) {
     return absl::InvalidArgumentError("mutation.sequence: 0 must be at least 1");
   }
-  return state.sessions.Find(mutation.session_id());
+  return state.sessions.Find(mutation.session_id(), control.caller);
 }
 
 // Runs `run` (absl::Status()) once for the request's (session, sequence), or answers as the first

@@ -132,7 +132,7 @@ absl::Status RunCall(SharedState& state, const v1::SetParametersRequest& request
                      const CallControl& control, v1::SetParametersResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
-  auto session = MutatingSession(state, request.has_mutation(), request.mutation());
+  auto session = MutatingSession(state, request.has_mutation(), request.mutation(), control);
   if (!session.ok()) return session.status();
   return RunOnce(state, **session, request, control, response,
                  [&] { return WriteParametersFrom(state, request, **session, control); });

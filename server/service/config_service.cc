@@ -41,7 +41,7 @@ grpc::ServerWriteReactor<v1::StreamParametersResponse>* ConfigServiceImpl::Strea
   workers_.Run([this, context, request, writer] {
     writer->Finish(ToGrpc(Guarded([&] {
       return lamina::StreamParameters(
-          state_, *request, ControlOf(context),
+          state_, *request, ControlOf(state_, context),
           [writer](const v1::StreamParametersResponse& part) { return writer->Write(part); });
     })));
   });

@@ -66,7 +66,7 @@ class ExecuteStream final
     : public grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse> {
  public:
   ExecuteStream(SharedState& state, Workers& workers, grpc::CallbackServerContext* context)
-      : state_(state), workers_(workers), control_(ControlOf(context)) {
+      : state_(state), workers_(workers), control_(ControlOf(state, context)) {
     std::unique_lock<std::mutex> lock(mutex_);
     Do(lock, Decide());
   }
@@ -224,6 +224,7 @@ class ExecuteStream final
     CallControl control;
     control.deadline = item.deadline;
     control.has_turn = place == Place::kDevice;
+    control.caller = control_.caller;
     control.cancelled = [&] {
       return item.cancelled || (control_.cancelled && control_.cancelled());
     };

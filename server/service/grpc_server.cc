@@ -4,7 +4,6 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server_builder.h>
-#include <sys/stat.h>
 
 #include <utility>
 
@@ -13,12 +12,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "grpc/health/v1/health.pb.h"
+#include "server/service/admission.h"
 #include "server/service/config_service.h"
 #include "server/service/layer_service.h"
 #include "server/service/rpc_metrics.h"
 #include "server/service/session_service.h"
+#include "server/service/unix_listener.h"
 #include "server/service/workers.h"
-#include "server/session/broker.h"
 
 namespace lamina {
 namespace {
@@ -29,7 +29,8 @@ constexpr const char* kServices[] = {"lamina.v1.LayerService", "lamina.v1.Config
 class GrpcServerImpl final : public GrpcServer {
  public:
   explicit GrpcServerImpl(SharedState& state)
-      : layer_(state, workers_), config_(state, workers_), session_(state, workers_) {}
+      : admission_(state.access, state.metrics),
+        layer_(state, workers_), config_(state, workers_), session_(state, workers_) {}
   ~GrpcServerImpl() override {
     if (server_ != nullptr) Shutdown(absl::Now());
   }
@@ -38,8 +39,13 @@ class GrpcServerImpl final : public GrpcServer {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     if (options.channelz) grpc::channelz::experimental::InitChannelzService();
+    std::vector<std::string> services(std::begin(kServices), std::end(kServices));
+    services.insert(services.end(),
+                    {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"});
+    if (options.channelz) services.emplace_back("grpc.channelz.v1.Channelz");
     // Names the file, so that its description is linked in and reflection finds it.
     grpc::health::v1::HealthCheckRequest::descriptor();
+    if (absl::Status status = CheckThatAllHaveRoles(services); !status.ok()) return status;
 
     grpc::ServerBuilder builder;
     std::vector<int> ports(options.listen.size(), 0);
@@ -47,9 +53,16 @@ class GrpcServerImpl final : public GrpcServer {
       const std::string& address = options.listen[i];
       absl::string_view path = address;
       if (absl::ConsumePrefix(&path, "unix:")) {
-        if (absl::Status status = PrepareSocketPath(std::string(path)); !status.ok()) return status;
+        auto listener =
+            UnixListener::Bind(std::string(path), options.allowed_uids, admission_, builder);
+        if (!listener.ok()) return listener.status();
+        unix_listeners_.push_back(*std::move(listener));
+        ports[i] = 1;
+        continue;
       }
-      builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &ports[i]);
+      builder.AddListeningPort(
+          address, options.tls == nullptr ? admission_.Plain() : admission_.Tls(*options.tls),
+          &ports[i]);
     }
     // Tensors up to the inline cap, and what is around them.
     const int largest =
@@ -61,15 +74,13 @@ class GrpcServerImpl final : public GrpcServer {
     std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>>
         interceptors;
     interceptors.push_back(std::make_unique<RpcMetricsFactory>(state.metrics));
+    interceptors.push_back(admission_.StreamWatch());
     builder.experimental().SetInterceptorCreators(std::move(interceptors));
     builder.RegisterService(&layer_);
     builder.RegisterService(&config_);
     builder.RegisterService(&session_);
     OrderedByGrpc();
-    // Nobody else may connect, not even before a chmod.
-    const mode_t mask = umask(0177);
     server_ = builder.BuildAndStart();
-    umask(mask);
     for (size_t i = 0; i < options.listen.size(); ++i) {
       if (server_ == nullptr || ports[i] == 0) {
         return absl::UnavailableError(
@@ -82,6 +93,7 @@ class GrpcServerImpl final : public GrpcServer {
       addresses_.push_back(std::move(address));
     }
     SetServing(false);
+    for (const auto& listener : unix_listeners_) listener->Start();
     return absl::OkStatus();
   }
 
@@ -93,7 +105,10 @@ class GrpcServerImpl final : public GrpcServer {
     for (const char* service : kServices) health->SetServingStatus(service, serving);
   }
 
+  void LookAgain() override { admission_.LookAgain(); }
+
   void Shutdown(absl::Time deadline) override {
+    unix_listeners_.clear();
     server_->Shutdown(absl::ToChronoTime(deadline));
     server_->Wait();
     server_.reset();
@@ -101,10 +116,12 @@ class GrpcServerImpl final : public GrpcServer {
   }
 
  private:
-  Workers workers_;  // first: the services give it their calls
+  Admission admission_;  // gRPC asks it as long as there is a server
+  Workers workers_;      // before the services, which give it their calls
   LayerServiceImpl layer_;
   ConfigServiceImpl config_;
   SessionServiceImpl session_;
+  std::vector<std::unique_ptr<UnixListener>> unix_listeners_;
   std::unique_ptr<grpc::Server> server_;
   std::vector<std::string> addresses_;
 };

@@ -59,7 +59,7 @@ absl::Status RunForward(SharedState& state, const v1::ForwardRequest& request, S
 
 absl::Status CheckAndRunForward(SharedState& state, const v1::ForwardRequest& request,
                                 const CallControl& control, v1::ForwardResponse* response) {
-  auto session = state.sessions.Find(request.session_id());
+  auto session = state.sessions.Find(request.session_id(), control.caller);
   if (!session.ok()) return session.status();
   const auto trains = [&]() -> absl::StatusOr<bool> {
     if (request.has_training()) return request.training();
@@ -70,13 +70,13 @@ absl::Status CheckAndRunForward(SharedState& state, const v1::ForwardRequest& re
   if (!request.has_mutation()) {
     const auto training = trains();
     if (!training.ok()) return training.status();
-    if (*training) return MutatingSession(state, false, request.mutation()).status();
+    if (*training) return MutatingSession(state, false, request.mutation(), control).status();
     return RunForward(state, request, **session, false, control, response);
   }
   if (request.mutation().session_id() != request.session_id()) {
     return absl::InvalidArgumentError("mutation.session_id: must be the same as session_id");
   }
-  auto mutating = MutatingSession(state, true, request.mutation());
+  auto mutating = MutatingSession(state, true, request.mutation(), control);
   if (!mutating.ok()) return mutating.status();
   // What the stack says is asked inside: a repeat is answered as at first, whatever became of it.
   return RunOnce(state, **session, request, control, response, [&]() -> absl::Status {
@@ -142,7 +142,7 @@ absl::Status Mutate(SharedState& state, const Request& request, const CallContro
                     Response* response, Run run) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
-  auto session = MutatingSession(state, request.has_mutation(), request.mutation());
+  auto session = MutatingSession(state, request.has_mutation(), request.mutation(), control);
   if (!session.ok()) return session.status();
   return RunOnce(state, **session, request, control, response, [&] { return run(**session); });
 }
@@ -179,7 +179,7 @@ absl::Status RunCall(SharedState& state, const v1::ReleaseContextRequest& reques
                      const CallControl& control, v1::ReleaseContextResponse*) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
-  auto session = state.sessions.Find(request.session_id());
+  auto session = state.sessions.Find(request.session_id(), control.caller);
   if (!session.ok()) return session.status();
   return state.engine.ReleaseContext(request.stack(), (*session)->key(), request.context_id(),
                                      control);
@@ -210,7 +210,7 @@ bool TryIt(SharedState& state, const Request& request, const std::string& sessio
   if (!state.engine.IsLight(request.stack(), effort, elements)) return false;
   // Whoever lets go of an ended session last waits for the device: that must not be while the turn
   // is held.
-  const auto session = state.sessions.Find(session_id);
+  const auto session = state.sessions.Find(session_id, control.caller);
   if (!session.ok()) return false;
   const DeviceTurn turn = state.engine.TryTurn();
   if (!turn) return false;

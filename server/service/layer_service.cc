@@ -13,7 +13,7 @@ template <typename Request, typename Response>
 grpc::ServerUnaryReactor* Serve(SharedState& state, Workers& workers,
                                 grpc::CallbackServerContext* context, const Request* request,
                                 Response* response) {
-  CallControl control = ControlOf(context);
+  CallControl control = ControlOf(state, context);
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
   absl::Status done;
   if (TryCall(state, *request, control, response, &done)) {

@@ -51,7 +51,7 @@ absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
   for (const ParameterRead& read : *reads) total += BytesOf(read);
 
   if (target.destination_case() == v1::TensorTarget::kSlice) {
-    auto session = state.sessions.Find(session_id);
+    auto session = state.sessions.Find(session_id, control.caller);
     if (!session.ok()) return session.status();
     const DType dtype = reads->empty() ? DType::kF32 : reads->front().dtype;
     auto where = ResolveSlice("target", target.slice(), total, SizeOf(dtype), **session);

@@ -5,6 +5,7 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include "server/service/admission.h"
 #include "server/service/calls.h"
 #include "server/service/shared_state.h"
 #include "server/service/status.h"
@@ -12,14 +13,16 @@
 
 namespace lamina {
 
-// A call's deadline and whether its client has gone. The context must outlive the result.
-inline CallControl ControlOf(grpc::ServerContextBase* context) {
+// A call's deadline, whether its client has gone, and whose it is. The context must outlive the
+// result.
+inline CallControl ControlOf(const SharedState& state, grpc::ServerContextBase* context) {
   CallControl control;
   const auto deadline = context->deadline();
   if (deadline != std::chrono::system_clock::time_point::max()) {
     control.deadline = absl::FromChrono(deadline);
   }
   control.cancelled = [context] { return context->IsCancelled(); };
+  control.caller = CallerOf(state.access, context);
   return control;
 }
 
@@ -29,7 +32,7 @@ void AnswerOnWorker(SharedState& state, Workers& workers, grpc::CallbackServerCo
                     const Request* request, Response* response, grpc::ServerUnaryReactor* reactor) {
   workers.Run([=, &state] {
     reactor->Finish(
-        ToGrpc(Guarded([&] { return RunCall(state, *request, ControlOf(context), response); })));
+        ToGrpc(Guarded([&] { return RunCall(state, *request, ControlOf(state, context), response); })));
   });
 }
 

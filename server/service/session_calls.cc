@@ -18,7 +18,7 @@ void Fill(const Region& region, v1::Region* out) {
 }  // namespace
 
 absl::Status RunCall(SharedState& state, const v1::CreateSessionRequest& request,
-                     const CallControl&, v1::CreateSessionResponse* response) {
+                     const CallControl& control, v1::CreateSessionResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
   const double grace = request.resume_grace_seconds();
@@ -26,7 +26,7 @@ absl::Status RunCall(SharedState& state, const v1::CreateSessionRequest& request
     return absl::InvalidArgumentError(
         absl::StrCat("resume_grace_seconds: ", grace, " must be at least 0"));
   }
-  auto opened = state.sessions.Open(request.client_name(), absl::Seconds(grace));
+  auto opened = state.sessions.Open(request.client_name(), absl::Seconds(grace), control.caller);
   if (!opened.ok()) return opened.status();
   const SessionOptions& options = state.sessions.options();
   response->set_session_id(opened->id);
@@ -42,15 +42,15 @@ absl::Status RunCall(SharedState& state, const v1::CreateSessionRequest& request
 }
 
 absl::Status RunCall(SharedState& state, const v1::DeleteSessionRequest& request,
-                     const CallControl&, v1::DeleteSessionResponse*) {
-  return state.sessions.Delete(request.session_id());
+                     const CallControl& control, v1::DeleteSessionResponse*) {
+  return state.sessions.Delete(request.session_id(), control.caller);
 }
 
-absl::Status RunCall(SharedState& state, const v1::CreateRegionRequest& request, const CallControl&,
+absl::Status RunCall(SharedState& state, const v1::CreateRegionRequest& request, const CallControl& control,
                      v1::CreateRegionResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
-  auto session = state.sessions.Find(request.session_id());
+  auto session = state.sessions.Find(request.session_id(), control.caller);
   if (!session.ok()) return session.status();
   switch (request.kind()) {
     case v1::REGION_KIND_UNSPECIFIED:
@@ -69,19 +69,19 @@ absl::Status RunCall(SharedState& state, const v1::CreateRegionRequest& request,
   return absl::OkStatus();
 }
 
-absl::Status RunCall(SharedState& state, const v1::ListRegionsRequest& request, const CallControl&,
+absl::Status RunCall(SharedState& state, const v1::ListRegionsRequest& request, const CallControl& control,
                      v1::ListRegionsResponse* response) {
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
-  auto session = state.sessions.Find(request.session_id());
+  auto session = state.sessions.Find(request.session_id(), control.caller);
   if (!session.ok()) return session.status();
   for (const auto& region : (*session)->ListRegions()) Fill(*region, response->add_regions());
   return absl::OkStatus();
 }
 
 absl::Status RunCall(SharedState& state, const v1::ReleaseRegionRequest& request,
-                     const CallControl&, v1::ReleaseRegionResponse*) {
-  auto session = state.sessions.Find(request.session_id());
+                     const CallControl& control, v1::ReleaseRegionResponse*) {
+  auto session = state.sessions.Find(request.session_id(), control.caller);
   if (!session.ok()) return session.status();
   return (*session)->ReleaseRegion(request.region_id());
 }

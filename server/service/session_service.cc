@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "server/service/admission.h"
 #include "server/service/status.h"
 
 namespace lamina {
@@ -23,8 +24,11 @@ namespace {
 // time, so who wants to do that holds a Link, which knows whether the stream is still there.
 class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::KeepAliveResponse> {
  public:
-  Keeper(SharedState& state, const grpc::CallbackServerContext& context)
-      : state_(state), context_(context), link_(std::make_shared<Link>()) {
+  Keeper(SharedState& state, grpc::CallbackServerContext& context)
+      : state_(state),
+        context_(context),
+        caller_(CallerOf(state.access, &context)),
+        link_(std::make_shared<Link>()) {
     link_->keeper = this;
     // A client that opens a stream must say whose it is, or the stream would stay for ever.
     first_message_.Set(absl::ToChronoTime(absl::Now() + state_.sessions.options().lease),
@@ -50,7 +54,7 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
       Close(*link_, absl::InvalidArgumentError("session_id: a KeepAlive stream keeps one session"));
       return;
     }
-    auto session = state_.sessions.Find(session_id_);
+    auto session = state_.sessions.Find(session_id_, caller_);
     if (!session.ok()) {
       Close(*link_, absl::DeadlineExceededError(kSilent));  // the reaper was faster
       return;
@@ -103,7 +107,7 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
 
   absl::Status Bind() {
     auto lost = [link = link_](const std::string& reason) { Close(*link, StatusOfLoss(reason)); };
-    auto keeping = state_.sessions.BindKeeper(request_.session_id(), std::move(lost));
+    auto keeping = state_.sessions.BindKeeper(request_.session_id(), std::move(lost), caller_);
     if (!keeping.ok()) return keeping.status();
     session_id_ = request_.session_id();
     keeper_ = keeping->keeper;
@@ -132,6 +136,7 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
 
   SharedState& state_;
   const grpc::CallbackServerContext& context_;  // lives until OnDone has returned
+  const std::string caller_;
   const std::shared_ptr<Link> link_;
   grpc::Alarm first_message_;
   std::string session_id_;  // empty until the first message named it

@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "server/access/access.h"
 #include "server/engine/engine.h"
 #include "server/engine/mutation_log.h"
 #include "server/metrics/metrics.h"
@@ -65,6 +66,7 @@ class MutationLogs {
 struct SharedState {
   Engine& engine;
   SessionManager& sessions;
+  Access& access;
   MetricSet& metrics;
   MutationLogs& mutations;
   Gate& gate;

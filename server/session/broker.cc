@@ -54,6 +54,7 @@ bool SomebodyListens(const sockaddr_un& address, int type) {
 
 struct Connection {
   int descriptor;
+  uid_t uid;
   absl::Time last_heard;
 };
 
@@ -124,7 +125,7 @@ class BrokerImpl final : public Broker {
         Connection c = connections_[i];
         bool open = true;
         if (watched[i + 2].revents != 0) {
-          open = Answer(c.descriptor);
+          open = Answer(c);
           c.last_heard = now;
         } else if (now - c.last_heard > options_.idle_timeout) {
           open = false;
@@ -158,11 +159,12 @@ class BrokerImpl final : public Broker {
       close(descriptor);
       return;
     }
-    connections_.push_back({descriptor, now});
+    connections_.push_back({descriptor, peer.uid, now});
   }
 
   // One packet. False: close the connection.
-  bool Answer(int descriptor) {
+  bool Answer(const Connection& from) {
+    const int descriptor = from.descriptor;
     char packet[kRequestSize + 1];
     const ssize_t got = recv(descriptor, packet, sizeof(packet), MSG_DONTWAIT);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return true;
@@ -172,7 +174,7 @@ class BrokerImpl final : public Broker {
     const std::string region_id(packet + sizeof(kMagic) + kIdSize, kIdSize);
     std::shared_ptr<Region> region;
     absl::StatusCode code = absl::StatusCode::kNotFound;
-    if (auto session = sessions_.Find(session_id); session.ok()) {
+    if (auto session = sessions_.FindLocally(session_id, from.uid); session.ok()) {
       if (auto found = (*session)->FindRegion(region_id); found.ok()) {
         region = *std::move(found);
         code = absl::StatusCode::kOk;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "server/session/region.h"
 
@@ -40,11 +41,12 @@ absl::Status NoSession() {
 
 class SessionImpl final : public Session {
  public:
-  SessionImpl(uint64_t key, std::string client_name, absl::Duration resume_grace,
+  SessionImpl(uint64_t key, std::string client_name, std::string owner, absl::Duration resume_grace,
               const SessionOptions& options, std::shared_ptr<Ledger> total,
               std::shared_ptr<const SessionHooks> hooks)
       : key_(key),
         client_name_(std::move(client_name)),
+        owner_(std::move(owner)),
         resume_grace_(resume_grace),
         region_cap_(options.region_cap),
         ledger_(std::make_shared<Ledger>(options.region_cap_bytes)),
@@ -59,6 +61,7 @@ class SessionImpl final : public Session {
 
   uint64_t key() const override { return key_; }
   const std::string& client_name() const override { return client_name_; }
+  const std::string& owner() const override { return owner_; }
   absl::Duration resume_grace() const override { return resume_grace_; }
 
   absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) override {
@@ -139,6 +142,7 @@ class SessionImpl final : public Session {
  private:
   const uint64_t key_;
   const std::string client_name_;
+  const std::string owner_;
   const absl::Duration resume_grace_;
   const int64_t region_cap_;
   const std::shared_ptr<Ledger> ledger_, total_;
@@ -169,8 +173,8 @@ class SessionManagerImpl final : public SessionManager {
     for (auto& [id, session] : sessions_) session->EndFor("shutdown");
   }
 
-  absl::StatusOr<Opened> Open(const std::string& client_name,
-                              absl::Duration resume_grace) override {
+  absl::StatusOr<Opened> Open(const std::string& client_name, absl::Duration resume_grace,
+                              const std::string& owner) override {
     const bool printable = std::all_of(client_name.begin(), client_name.end(),
                                        [](char c) { return c >= 0x20 && c < 0x7F; });
     if (client_name.size() > kLongestName || !printable) {
@@ -187,7 +191,7 @@ class SessionManagerImpl final : public SessionManager {
                          " sessions, the most that this daemon holds (--session-cap)"));
       }
       auto session = std::make_shared<SessionImpl>(
-          ++last_key_, client_name, std::min(resume_grace, options_.resume_grace_cap), options_,
+          ++last_key_, client_name, owner, std::min(resume_grace, options_.resume_grace_cap), options_,
           total_, hooks_);
       session->opened = absl::Now();
       session->expires = session->opened + options_.lease;
@@ -198,20 +202,29 @@ class SessionManagerImpl final : public SessionManager {
     return opened;
   }
 
-  absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id) override {
+  absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id,
+                                                const std::string& caller) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return Renewed(Of(id, caller));
+  }
+
+  absl::StatusOr<std::shared_ptr<Session>> FindLocally(const std::string& id,
+                                                       uid_t peer) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return NoSession();
-    if (!found->second->adrift) found->second->expires = absl::Now() + options_.lease;
-    return std::shared_ptr<Session>(found->second);
+    const std::string& owner = found->second->owner();
+    if (absl::StartsWith(owner, "uid:") && owner != absl::StrCat("uid:", peer)) return NoSession();
+    return Renewed(found);
   }
 
-  absl::StatusOr<Keeping> BindKeeper(const std::string& id, Lost lost) override {
+  absl::StatusOr<Keeping> BindKeeper(const std::string& id, Lost lost,
+                                     const std::string& caller) override {
     Keeping keeping;
     Lost taken_over;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = sessions_.find(id);
+      const auto found = Of(id, caller);
       if (found == sessions_.end()) return NoSession();
       SessionImpl& session = *found->second;
       const absl::Time now = absl::Now();
@@ -268,11 +281,11 @@ class SessionManagerImpl final : public SessionManager {
     return adrift;
   }
 
-  absl::Status Delete(const std::string& id) override {
+  absl::Status Delete(const std::string& id, const std::string& caller) override {
     Ended ended;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = sessions_.find(id);
+      const auto found = Of(id, caller);
       if (found == sessions_.end()) return NoSession();
       ended = Take(found, "deleted");
     }
@@ -319,6 +332,21 @@ class SessionManagerImpl final : public SessionManager {
     std::shared_ptr<SessionImpl> session;
     Lost lost;
   };
+
+  // The session, if it is this caller's. Needs mutex_.
+  Sessions::iterator Of(const std::string& id, const std::string& caller) {
+    const auto found = sessions_.find(id);
+    if (found == sessions_.end()) return found;
+    const std::string& owner = found->second->owner();
+    return owner.empty() || owner == caller ? found : sessions_.end();
+  }
+
+  // Needs mutex_.
+  absl::StatusOr<std::shared_ptr<Session>> Renewed(Sessions::iterator found) {
+    if (found == sessions_.end()) return NoSession();
+    if (!found->second->adrift) found->second->expires = absl::Now() + options_.lease;
+    return std::shared_ptr<Session>(found->second);
+  }
 
   // The session, if this is its keeper. Needs mutex_.
   Sessions::iterator KeptBy(const std::string& id, uint64_t keeper) {

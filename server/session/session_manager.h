@@ -13,6 +13,8 @@
 // and no log line. Threads: all methods from any thread.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -65,6 +67,7 @@ class Session {
   virtual ~Session() = default;
   virtual uint64_t key() const = 0;  // no secret; never used twice
   virtual const std::string& client_name() const = 0;
+  virtual const std::string& owner() const = 0;
   virtual absl::Duration resume_grace() const = 0;  // as granted; zero: none
 
   // RESOURCE_EXHAUSTED with the numbers of the cap, or of the memory that is free; INVALID_ARGUMENT
@@ -85,12 +88,22 @@ class SessionManager {
     std::string id;
     std::shared_ptr<Session> session;
   };
-  // `resume_grace`, >= 0, is granted up to the cap. INVALID_ARGUMENT: the name.
-  // RESOURCE_EXHAUSTED: the cap on sessions.
+  // `resume_grace`, >= 0, is granted up to the cap. `owner`: who made it, "uid:1000" for a user of
+  // this host; empty: nobody in particular. INVALID_ARGUMENT: the name. RESOURCE_EXHAUSTED: the cap
+  // on sessions.
   virtual absl::StatusOr<Opened> Open(const std::string& client_name,
-                                      absl::Duration resume_grace = absl::ZeroDuration()) = 0;
+                                      absl::Duration resume_grace = absl::ZeroDuration(),
+                                      const std::string& owner = "") = 0;
+  // Here and below, a session with an owner is there for that `caller` alone; for others it is
+  // NOT_FOUND, as one that never was.
+  //
   // Renews the lease. NOT_FOUND.
-  virtual absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id) = 0;
+  virtual absl::StatusOr<std::shared_ptr<Session>> Find(const std::string& id,
+                                                        const std::string& caller = "") = 0;
+  // The same for a process of this host that knows the id: a user's session is that user's alone,
+  // one that was made over the network anybody's who knows it.
+  virtual absl::StatusOr<std::shared_ptr<Session>> FindLocally(const std::string& id,
+                                                               uid_t peer) = 0;
 
   // How a keeper came to a session: as its first, to one that was adrift, or in place of another.
   enum class Arrival : uint8_t { kFirst, kReconnected, kTookOver };
@@ -105,7 +118,8 @@ class SessionManager {
   // NOT_FOUND. `lost` may be empty; it is called, once and without locks held, if the session ends
   // in another way than by this keeper, or is taken over: then its reason is "taken_over".
   using Lost = std::function<void(const std::string& reason)>;
-  virtual absl::StatusOr<Keeping> BindKeeper(const std::string& id, Lost lost) = 0;
+  virtual absl::StatusOr<Keeping> BindKeeper(const std::string& id, Lost lost,
+                                             const std::string& caller = "") = 0;
   // The keeper has ended in order. Ends the session; the end hook runs on another thread. Nothing
   // happens where that has ended, or has another keeper.
   virtual void UnbindKeeper(const std::string& id, uint64_t keeper, const std::string& reason) = 0;
@@ -113,7 +127,7 @@ class SessionManager {
   // ends for "keep_alive_broken", or nothing happened, as for UnbindKeeper.
   virtual bool BreakKeeper(const std::string& id, uint64_t keeper) = 0;
   // Ends the session; where no call holds it, its end hook has run when this returns. NOT_FOUND.
-  virtual absl::Status Delete(const std::string& id) = 0;
+  virtual absl::Status Delete(const std::string& id, const std::string& caller = "") = 0;
 
   // A session as an operator sees it; nothing of it is a secret.
   struct View {

@@ -101,8 +101,10 @@ Daemon::Daemon() : metrics_({.version = "0", .commit = "", .backend = "cpu", .de
                                       .region_cap_bytes = 4 * kRegionBytes,
                                       .total_region_cap_bytes = 6 * kRegionBytes},
                                      std::move(hooks));
+  access_ = Must(Access::Open({}));
   state_ = std::make_unique<SharedState>(SharedState{.engine = *engine_,
                                                      .sessions = *sessions_,
+                                                     .access = *access_,
                                                      .metrics = metrics_,
                                                      .mutations = mutations_,
                                                      .gate = gate_,

@@ -88,6 +88,7 @@ class Daemon {
   MutationLogs mutations_;
   std::unique_ptr<SessionManager> sessions_;
   Gate gate_;
+  std::unique_ptr<Access> access_;
   std::unique_ptr<SharedState> state_;
   std::map<const google::protobuf::Descriptor*, Handler> handlers_;
   // For streams, which are handled by gRPC's callbacks.

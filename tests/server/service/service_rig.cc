@@ -48,8 +48,10 @@ Service::Service(const ServiceOptions& options)
   sessions_ = SessionManager::Create(options.sessions, std::move(hooks));
   const std::string broker = folder_.path() + "/broker.sock";
   broker_ = Value(Broker::Start({.path = broker}, *sessions_));
+  access_ = Value(Access::Open({}));
   state_ = std::make_unique<SharedState>(SharedState{.engine = *engine_,
                                                      .sessions = *sessions_,
+                                                     .access = *access_,
                                                      .metrics = metrics_,
                                                      .mutations = mutations_,
                                                      .gate = gate_,

@@ -69,6 +69,7 @@ class Service {
   std::unique_ptr<SessionManager> sessions_;
   std::unique_ptr<Broker> broker_;
   Gate gate_;
+  std::unique_ptr<Access> access_;
   std::unique_ptr<SharedState> state_;
   std::unique_ptr<GrpcServer> server_;
 };
