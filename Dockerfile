@@ -2,22 +2,24 @@
 #
 #   scripts/build-image                                                   without a registry, from Debian's packages
 #   docker build -t lamina .                                              CPU only
-#   docker build -t lamina --build-arg BUILD_IMAGE=<CUDA devel image on Debian 12> \
-#                          --build-arg BASE_IMAGE=<CUDA runtime image on Debian 12> --build-arg CUDA=ON .
+#   docker build -t lamina --build-arg CUDA=ON --build-arg CUDA_FROM=pypi .
+#                                                                         CUDA, the toolkit from NVIDIA's wheels; or
+#   docker build -t lamina --build-arg CUDA=ON --build-arg BUILD_IMAGE=<CUDA devel image on Debian 12> .
 #
-# Both images must be Debian 12 or carry its libraries; the base needs libc, libstdc++ and libgcc, no shell, and for CUDA
-# libcublasLt.so.13.
+# Both images must be Debian 12 or carry its libraries; the base needs libc, libstdc++ and libgcc, no shell and no CUDA.
 ARG BASE_IMAGE=debian:12-slim
 ARG BUILD_IMAGE=debian:12
 
 FROM ${BUILD_IMAGE} AS build
 ARG CUDA=OFF
+ARG CUDA_FROM=
 ARG REVISION=
 WORKDIR /src
 COPY scripts/setup scripts/setup
 RUN scripts/setup image
 COPY . .
-RUN LAMINA_CUDA=${CUDA} LAMINA_TESTS=OFF LAMINA_COMMIT=${REVISION} scripts/build release laminad lamina_cli && \
+RUN LAMINA_CUDA=${CUDA} LAMINA_CUDA_FROM=${CUDA_FROM} LAMINA_TESTS=OFF LAMINA_COMMIT=${REVISION} \
+        scripts/build release laminad lamina_cli && \
     scripts/image-root build/release/bin /image
 
 FROM ${BASE_IMAGE}
@@ -38,7 +40,8 @@ ENV LD_LIBRARY_PATH=/opt/lamina/lib \
     LAMINA_LISTEN=unix:/run/lamina/laminad.sock \
     LAMINA_METRICS=0.0.0.0:9464 \
     LAMINA_CHECKPOINTS=/var/lib/lamina \
-    LAMINA_TARGET=unix:/run/lamina/laminad.sock
+    LAMINA_TARGET=unix:/run/lamina/laminad.sock \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532
 VOLUME /var/lib/lamina
 EXPOSE 9464
