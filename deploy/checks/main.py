@@ -24,10 +24,9 @@ def dockerfile():
     text = (ROOT / "Dockerfile").read_text()
     if not re.search(r"^USER 65532:65532$", text, re.MULTILINE):
         yield "USER is not 65532, which the manifests run as"
-    for name in re.findall(r"\b(LAMINA_[A-Z_]+)=", text):
+    for name in re.findall(r"\b(LAMINA_[A-Z_]+)=", text.rsplit("\nFROM ", 1)[1]):
         if name not in settings.daemon_settings() and name not in settings.usage(settings.LAMINA):
-            if name not in ("LAMINA_CUDA", "LAMINA_TESTS"):
-                yield f"neither laminad nor lamina has a setting {name}"
+            yield f"neither laminad nor lamina has a setting {name}"
 
 
 def yaml_style():
@@ -57,6 +56,11 @@ def chart_is_right():
             except helm.HelmError:
                 continue
             yield f"values.schema.json takes {values}"
+        try:
+            chart.render({"auth": {"tokensSecret": "tokens"}}, name="laminad", namespace="lamina")
+            yield "the chart takes tokens without TLS"
+        except helm.HelmError:
+            pass
         version = re.search(r"project\(lamina VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
         if chart.metadata["appVersion"] != version:
             yield f"appVersion is {chart.metadata['appVersion']}, the project's version {version}"

@@ -25,6 +25,7 @@ CHART_VALUES = {
     "tls": {"tls": {"enabled": True}},
     "all": {
         **CPU, "tls": {"enabled": True, "certManager": {"issuerRef": {"kind": "ClusterIssuer", "name": "site"}}},
+        "auth": {"tokensSecret": "lamina-tokens", "roles": True},
         "monitoring": MONITORED, "allowUids": [1000, 1001], "env": {"LAMINA_LEASE": "60"},
         "imagePullSecrets": [{"name": "pull"}], "runtimeClassName": "nvidia", "priorityClassName": "training",
     },

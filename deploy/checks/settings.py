@@ -182,7 +182,7 @@ def around_a_pod(objects, pod):
             yield f"no claim {claim}"
         secret = volume.get("secret", {}).get("secretName")
         made = {c["spec"]["secretName"] for c in by_kind.get("Certificate", [])}
-        if secret and secret not in made:
+        if secret and volume["name"] == "tls" and secret not in made:
             yield f"no certificate makes the secret {secret}"
     accounts = {account["metadata"]["name"] for account in by_kind.get("ServiceAccount", [])}
     if pod["spec"].get("serviceAccountName") not in accounts:
