@@ -42,14 +42,16 @@ def with_every_comparison_answered(expression):
 
 
 class GpuExporter(http.server.BaseHTTPRequestHandler):
-    """Stands in for dcgm-exporter, which needs a GPU: the dashboard's series of one card, by its UUID."""
+    """Stands in for dcgm-exporter, which needs a GPU: the dashboard's series of two cards, by their UUIDs."""
 
     def do_GET(self):
         names = set().union(*(set(re.findall(r"DCGM_FI_\w+", e)) for _, e in dashboard_expressions()))
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4")
         self.end_headers()
-        self.wfile.write("".join(f'{name}{{gpu="0",UUID="{UUID}"}} 42\n' for name in sorted(names)).encode())
+        # The second card has no daemon.
+        cards = f'{{gpu="0",UUID="{UUID}"}} 42', '{gpu="1",UUID="GPU-other"} 7'
+        self.wfile.write("".join(f"{name}{card}\n" for name in sorted(names) for card in cards).encode())
 
     def log_message(self, *_):
         pass
