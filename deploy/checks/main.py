@@ -61,9 +61,19 @@ def chart_is_right():
             yield "the chart takes tokens without TLS"
         except helm.HelmError:
             pass
-        version = re.search(r"project\(lamina VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
-        if chart.metadata["appVersion"] != version:
-            yield f"appVersion is {chart.metadata['appVersion']}, the project's version {version}"
+
+
+def versions_agree():
+    version = re.search(r"project\(lamina VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
+    said = {"Dockerfile": re.search(r"^ARG VERSION=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)}
+    with helm.Chart.load(render.CHART) as chart:
+        said["the chart's version"], said["the chart's appVersion"] = chart.version, chart.metadata["appVersion"]
+    for path in render.DEPLOY.glob("kubernetes/*/**/kustomization.yaml"):
+        for tag in re.findall(r"newTag: (.*)", path.read_text()):
+            said[str(path.relative_to(ROOT))] = tag
+    for where, tag in said.items():
+        if tag != version:
+            yield f"{where} says {tag}, the project is {version}"
 
 
 class Report:
@@ -92,6 +102,7 @@ def main():
     report.check("dashboard", observability.dashboard_is_right(),
                  f"{sum(len(panel['targets']) for _, panel in observability.panels())} queries")
     report.check("Dockerfile (hadolint)", dockerfile())
+    report.check("versions", versions_agree())
     report.check("chart (helm lint, values.schema.json)", chart_is_right())
 
     with tempfile.TemporaryDirectory(prefix="lamina-deploy-") as temporary:

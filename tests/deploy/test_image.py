@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import tarfile
 
@@ -9,6 +10,7 @@ import pytest
 from daemon import BINARY
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+VERSION = re.search(r"project\(lamina VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def image():
     files = {}
     with tarfile.open(ROOT / "build/image/lamina.tar") as archive:
         (manifest,) = json.load(archive.extractfile("manifest.json"))
-        assert manifest["RepoTags"] == ["lamina:0.1.0"] or manifest["RepoTags"] == ["docker.io/library/lamina:0.1.0"]
+        assert any(tag.split("/")[-1] == f"lamina:{VERSION}" for tag in manifest["RepoTags"])
         settings = json.load(archive.extractfile(manifest["Config"]))["config"]
         for layer in manifest["Layers"]:
             # Layers may be links to others of the archive.
@@ -39,7 +41,7 @@ def test_settings(image):
     assert settings["Healthcheck"]["Test"] == ["CMD", "/opt/lamina/bin/lamina", "health"]
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in settings["Labels"].items()}
     assert {"title", "description", "licenses", "version", "revision"} <= labels.keys()
-    assert labels["version"] == "0.1.0" and labels["licenses"] == "Apache-2.0" and labels["revision"]
+    assert labels["version"] == VERSION and labels["licenses"] == "Apache-2.0" and labels["revision"]
 
 
 def test_only_what_runs(image):
