@@ -4,6 +4,11 @@ through RPC with regions, against PyTorch on the same cores; and what the RPC co
 
 The sides alternate, a step each, so that a machine whose speed drifts is fair to both. PyTorch runs with the
 thread count at which it is fastest here. Times are medians in milliseconds.
+
+What the RPC costs is the round trip of an evaluation Forward (B 1, S 8) by regions over the Unix socket without the
+compute time that its answer tells: rpc_forward_overhead_ms with a bare client in C++ (round_trip), and
+rpc_forward_overhead_python_ms through Python's client, which adds what its interpreter takes. rpc_empty_ms is gRPC's own
+health Check from the C++ client, between the Forwards.
 """
 
 import argparse
@@ -11,6 +16,7 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 
@@ -18,7 +24,7 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests/e2e"), str(ROOT / "client/python")]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/e2e"), str(ROOT / "client/python")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -27,6 +33,7 @@ from torch.nn import functional as F  # noqa: E402
 
 import lamina  # noqa: E402
 from daemon import Daemon  # noqa: E402
+from in_process import find_binary  # noqa: E402
 
 LAYERS, HIDDEN, HEADS, SEQ, BATCH, DROPOUT = 4, 256, 8, 128, 8, 0.1
 
@@ -62,6 +69,16 @@ def seconds(call):
 
 def median_ms(samples):
     return statistics.median(samples) * 1e3
+
+
+def measure_round_trips(target):
+    """What round_trip says of a Forward like Python's."""
+    shape = f"1,8,{HIDDEN},{HEADS},{4 * HIDDEN},{LAYERS}"
+    done = subprocess.run([find_binary("round_trip", "cpu"), "--target", target, "--shape", shape, "--calls", "500"],
+                          capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr.strip())
+    return json.loads(done.stdout)
 
 
 def main():
@@ -108,19 +125,19 @@ def main():
             ours.append(seconds(our_step))
             theirs.append(seconds(peer_step))
 
-        # What a Forward's round trip costs beyond the device's own time, from the timing in its answer.
-        overhead = []
+        from_python = []
         for _ in range(200):
             began = time.perf_counter()
             stack.forward(ours_x[:1, :8], training=False)
-            timing = stack.last_timing
-            overhead.append(time.perf_counter() - began - timing.compute_seconds)
-        empty = [seconds(client.ping) for _ in range(500)]
+            from_python.append(time.perf_counter() - began - stack.last_timing.compute_seconds)
+        round_trips = measure_round_trips(daemon.target)
         transport = str(client.transport)
 
     result = {
         "ours_ms": median_ms(ours), "torch_ms": median_ms(theirs), "ratio": median_ms(ours) / median_ms(theirs),
-        "rpc_empty_ms": median_ms(empty), "rpc_forward_overhead_ms": median_ms(overhead),
+        "rpc_empty_ms": round_trips["rpc_empty"]["median"] / 1e3,
+        "rpc_forward_overhead_ms": round_trips["region_roundtrip"]["median"] / 1e3,
+        "rpc_forward_overhead_python_ms": median_ms(from_python),
         "torch": torch.__version__, "torch_threads": threads, "torch_ms_by_threads": tried, "cores": cores,
         "transport": transport, "steps": args.steps, "date": time.strftime("%Y-%m-%d"),
         "shape": {"layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "seq": SEQ, "batch": BATCH, "dropout": DROPOUT},
@@ -131,8 +148,9 @@ def main():
           f"  laminad by {transport}        {result['ours_ms']:8.2f} ms\n"
           f"  PyTorch {torch.__version__}, {threads} threads {result['torch_ms']:8.2f} ms\n"
           f"  ratio                    {result['ratio']:8.2f}\n"
-          f"empty call                 {result['rpc_empty_ms']:8.3f} ms\n"
-          f"Forward beyond its compute {result['rpc_forward_overhead_ms']:8.3f} ms")
+          f"empty call               {result['rpc_empty_ms']:8.3f} ms\n"
+          f"Forward beyond its compute {result['rpc_forward_overhead_ms']:6.3f} ms, "
+          f"from Python {result['rpc_forward_overhead_python_ms']:.3f} ms")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // What a round trip to a daemon costs, in one process over one connection: gRPC's own health Check
-// (an empty call), a Forward of a tiny stack with slices of a region, and the same Forward as one
-// item of an Execute stream, sent when the last one was answered. bench/remote runs it.
+// (an empty call), a Forward of a stack, tiny unless told, with slices of a region, and the same
+// Forward as one item of an Execute stream, sent when the last one was answered. bench/remote and
+// bench/cpu_bench.py run it.
 //
 // The three take turns, 50 calls each, so that a machine whose speed drifts is fair to all. The raw
 // stubs are called: no client library is in between. The Forwards' times are without what the
@@ -36,10 +37,18 @@ using Clock = std::chrono::steady_clock;
 using Json = nlohmann::ordered_json;
 
 constexpr int kCallsOfATurn = 50;
-constexpr int64_t kHidden = 16;
-constexpr uint64_t kTensorBytes = kHidden * sizeof(float);  // B 1, S 1
-constexpr uint64_t kOutputOffset = 4096;
 constexpr const char* kStack = "round-trip";
+
+// Of the stack, fp32, and of a call's tensors.
+struct Shape {
+  int64_t batch = 1, seq = 1, hidden = 16, heads = 1, intermediate = 16, layers = 1;
+
+  uint64_t tensor_bytes() const {
+    return static_cast<uint64_t>(batch * seq * hidden) * sizeof(float);
+  }
+  // Of the output behind the input.
+  uint64_t output_offset() const { return (tensor_bytes() + 4095) / 4096 * 4096; }
+};
 
 void Check(const grpc::Status& status) {
   if (!status.ok()) {
@@ -80,8 +89,9 @@ class Times {
 // The daemon with a session, a region and a stack of its own, which is deleted with it.
 class Daemon {
  public:
-  explicit Daemon(const std::string& target)
-      : channel_(grpc::CreateChannel(target, grpc::InsecureChannelCredentials())),
+  Daemon(const std::string& target, const Shape& shape)
+      : shape_(shape),
+        channel_(grpc::CreateChannel(target, grpc::InsecureChannelCredentials())),
         health_(health::Health::NewStub(channel_)),
         layers_(pb::LayerService::NewStub(channel_)),
         config_(pb::ConfigService::NewStub(channel_)),
@@ -157,7 +167,7 @@ class Daemon {
   void CreateRegion() {
     pb::CreateRegionRequest request;
     request.set_session_id(session_id_);
-    request.set_size_bytes(2 * kOutputOffset);
+    request.set_size_bytes(2 * shape_.output_offset());
     pb::CreateRegionResponse answer;
     grpc::ClientContext context;
     Check(sessions_->CreateRegion(&context, request, &answer));
@@ -168,12 +178,12 @@ class Daemon {
     pb::CreateStackRequest request;
     request.set_name(kStack);
     pb::StackConfig& config = *request.mutable_config();
-    config.set_batch_size(1);
-    config.set_max_seq_length(1);
-    config.set_hidden_size(kHidden);
-    config.set_heads(1);
-    config.set_intermediate_size(kHidden);
-    config.set_num_hidden_layers(1);
+    config.set_batch_size(shape_.batch);
+    config.set_max_seq_length(shape_.seq);
+    config.set_hidden_size(shape_.hidden);
+    config.set_heads(shape_.heads);
+    config.set_intermediate_size(shape_.intermediate);
+    config.set_num_hidden_layers(shape_.layers);
     pb::CreateStackResponse answer;
     grpc::ClientContext context;
     Check(config_->CreateStack(&context, request, &answer));
@@ -185,17 +195,18 @@ class Daemon {
     request->set_training(false);
     pb::Tensor& input = *request->mutable_input();
     input.set_dtype(pb::DATA_TYPE_FLOAT32);
-    for (const int64_t extent : {int64_t{1}, int64_t{1}, kHidden}) input.add_shape(extent);
+    for (const int64_t extent : {shape_.batch, shape_.seq, shape_.hidden}) input.add_shape(extent);
     FillSlice(0, input.mutable_slice());
-    FillSlice(kOutputOffset, request->mutable_output()->mutable_slice());
+    FillSlice(shape_.output_offset(), request->mutable_output()->mutable_slice());
   }
 
   void FillSlice(uint64_t offset, pb::Slice* slice) const {
     slice->set_region_id(region_id_);
     slice->set_offset_bytes(offset);
-    slice->set_size_bytes(kTensorBytes);
+    slice->set_size_bytes(shape_.tensor_bytes());
   }
 
+  const Shape shape_;
   const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<health::Health::Stub> health_;
   const std::unique_ptr<pb::LayerService::Stub> layers_;
@@ -207,8 +218,8 @@ class Daemon {
   uint64_t last_id_ = 0;
 };
 
-Json Measure(const std::string& target, int calls) {
-  Daemon daemon(target);
+Json Measure(const std::string& target, const Shape& shape, int calls) {
+  Daemon daemon(target, shape);
   Times empty, forward, execute, warm_up;
   const int turns = (calls + kCallsOfATurn - 1) / kCallsOfATurn;
   for (int turn = -1; turn < turns; ++turn) {
@@ -225,15 +236,23 @@ Json Measure(const std::string& target, int calls) {
 int Main(int argc, char** argv) {
   std::string target;
   int calls = 3000;
+  std::vector<int64_t> sizes{1, 1, 16, 1, 16, 1};
   CLI::App app{
-      "Round trips to a daemon: an empty call, a tiny Forward by a region, the same on an Execute "
+      "Round trips to a daemon: an empty call, a Forward by a region, the same on an Execute "
       "stream."};
   app.add_option("--target", target, "The daemon, such as unix:PATH")->required();
   app.add_option("--calls", calls, "Of each kind, rounded up to 50s [3000]")
       ->check(CLI::Range(1, 10000000));
+  app.add_option("--shape", sizes, "Of the Forward, fp32: B,S,H,A,I,L [1,1,16,1,16,1]")
+      ->delimiter(',')
+      ->expected(6)
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   CLI11_PARSE(app, argc, argv);
   try {
-    std::cout << Measure(target, calls).dump() << std::endl;
+    std::cout << Measure(target, Shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]},
+                         calls)
+                     .dump()
+              << std::endl;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "round_trip: %s\n", error.what());
     return 1;

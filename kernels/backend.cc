@@ -2,6 +2,7 @@
 #include "lamina/kernels/backend.h"
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -311,6 +312,18 @@ void CheckAdamTensors(ArgsCheck& check, const Args& args, Extent& n) {
 }
 
 }  // namespace
+
+absl::StatusOr<std::unique_ptr<SharedMemory>> Backend::AllocateShared(size_t /*bytes*/,
+                                                                      SharingKind /*kind*/) {
+  return absl::UnimplementedError(
+      absl::StrCat(info_.kind, ": has no device memory that another process could map"));
+}
+
+absl::Status Backend::Signal(uint64_t* at, uint64_t value) {
+  // Ops of a backend that keeps this have run when they return.
+  std::atomic_ref<uint64_t>(*at).store(value, std::memory_order_release);
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::unique_ptr<Backend>> Backend::Create(const std::string& device, int threads) {
   if (threads < 0)

@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
@@ -11,6 +12,16 @@
 
 namespace lamina {
 namespace {
+
+constexpr const char* kFooter = R"(Exit codes:
+  0  stopped in order
+  1  could not drain or save in order, or failed while it ran
+  2  wrong flags
+  3  can't listen
+  4  a certificate, key, tokens or roles file is wrong
+  5  the checkpoint folder can't be used
+  6  the device can't be used
+From 2 on: one line on standard error says why, and nothing has listened.)";
 
 // /run/lamina for root, the user's own runtime folder else.
 std::string DefaultSocket() {
@@ -72,6 +83,11 @@ std::string Complaint(const Flags& f) {
        f.device.find_first_not_of("0123456789", 5) != std::string::npos)) {
     return "--device " + f.device + ": must be auto, cpu or cuda:N";
   }
+  // The kernel's word for nobody.
+  if (std::find(f.allow_uids.begin(), f.allow_uids.end(), static_cast<uid_t>(-1)) !=
+      f.allow_uids.end()) {
+    return "--allow-uid " + std::to_string(static_cast<uid_t>(-1)) + ": is no user";
+  }
   if (f.tls_cert.empty() != f.tls_key.empty()) {
     return f.tls_key.empty() ? "--tls-cert: needs --tls-key FILE"
                              : "--tls-key: needs --tls-cert FILE";
@@ -79,10 +95,30 @@ std::string Complaint(const Flags& f) {
   if (!f.tls_client_ca.empty() && f.tls_cert.empty()) {
     return "--tls-client-ca: needs --tls-cert FILE and --tls-key FILE";
   }
+  if (f.metrics_token && f.tokens.empty()) return "--metrics-token: needs --tokens FILE";
   if (f.final_checkpoint && f.checkpoints.empty()) {
     return "--final-checkpoint: needs --checkpoints DIR";
   }
   return "";
+}
+
+// What each option came to: as given, on the command line or by the environment, or its default.
+std::vector<std::pair<std::string, std::string>> AllSettings(const CLI::App& app) {
+  std::vector<std::pair<std::string, std::string>> settings;
+  for (const CLI::Option* option : app.get_options()) {
+    const std::vector<std::string>& names = option->get_lnames();
+    if (names.empty() || names.front() == "help" || names.front() == "version") continue;
+    std::string value = option->get_default_str();
+    if (option->count() > 0) {
+      value.clear();
+      for (const std::string& result : option->reduced_results())
+        value += (value.empty() ? "" : ",") + result;
+    } else if (option->get_expected_max() == 0) {
+      value = "false";  // a flag
+    }
+    settings.emplace_back(names.front(), value);
+  }
+  return settings;
 }
 
 }  // namespace
@@ -92,14 +128,8 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
   CLI::App app{
       "laminad: owns transformer layer stacks in one device's memory and serves them over gRPC.\n"
       "Stops on SIGTERM or SIGINT: refuses new calls, finishes running ones, exits with 0; a "
-      "second signal "
-      "stops it at once.\n"
-      "Exit codes: 0 stopped in order; 1 failed while it ran or drained; 2 wrong flags; 3 can't "
-      "listen;\n"
-      "4 a certificate, key, tokens or roles file is wrong; 5 the checkpoint folder can't be used; "
-      "6 the device\n"
-      "can't. From 2 on: one line says why, and nothing has listened. docs/operations.md says "
-      "more."};
+      "second signal stops it at once."};
+  app.footer(kFooter);
   app.set_version_flag("--version", "laminad " + version);
   app.get_formatter()->column_width(34);
 
@@ -167,6 +197,19 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
       ->envname("LAMINA_TOTAL_REGION_CAP_BYTES")
       ->transform(CLI::AsSizeValue(false))
       ->capture_default_str();
+  f.device_region_cap_bytes = uint64_t{4} << 30;
+  app.add_option("--device-region-cap-bytes", f.device_region_cap_bytes,
+                 "Bytes of a session's regions in device memory together; 0: there are none")
+      ->envname("LAMINA_DEVICE_REGION_CAP_BYTES")
+      ->transform(CLI::AsSizeValue(false))
+      ->capture_default_str();
+  f.total_device_region_cap_bytes = uint64_t{8} << 30;
+  app.add_option("--total-device-region-cap-bytes", f.total_device_region_cap_bytes,
+                 "Bytes of all sessions' regions in device memory together: what stacks may be "
+                 "short of; 0: there are none")
+      ->envname("LAMINA_TOTAL_DEVICE_REGION_CAP_BYTES")
+      ->transform(CLI::AsSizeValue(false))
+      ->capture_default_str();
   f.lease_seconds = 30;
   app.add_option("--lease", f.lease_seconds, "Longest silence of a session, seconds")
       ->envname("LAMINA_LEASE")
@@ -214,6 +257,10 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
                  "docs/security.md has their form")
       ->envname("LAMINA_ROLES")
       ->type_name("FILE");
+  app.add_flag(
+         "--metrics-token", f.metrics_token,
+         "The metrics port too needs one of --tokens, with any role; not /healthz and /readyz")
+      ->envname("LAMINA_METRICS_TOKEN");
   app.add_flag("--insecure", f.insecure,
                "Allow TCP addresses other than loopback without encryption, or without asking who "
                "calls")
@@ -247,6 +294,7 @@ std::optional<Flags> ParseFlags(int argc, char** argv, const std::string& versio
     *exit_code = kWrongFlags;
     return std::nullopt;
   }
+  f.all = AllSettings(app);
   if (f.metrics == "none") f.metrics.clear();
   if (f.broker.empty()) {
     for (const std::string& address : f.listen) {

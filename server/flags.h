@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lamina {
@@ -24,16 +25,21 @@ struct Flags {
   int64_t region_cap = 0;
   uint64_t region_cap_bytes = 0;
   uint64_t total_region_cap_bytes = 0;
+  uint64_t device_region_cap_bytes = 0;
+  uint64_t total_device_region_cap_bytes = 0;
   double lease_seconds = 0;
   double resume_grace_cap_seconds = 0;
   double drain_seconds = 0;
   std::vector<uid_t> allow_uids;
   std::string tls_cert, tls_key, tls_client_ca;  // files; all empty: no TLS
   std::string tokens, roles;                     // files; empty: none
+  bool metrics_token = false;                    // the metrics port needs one of the tokens
   bool insecure = false;
   bool channelz = false;
   std::string log_level;
   std::string log_format;  // "text", "json"
+  // Every setting by its flag's name ("listen"), as text, whoever gave it.
+  std::vector<std::pair<std::string, std::string>> all;
 };
 
 // How the process ends; docs/operations.md and --help have the same table.

@@ -5,6 +5,7 @@
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -13,6 +14,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_join.h"
 #include "lamina/kernels/backend.h"
@@ -23,11 +26,14 @@
 #include "server/logging.h"
 #include "server/metrics/exposer.h"
 #include "server/metrics/metrics.h"
+#include "server/service/device_memory.h"
+#include "server/service/grpc_log.h"
 #include "server/service/grpc_server.h"
 #include "server/service/shared_state.h"
 #include "server/session/broker.h"
 #include "server/session/session_manager.h"
 #include "server/start_checks.h"
+#include "server/status/status_pages.h"
 
 namespace lamina {
 namespace {
@@ -59,6 +65,8 @@ SessionOptions ToSessionOptions(const Flags& flags) {
   options.region_cap = flags.region_cap;
   options.region_cap_bytes = flags.region_cap_bytes;
   options.total_region_cap_bytes = flags.total_region_cap_bytes;
+  options.device_region_cap_bytes = flags.device_region_cap_bytes;
+  options.total_device_region_cap_bytes = flags.total_device_region_cap_bytes;
   return options;
 }
 
@@ -70,13 +78,32 @@ std::vector<std::string> AddressesOf(const Flags& flags) {
   return addresses;
 }
 
-// Signals are taken here alone: main blocked them before any thread began. Calls `look` about once
-// a second meanwhile.
+// What /configz shows.
+std::string ConfigJson(const Flags& flags) {
+  nlohmann::ordered_json settings = nlohmann::ordered_json::object();
+  for (const auto& [name, value] : flags.all) settings[name] = value;
+  const nlohmann::ordered_json config = {
+      {"version", LAMINA_VERSION}, {"commit", LAMINA_COMMIT}, {"settings", std::move(settings)}};
+  return config.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+// Lets those see pages who have a token with some role. Probes need none.
+HttpGuard PageGuard(const Access& access) {
+  return [&access](const std::string& path, const std::string& authorization) {
+    if (path == "/healthz" || path == "/readyz") return true;
+    if (authorization.empty()) return false;
+    const auto caller = access.Identify({.authorization = {authorization}});
+    return caller.ok() && caller->roles != kNoRole;
+  };
+}
+
+// Signals are taken here alone: main blocked them before any thread began. Calls `look` about four
+// times a second meanwhile.
 void WaitForStop(const sigset_t& signals, const std::function<void()>& look) {
   int signal = -1;
   while (signal < 0) {
-    const timespec second{.tv_sec = 1, .tv_nsec = 0};
-    signal = sigtimedwait(&signals, nullptr, &second);
+    const timespec pause{.tv_sec = 0, .tv_nsec = 250'000'000};
+    signal = sigtimedwait(&signals, nullptr, &pause);
     look();
   }
   spdlog::info("event=draining signal={}", signal == SIGINT ? "SIGINT" : "SIGTERM");
@@ -114,9 +141,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
   if (!access.ok()) return Fail(kBadAccessFile, access.status());
   std::unique_ptr<TlsFiles> tls;
   if (!flags.tls_cert.empty()) {
-    auto opened = TlsFiles::Open({.certificate = flags.tls_cert,
-                                  .key = flags.tls_key,
-                                  .client_ca = flags.tls_client_ca});
+    auto opened = TlsFiles::Open(
+        {.certificate = flags.tls_cert, .key = flags.tls_key, .client_ca = flags.tls_client_ca});
     if (!opened.ok()) return Fail(kBadAccessFile, opened.status());
     tls = *std::move(opened);
   }
@@ -153,6 +179,9 @@ int Run(const Flags& flags, const sigset_t& signals) {
       return (*engine)->RegisterHost(data, bytes);
     };
     hooks.unregister_host = [&](void* data) { (*engine)->UnregisterHost(data); };
+    hooks.make_device_memory = [&](size_t bytes, RegionKind kind) {
+      return MakeDeviceMemory(**engine, bytes, kind);
+    };
   }
   hooks.ended = [&](uint64_t key, const std::string& reason) {
     (*engine)->EndSession(key);
@@ -165,6 +194,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   metrics.SetRefresh([&] {
     metrics.SetSessions(sessions->live_sessions(), sessions->adrift_sessions(),
                         sessions->live_regions(), sessions->region_bytes());
+    metrics.SetDeviceRegions(sessions->live_device_regions(), sessions->device_region_bytes());
     const std::map<SessionKey, ContextUse> contexts = (*engine)->ContextUses();
     std::vector<SessionMemory> memory;
     for (const SessionManager::View& session : sessions->List()) {
@@ -183,6 +213,23 @@ int Run(const Flags& flags, const sigset_t& signals) {
     if (!opened.ok()) return Fail(kCantListen, opened.status());
     broker = *std::move(opened);
   }
+  std::atomic<Phase> phase{Phase::kStarting};
+  StatusSources status{.engine = **engine,
+                       .sessions = *sessions,
+                       .metrics = metrics,
+                       .phase = phase,
+                       .version = LAMINA_VERSION,
+                       .commit = LAMINA_COMMIT,
+                       .started = started,
+                       .broker = flags.broker};
+  std::unique_ptr<MetricsExposer> exposer;
+  if (!flags.metrics.empty()) {
+    auto opened =
+        MetricsExposer::Start(flags.metrics, metrics, StatusPages(status, ConfigJson(flags)),
+                              flags.metrics_token ? PageGuard(**access) : HttpGuard());
+    if (!opened.ok()) return Fail(kCantListen, opened.status());
+    exposer = *std::move(opened);
+  }
   Gate gate;
   SharedState state{.engine = **engine,
                     .sessions = *sessions,
@@ -191,6 +238,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
                     .mutations = mutations,
                     .gate = gate,
                     .broker_path = flags.broker,
+                    .metrics_address = exposer == nullptr ? "" : exposer->address(),
                     .version = LAMINA_VERSION,
                     .commit = LAMINA_COMMIT,
                     .started = started};
@@ -200,15 +248,11 @@ int Run(const Flags& flags, const sigset_t& signals) {
                                    .allowed_uids = flags.allow_uids},
                                   state);
   if (!server.ok()) return Fail(kCantListen, server.status());
-  std::unique_ptr<MetricsExposer> exposer;
-  if (!flags.metrics.empty()) {
-    auto opened = MetricsExposer::Start(flags.metrics, metrics);
-    if (!opened.ok()) return Fail(kCantListen, opened.status());
-    exposer = *std::move(opened);
-  }
+  status.listen = (*server)->addresses();
 
   (*server)->SetServing(true);
   metrics.SetServing(true);
+  phase = Phase::kServing;
   spdlog::info(
       "event=ready version={} commit={} device={}:{} device_name={} threads={} listen={} "
       "broker={} metrics={}",
@@ -228,6 +272,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
     (*server)->SetServing(false);
     metrics.SetServing(false);
   });
+  phase = Phase::kDraining;
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_seconds);
   (*server)->SetServing(false);
   metrics.SetServing(false);
@@ -255,6 +300,7 @@ int main(int argc, char** argv) {
   const auto flags = lamina::ParseFlags(argc, argv, LAMINA_VERSION, &exit_code);
   if (!flags) return exit_code;
   lamina::SetUpLog(flags->log_level, flags->log_format);
+  lamina::TakeGrpcLog();
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);

@@ -50,6 +50,12 @@ struct AttentionParams {
   float* dbias = nullptr;      // fp32 [3H], accumulated: column sums of dqkv; null: none
   float* delta = nullptr;      // workspace [A*T]: row sums of dout * out
   float* sums = nullptr;       // workspace for BiasSlicesOf these; null: not wanted
+  // Workspace for KeptBitsBytes of at least a head; null: none.
+  uint32_t* kept = nullptr;
+  size_t kept_bytes = 0;
+  // Which heads, b * A + a, a launch does. Set by the launchers.
+  int64_t first_head = 0;
+  int64_t head_count = 0;  // 0: all
 };
 
 // cudaErrorInvalidValue where there are more than 2^31 - 1 blocks.

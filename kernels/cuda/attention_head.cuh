@@ -34,6 +34,7 @@ enum class BlockRows { kQueries, kKeys };
 
 // One (b, a) with a block of rows.
 struct Head {
+  int64_t index;   // of the call's heads, b * A + a, counted from first_head
   int64_t batch;   // b
   int64_t token;   // the sequence's first
   int64_t row;     // softmax row of that token
@@ -56,8 +57,9 @@ __device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p, unsigned g
   // seen by the most queries, and start first anyway.
   if (kBlockRows == BlockRows::kQueries && p.causal) block = blocks - 1 - block;
   Head h;
-  h.batch = index / p.heads;
-  const int64_t head = index - h.batch * p.heads;
+  h.index = index;
+  h.batch = (p.first_head + index) / p.heads;
+  const int64_t head = p.first_head + index - h.batch * p.heads;
   const Sequence sequence = SequenceOf(p, h.batch);
   h.token = sequence.token;
   h.length = sequence.length;

@@ -3,7 +3,9 @@
 // Two kernels, which both compute the scores again: dQ for two tiles of queries a block, which also
 // computes delta, and dK and dV for kKeyGroups tiles of keys. In both a warpgroup has score tiles
 // whose rows are queries. dV = p^T dout and dK = ds^T q take p and ds through shared memory, where
-// the tensor cores read them transposed. No two blocks write the same element.
+// the tensor cores read them transposed. No two blocks write the same element. Where there is room
+// the dropout's bits are drawn for both by a kernel before them, which does so at the rate of its
+// instructions; in theirs it would stand between products.
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
 #include "column_sum.cuh"
@@ -33,7 +35,7 @@ struct QueryGradShared {
   uint64_t full[kQueryStages], empty[kQueryStages];
 };
 
-template <typename T, bool kDropout>
+template <typename T, KeysFrom kFrom>
 __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const AttentionParams p) {
   constexpr int kStages = kQueryStages;
   constexpr int kThreads = kQueryThreads;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
   const int group_query = h.first + group * kTile;
   const int query = group_query + warp_row + (lane >> 2);
   RngState rng{};
-  if (kDropout) rng = UniformState(p.dropout.rng);
+  if (kFrom == KeysFrom::kDrawn) rng = UniformState(p.dropout.rng);
 
   const int tiles = (h.keys + kTile - 1) / kTile;
   const TilePart<kThreads, TileOrder::kKeys> copies(head_dim);
@@ -147,6 +149,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     rows.delta[half] = shared.delta[i - h.first];
   }
 
+  const KeptTiles kept_tiles(p, h);
   float dq[8][4] = {};
   const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
   const int group_tiles = (keys + kTile - 1) / kTile;
@@ -155,6 +158,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
   for (int tile = 0; tile < group_tiles; ++tile) {
     const int key0 = tile * kTile;
     auto& stage = shared.stages[tile % kStages];
+    uint32_t word = 0;
+    if (kFrom == KeysFrom::kKept) word = kept_tiles.Word(group_query / kTile, tile);
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
     ShareWithEngines();
     float s[8][4], dp[8][4];
@@ -184,12 +189,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        KeptKeys kept;
-        if (kDropout) {
-          kept =
-              DrawKeys(p.dropout, rng, h.row + query + 8 * half, key0 + 32 * part + 8 * (lane & 3));
-        }
-        DropGrads<kDropout>(s, dp, part, half, kept, p.dropout.scale, rows.delta[half]);
+        DropGradsOf<kFrom>(s, dp, part, half, word, p.dropout, rng, h.row + query + 8 * half,
+                           key0 + 32 * part + 8 * (lane & 3), rows.delta[half]);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const float* pair = &dp[4 * part + m][2 * half];
@@ -238,7 +239,7 @@ struct KeyGradShared {
   uint64_t full[kKeyStages], empty[kKeyStages];
 };
 
-template <typename T, bool kDropout, int kGroups>
+template <typename T, KeysFrom kFrom, int kGroups>
 __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const AttentionParams p) {
   constexpr int kStages = kKeyStages;
   constexpr int kThreads = kGroups * kWarpgroup;
@@ -275,7 +276,8 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
   const int warp_row = (tid & (kWarpgroup - 1)) / 32 * 16;
   const int key0 = h.first + group * kTile;  // of this warpgroup
   RngState rng{};
-  if (kDropout) rng = UniformState(p.dropout.rng);
+  if (kFrom == KeysFrom::kDrawn) rng = UniformState(p.dropout.rng);
+  const KeptTiles kept_tiles(p, h);
 
   // Queries before the block's first key see none of its keys; those of a block whose keys are all
   // cut off see none at all.
@@ -351,6 +353,8 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     const int query0 = first_query + tile * kTile;
     auto& stage = shared.stages[tile % kStages];
     auto& exchanged = shared.exchanged[group][(tile - skipped) & 1];
+    uint32_t word = 0;
+    if (kFrom == KeysFrom::kKept) word = kept_tiles.Word(query0 / kTile, key0 / kTile);
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
     ShareWithEngines();
     float s[8][4], dp[8][4];
@@ -395,12 +399,9 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
       uint32_t probs_part[2][4], ds_part[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        KeptKeys kept;
-        if (kDropout) {
-          kept = DrawKeys(p.dropout, rng, h.row + query0 + warp_row + (lane >> 2) + 8 * half,
-                          key0 + 32 * part + 8 * (lane & 3));
-        }
-        DropGrads<kDropout>(s, dp, part, half, kept, p.dropout.scale, rows.delta[half]);
+        DropGradsOf<kFrom>(s, dp, part, half, word, p.dropout, rng,
+                           h.row + query0 + warp_row + (lane >> 2) + 8 * half,
+                           key0 + 32 * part + 8 * (lane & 3), rows.delta[half]);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const float* prob = &s[4 * part + m][2 * half];
@@ -455,14 +456,64 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
 constexpr int kKeyGroups = 3;  // as many as registers allow
 static_assert(kKeyGroups * kTile == kWgmmaKeyRows, "what the sums are counted by");
 
-template <typename T, bool kDropout>
-cudaError_t Backward(const AttentionParams& p, cudaStream_t stream) {
-  cudaError_t error = LaunchRows<kQueryRows>(QueryGradKernel<T, kDropout>, kQueryThreads,
-                                             sizeof(QueryGradShared<T>), p, stream);
+constexpr int kDrawThreads = kWarpgroup;
+
+// The bits of a tile of queries, for all of its tiles of keys.
+__global__ void __launch_bounds__(kDrawThreads) DrawKernel(const AttentionParams p) {
+  const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
+  const RngState rng = UniformState(p.dropout.rng);
+  const KeptTiles kept_tiles(p, h);
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int64_t row = h.row + h.first + static_cast<int>(threadIdx.x) / 32 * 16 + (lane >> 2);
+  const int tiles = (h.keys + kTile - 1) / kTile;
+  for (int tile = 0; tile < tiles; ++tile) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const KeptKeys kept =
+            DrawKeys(p.dropout, rng, row + 8 * half, tile * kTile + 32 * part + 8 * (lane & 3));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) word |= (kept[i] ? 1u : 0u) << (16 * part + 8 * half + i);
+      }
+    }
+    kept_tiles.Word(h.first / kTile, tile) = word;
+  }
+}
+
+// Both kernels over heads [p.first_head, + p.head_count).
+template <typename T, KeysFrom kFrom>
+cudaError_t OverHeads(const AttentionParams& p, cudaStream_t stream) {
+  const cudaError_t error = LaunchRows<kQueryRows>(QueryGradKernel<T, kFrom>, kQueryThreads,
+                                                   sizeof(QueryGradShared<T>), p, stream);
   if (error != cudaSuccess) return error;
-  error = LaunchRows<kKeyGroups * kTile>(KeyGradKernel<T, kDropout, kKeyGroups>,
-                                         kKeyGroups * kWarpgroup,
-                                         sizeof(KeyGradShared<T, kKeyGroups>), p, stream);
+  return LaunchRows<kKeyGroups * kTile>(KeyGradKernel<T, kFrom, kKeyGroups>,
+                                        kKeyGroups * kWarpgroup,
+                                        sizeof(KeyGradShared<T, kKeyGroups>), p, stream);
+}
+
+template <typename T, bool kDropout>
+cudaError_t Backward(AttentionParams p, cudaStream_t stream) {
+  const int64_t heads = p.batch * p.heads;
+  const size_t head_bytes = KeptBitsBytes(p.seq);
+  const int64_t at_once = p.kept != nullptr ? static_cast<int64_t>(p.kept_bytes / head_bytes) : 0;
+  cudaError_t error = cudaSuccess;
+  if (!kDropout) {
+    error = OverHeads<T, KeysFrom::kNone>(p, stream);
+  } else if (at_once == 0) {
+    error = OverHeads<T, KeysFrom::kDrawn>(p, stream);
+  } else {
+    // Parts of one size, so that none is a small rest.
+    const int64_t parts = (heads + at_once - 1) / at_once;
+    for (int64_t part = 0; part < parts && error == cudaSuccess; ++part) {
+      p.first_head = heads * part / parts;
+      p.head_count = heads * (part + 1) / parts - p.first_head;
+      error = LaunchRows<kTile>(DrawKernel, kDrawThreads, 0, p, stream);
+      if (error == cudaSuccess) error = OverHeads<T, KeysFrom::kKept>(p, stream);
+    }
+  }
   if (error != cudaSuccess || p.sums == nullptr) return error;
   const BiasSlices slices = BiasSlicesOf(p.tokens, p.batch, p.seq);
   error = LaunchFinishColumnSum({p.sums, slices.q, p.width, {p.dbias}}, stream);

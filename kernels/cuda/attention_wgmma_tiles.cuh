@@ -219,6 +219,32 @@ __device__ __forceinline__ KeptKeys DrawKeys(const DropoutParams& dropout, const
       (dropout.threshold << 16) - 1u};
 }
 
+// Where the bits of a thread's probabilities of a tile are kept: a word each, bit
+// 16 part + 8 half + i being that of DrawKeys' i. Tiles are counted from the sequence's first.
+struct KeptTiles {
+  uint32_t* words;  // where p.kept is
+  int key_tiles;
+
+  __device__ __forceinline__ KeptTiles(const AttentionParams& p, const Head& h)
+      : words(p.kept), key_tiles(static_cast<int>((p.seq + kTile - 1) / kTile)) {
+    const int64_t query_tiles = (p.seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows * 2;
+    words += h.index * query_tiles * key_tiles * kWarpgroup + threadIdx.x % kWarpgroup;
+  }
+  __device__ __forceinline__ uint32_t& Word(int query_tile, int key_tile) const {
+    return words[(static_cast<int64_t>(query_tile) * key_tiles + key_tile) * kWarpgroup];
+  }
+};
+
+// Eight of them.
+struct KeptBits {
+  uint32_t word;  // from bit 0 on
+  __device__ __forceinline__ bool operator[](int i) const { return (word >> i & 1u) != 0; }
+};
+
+// Where a backward's kernel has the dropout's bits from, if there is one: it draws them, or reads
+// what another one has kept.
+enum class KeysFrom { kNone, kDrawn, kKept };
+
 // What a thread needs to know of its rows g and g + 8 of a score tile.
 struct RowPair {
   SoftmaxRow softmax[2];
@@ -228,9 +254,9 @@ struct RowPair {
 // From scores `s` and gradients `dp` of the probabilities of columns `part` * 32 and on of row half
 // `half`: the probability after dropout, without its scale, in s, and the gradient of the score,
 // without its scale, in dp. `s` is already the probability before dropout.
-template <bool kDropout>
+template <bool kDropout, typename Kept>
 __device__ __forceinline__ void DropGrads(float (&s)[8][4], float (&dp)[8][4], int part, int half,
-                                          const KeptKeys& kept, float dropout_scale, float delta) {
+                                          const Kept& kept, float dropout_scale, float delta) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
@@ -243,6 +269,24 @@ __device__ __forceinline__ void DropGrads(float (&s)[8][4], float (&dp)[8][4], i
     } else {
       grad = prob * (grad - delta);
     }
+  }
+}
+
+// DropGrads of softmax row `row` and the eight keys from `key` on, of whose tile the thread's kept
+// word is `word`.
+template <KeysFrom kFrom>
+__device__ __forceinline__ void DropGradsOf(float (&s)[8][4], float (&dp)[8][4], int part, int half,
+                                            uint32_t word, const DropoutParams& dropout,
+                                            const RngState& rng, int64_t row, int key,
+                                            float delta) {
+  if constexpr (kFrom == KeysFrom::kKept) {
+    const KeptBits kept{word >> (16 * part + 8 * half)};
+    DropGrads<true>(s, dp, part, half, kept, dropout.scale, delta);
+  } else if constexpr (kFrom == KeysFrom::kDrawn) {
+    const KeptKeys kept = DrawKeys(dropout, rng, row, key);
+    DropGrads<true>(s, dp, part, half, kept, dropout.scale, delta);
+  } else {
+    DropGrads<false>(s, dp, part, half, KeptBits{}, 1.0f, delta);
   }
 }
 
@@ -303,11 +347,12 @@ __device__ __forceinline__ float AddWarpSums(const WarpSums* sums, int warps, fl
   return sum * factor;
 }
 
-// A block for every kRows rows of a head.
+// A block for every kRows rows of a head of the launch.
 template <int kRows, typename Kernel>
 cudaError_t LaunchRows(Kernel kernel, int threads, size_t shared, const AttentionParams& p,
                        cudaStream_t stream) {
-  const int64_t blocks = p.batch * p.heads * ((p.seq + kRows - 1) / kRows);
+  const int64_t heads = p.head_count > 0 ? p.head_count : p.batch * p.heads;
+  const int64_t blocks = heads * ((p.seq + kRows - 1) / kRows);
   if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

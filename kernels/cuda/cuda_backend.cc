@@ -22,6 +22,7 @@
 #include "optimizer.cuh"
 #include "product.h"
 #include "row_norm.cuh"
+#include "shared_memory.h"
 
 namespace lamina {
 namespace {
@@ -100,11 +101,17 @@ class CudaBackend final : public Backend {
     // Nothing can be reported from here; a failed device fails the first call of whoever is next.
     static_cast<void>(cudaSetDevice(info_.ordinal));
     if (stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(stream_));
+    if (ahead_stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(ahead_stream_));
     products_.reset();
+    for (cudaEvent_t event : {ahead_there_, ahead_taken_}) {
+      if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
+    }
     for (cudaEvent_t event : marks_) {
       if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
     }
-    if (stream_ != nullptr) static_cast<void>(cudaStreamDestroy(stream_));
+    for (cudaStream_t stream : {stream_, ahead_stream_}) {
+      if (stream != nullptr) static_cast<void>(cudaStreamDestroy(stream));
+    }
   }
 
   absl::StatusOr<void*> Allocate(size_t bytes) override;
@@ -112,6 +119,10 @@ class CudaBackend final : public Backend {
   absl::StatusOr<size_t> FreeBytes() const override;
   absl::Status RegisterHost(void* data, size_t bytes) override;
   void UnregisterHost(void* data) override;
+  absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                               SharingKind kind) override {
+    return cuda::AllocateShared(info_.ordinal, bytes, kind);
+  }
 
   absl::Status CopyIn(void* device_dst, const void* host_src, size_t bytes) override {
     return Copy(device_dst, host_src, bytes, cudaMemcpyHostToDevice, "copy to the device");
@@ -124,6 +135,9 @@ class CudaBackend final : public Backend {
   }
   absl::Status SetZero(void* data, size_t bytes) override;
   absl::Status Synchronize() override;
+  absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes) override;
+  absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) override;
+  absl::Status Signal(uint64_t* at, uint64_t value) override;
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
 
@@ -165,6 +179,10 @@ class CudaBackend final : public Backend {
 
   const std::unique_ptr<const OpSizes> sizes_;
   cudaStream_t stream_ = nullptr;
+  cudaStream_t ahead_stream_ = nullptr;  // of CopyInAhead
+  cudaEvent_t ahead_there_ = nullptr;    // on it: the last one's end
+  cudaEvent_t ahead_taken_ = nullptr;    // on stream_: the last TakeAhead's
+  bool ahead_begun_ = false;             // since the last Synchronize
   std::array<cudaEvent_t, kMarks> marks_{};
   std::array<bool, kMarks> recorded_{};
   std::unique_ptr<cuda::Products> products_;
@@ -174,8 +192,17 @@ absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(DeviceInfo info) {
   std::unique_ptr<CudaBackend> backend(new CudaBackend(std::move(info)));
   absl::Status status =
       Check(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking), "stream");
+  if (status.ok()) {
+    status =
+        Check(cudaStreamCreateWithFlags(&backend->ahead_stream_, cudaStreamNonBlocking), "stream");
+  }
   for (cudaEvent_t& event : backend->marks_) {
     if (status.ok()) status = Check(cudaEventCreate(&event), "event");
+  }
+  for (cudaEvent_t* event : {&backend->ahead_there_, &backend->ahead_taken_}) {
+    if (status.ok()) {
+      status = Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
+    }
   }
   if (!status.ok()) return status;
   absl::StatusOr<std::unique_ptr<cuda::Products>> products = cuda::Products::Create();
@@ -222,7 +249,8 @@ absl::Status CudaBackend::RegisterHost(void* data, size_t bytes) {
     return absl::InvalidArgumentError(absl::StrCat("RegisterHost: no memory, ", bytes, " bytes"));
   }
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
+  const cudaError_t error =
+      cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   if (error == cudaSuccess) return absl::OkStatus();
   static_cast<void>(cudaGetLastError());
   if (error == cudaErrorHostMemoryAlreadyRegistered) {
@@ -255,7 +283,42 @@ absl::Status CudaBackend::SetZero(void* data, size_t bytes) {
 
 absl::Status CudaBackend::Synchronize() {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  return Check(cudaStreamSynchronize(stream_), "synchronize");
+  const absl::Status status = Check(cudaStreamSynchronize(stream_), "synchronize");
+  if (!std::exchange(ahead_begun_, false)) return status;
+  const absl::Status ahead = Check(cudaStreamSynchronize(ahead_stream_), "synchronize");
+  return status.ok() ? ahead : status;
+}
+
+absl::Status CudaBackend::CopyInAhead(void* ahead, const void* host_src, size_t bytes) {
+  if (bytes == 0) return absl::OkStatus();
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  ahead_begun_ = true;
+  // One that was never recorded is waited for by nobody.
+  absl::Status status =
+      Check(cudaStreamWaitEvent(ahead_stream_, ahead_taken_, 0), "copy ahead: wait");
+  if (status.ok()) {
+    status = Check(cudaMemcpyAsync(ahead, host_src, bytes, cudaMemcpyHostToDevice, ahead_stream_),
+                   "copy ahead");
+  }
+  if (!status.ok()) return status;
+  return Check(cudaEventRecord(ahead_there_, ahead_stream_), "copy ahead: event");
+}
+
+absl::Status CudaBackend::TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  absl::Status status = Check(cudaStreamWaitEvent(stream_, ahead_there_, 0), "take ahead: wait");
+  if (status.ok()) status = CopyWithin(device_dst, ahead, bytes);
+  if (!status.ok()) return status;
+  return Check(cudaEventRecord(ahead_taken_, stream_), "take ahead: event");
+}
+
+absl::Status CudaBackend::Signal(uint64_t* at, uint64_t value) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const absl::Status written = cuda::WriteValue(stream_, at, value);
+  if (!absl::IsUnimplemented(written)) return written;
+  // Later than it could be, but never too early.
+  if (absl::Status status = Synchronize(); !status.ok()) return status;
+  return Backend::Signal(at, value);
 }
 
 // --- time ---
@@ -311,7 +374,7 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
     p.k = ColsOf(args.x);
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.x.dtype;
-    if (cuda::HasGeluProduct(p)) {
+    if (cuda::UseGeluProduct(p)) {
       return Check(cuda::LaunchGeluProduct(p, stream_), "Linear with gelu");
     }
   }
@@ -352,7 +415,7 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.dy.dtype;
     p.workspace = static_cast<float*>(ws.data);
-    if (cuda::HasGeluProduct(p)) {
+    if (cuda::UseGeluProduct(p)) {
       const size_t needed = args.dbias ? cuda::GeluProductWorkspaceBytes(p.m, p.n) : 0;
       absl::Status status = NeedWorkspace(ws, needed, "LinearInputGrad");
       if (!status.ok()) return status;
@@ -536,6 +599,9 @@ absl::Status CheckSaved(const TensorView& saved, const char* op) {
       absl::StrCat(op, ": saved is not aligned to ", alignof(SoftmaxRow), " bytes"));
 }
 
+// Of words that warps write side by side: a line.
+constexpr size_t kWordAlignment = 128;
+
 // What AttentionArgs and AttentionBackwardArgs have in common.
 template <typename Args>
 AttentionParams AttentionParamsOf(const Args& args) {
@@ -587,6 +653,16 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   if (!status.ok()) return status;
   p.delta = static_cast<float*>(ws.data);
   if (sums_bytes > 0) p.sums = p.delta + rows;
+  // With what is left; where that is less than the plan has, with fewer heads at a time.
+  const size_t before =
+      (delta_bytes + sums_bytes + kWordAlignment - 1) / kWordAlignment * kWordAlignment;
+  const size_t kept_bytes =
+      args.dims.packed_tokens > 0 ? 0 : cuda::KeptBitsBytes(p.seq, p.batch * p.heads);
+  if (p.dropout.rng != nullptr && kept_bytes > 0 && ws.bytes > before) {
+    p.kept_bytes = std::min(kept_bytes, ws.bytes - before);
+    if (p.kept_bytes >= cuda::KeptBitsBytes(p.seq))
+      p.kept = reinterpret_cast<uint32_t*>(static_cast<char*>(ws.data) + before);
+  }
   status = Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
   if (!status.ok() || !args.dbias || cuda::BackwardAddsToBias(p)) return status;
   cuda::ColumnSumArgs sums;

@@ -37,8 +37,13 @@ class Sizes final : public OpSizes {
 
   size_t WorkspaceBytes(const LayerDims& dims) const override {
     // Ops run one after another on one stream, so each may have all of it.
-    const size_t attention =
+    size_t attention =
         AttentionRows(dims) * sizeof(float) + cuda::MostBiasSliceBytes(dims.tokens(), dims.hidden);
+    // A packed call's sequences are of any lengths: their bits have no bound but the whole.
+    if (dims.packed_tokens == 0) {
+      const size_t kept = cuda::KeptBitsBytes(dims.seq, dims.batch * dims.heads);
+      if (kept > 0) attention = RoundUp(attention) + kept;
+    }
     // Slices times columns is bounded: so many blocks a multiprocessor, so many columns each, plus
     // what rounding adds to the slices and to the columns.
     const size_t wide_columns =

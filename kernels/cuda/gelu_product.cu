@@ -545,6 +545,9 @@ cudaError_t Launch(DType dtype, bool tanh, const Maps& maps, const Problem& prob
   });
 }
 
+constexpr int64_t kDeepestForward = 1280;
+constexpr int64_t kDeepestBackward = 2304;
+
 bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return (dtype == DType::kBF16 || dtype == DType::kF16) && m > 0 && n > 0 && k > 0 && m < kMost &&
@@ -553,13 +556,14 @@ bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {
 
 }  // namespace
 
-bool HasGeluProduct(const GeluProductParams& p) {
-  return Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
+bool UseGeluProduct(const GeluProductParams& p) {
+  return p.k <= kDeepestForward && Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
          Aligned16(p.x, p.w, p.bias, p.pre, p.y);
 }
 
-bool HasGeluProduct(const GeluProductBackwardParams& p) {
-  return Fits(p.dtype, p.m, p.n, p.k) && Aligned16(p.dy, p.w, p.pre, p.dx);
+bool UseGeluProduct(const GeluProductBackwardParams& p) {
+  return p.k <= kDeepestBackward && Fits(p.dtype, p.m, p.n, p.k) &&
+         Aligned16(p.dy, p.w, p.pre, p.dx);
 }
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {

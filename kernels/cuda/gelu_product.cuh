@@ -36,12 +36,15 @@ struct GeluProductBackwardParams {
   float* workspace = nullptr;  // with dbias: GeluProductWorkspaceBytes(m, n)
 };
 
-// Whether there is a kernel for it: 16-bit operands that the copy engine can read. Otherwise a
-// product and a pass over its result do it.
-[[nodiscard]] bool HasGeluProduct(const GeluProductParams& params);
-[[nodiscard]] bool HasGeluProduct(const GeluProductBackwardParams& params);
+// Whether to do it so; otherwise a product and a pass over its result do it. There is a kernel for
+// 16-bit operands that the copy engine can read. Its product is slower than cuBLAS's, which costs
+// more than the pass once k is large: forward at (8192, 4096, 1024) 132 us against 142, at (8192,
+// 8192, 2048) 502 against 450; backward 155 against 166, 509 against 517, and at (4096, 16384,
+// 4096) 940 against 840 (H100, bf16; docs/performance.md).
+[[nodiscard]] bool UseGeluProduct(const GeluProductParams& params);
+[[nodiscard]] bool UseGeluProduct(const GeluProductBackwardParams& params);
 
-// Only where there is one.
+// Only where that is so, but for k.
 [[nodiscard]] cudaError_t LaunchGeluProduct(const GeluProductParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& params,
                                                     cudaStream_t stream);

@@ -68,6 +68,24 @@ constexpr size_t MostBiasSliceBytes(int64_t tokens, int64_t hidden) {
   return BiasSliceBytes(tokens / kBiasSliceRows, tokens / kBiasSliceRows, hidden);
 }
 
+// Which of a head's attention probabilities dropout keeps: a bit each, in tiles of 64 x 64. The
+// backward for more than kWgmmaHeadRows tokens draws them for two kernels, of as many heads at a
+// time as fit into kMostKeptBitsBytes: much of that stays in the cache.
+constexpr size_t kMostKeptBitsBytes = size_t{40} << 20;
+constexpr size_t KeptBitsBytes(int64_t seq) {
+  if (seq <= kWgmmaHeadRows) return 0;
+  const int64_t query_tiles =
+      (seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows * (kWgmmaQueryRows / 64);
+  return static_cast<size_t>(query_tiles * ((seq + 63) / 64)) * (64 * 64 / 8);
+}
+// Of a call with `heads` heads in all; 0 where not even one fits.
+constexpr size_t KeptBitsBytes(int64_t seq, int64_t heads) {
+  const size_t head = KeptBitsBytes(seq);
+  if (head == 0 || head > kMostKeptBitsBytes) return 0;
+  const size_t most = kMostKeptBitsBytes / head;
+  return head * (static_cast<size_t>(heads) < most ? static_cast<size_t>(heads) : most);
+}
+
 // Blocks of a multiprocessor that column reductions are cut for (column_sum.cuh) at most, the
 // columns that a block of them covers at most, and the blocks of a norm's backward, which has three
 // such sums.

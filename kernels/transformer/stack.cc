@@ -139,10 +139,10 @@ class StackImpl final : public Stack {
 
   const std::vector<ParameterInfo>& parameters() const override { return parameters_.parameters(); }
   absl::StatusOr<ParameterInfo> FindParameter(const std::string& name) const override;
-  absl::Status ReadParameter(const std::string& name, ParameterPart part, void* dst,
-                             size_t bytes) override;
+  absl::Status ReadParameter(const std::string& name, ParameterPart part, void* dst, size_t bytes,
+                             Memory memory) override;
   absl::Status WriteParameter(const std::string& name, ParameterPart part, const void* src,
-                              size_t bytes) override;
+                              size_t bytes, Memory memory) override;
   absl::StatusOr<size_t> ParameterBytes(const std::string& name, ParameterPart part) const override;
 
   double loss_scale() const override {
@@ -761,18 +761,19 @@ absl::StatusOr<TensorView> StackImpl::PartView(const ParameterLayout::Slot& slot
 }
 
 absl::Status StackImpl::ReadParameter(const std::string& name, ParameterPart part, void* dst,
-                                      size_t bytes) {
+                                      size_t bytes, Memory memory) {
   LAMINA_ASSIGN_OR_RETURN(const ParameterLayout::Slot slot, parameters_.Find(name));
   LAMINA_ASSIGN_OR_RETURN(const TensorView view, PartView(slot, part));
   if (bytes != view.bytes())
     return absl::InvalidArgumentError(
         absl::StrCat(name, ": the buffer has ", bytes, " bytes; the parameter has ", view.bytes()));
-  LAMINA_RETURN_IF_ERROR(backend_.CopyOut(dst, view.data, bytes));
+  LAMINA_RETURN_IF_ERROR(memory == Memory::kDevice ? backend_.CopyWithin(dst, view.data, bytes)
+                                                   : backend_.CopyOut(dst, view.data, bytes));
   return backend_.Synchronize();
 }
 
 absl::Status StackImpl::WriteParameter(const std::string& name, ParameterPart part, const void* src,
-                                       size_t bytes) {
+                                       size_t bytes, Memory memory) {
   LAMINA_ASSIGN_OR_RETURN(const ParameterLayout::Slot slot, parameters_.Find(name));
   LAMINA_ASSIGN_OR_RETURN(const TensorView view, PartView(slot, part));
   if (bytes != view.bytes())
@@ -780,7 +781,8 @@ absl::Status StackImpl::WriteParameter(const std::string& name, ParameterPart pa
                                                    " bytes; the parameter has ", view.bytes()));
   const bool weights = part == ParameterPart::kWeights;
   if (weights || part == ParameterPart::kMaster) WeightsChanged({slot.layer, slot.layer + 1});
-  LAMINA_RETURN_IF_ERROR(backend_.CopyIn(view.data, src, bytes));
+  LAMINA_RETURN_IF_ERROR(memory == Memory::kDevice ? backend_.CopyWithin(view.data, src, bytes)
+                                                   : backend_.CopyIn(view.data, src, bytes));
   if ((weights || part == ParameterPart::kMaster) && config_.dtype != DType::kF32) {
     LAMINA_ASSIGN_OR_RETURN(
         const TensorView other,

@@ -99,19 +99,17 @@ absl::StatusOr<std::vector<Token>> ParseTokens(const std::string& path,
         const absl::string_view name = words.size() == 2 ? words[0] : kNameless;
         if (name.size() > kLongestName || !std::all_of(name.begin(), name.end(), IsNameCharacter)) {
           return absl::InvalidArgumentError(
-              absl::StrCat("the name must be 1 to ", kLongestName,
-                           " letters, digits and - . _ @"));
+              absl::StrCat("the name must be 1 to ", kLongestName, " letters, digits and - . _ @"));
         }
         const absl::string_view token = words.back();
         if (token.size() < kShortestToken || token.size() > kLongestToken ||
             !std::all_of(token.begin(), token.end(), IsTokenCharacter)) {
-          return absl::InvalidArgumentError(
-              absl::StrCat("the token must be ", kShortestToken, " to ", kLongestToken,
-                           " letters, digits and - . _ ~ + / ="));
+          return absl::InvalidArgumentError(absl::StrCat("the token must be ", kShortestToken,
+                                                         " to ", kLongestToken,
+                                                         " letters, digits and - . _ ~ + / ="));
         }
         if (tokens.size() == kMostTokens) {
-          return absl::InvalidArgumentError(
-              absl::StrCat("more than ", kMostTokens, " tokens"));
+          return absl::InvalidArgumentError(absl::StrCat("more than ", kMostTokens, " tokens"));
         }
         Token made{std::string(name), DigestOfToken(token)};
         for (const Token& other : tokens) {
@@ -140,8 +138,8 @@ absl::StatusOr<std::vector<Rule>> ParseRules(const std::string& path, const std:
             absl::StrSplit(who, absl::MaxSplits(':', 1));
         const auto& [kind, value] = parts;
         uint32_t uid = 0;
-        const bool patterned = kind == "token" || kind == "uri" || kind == "dns" || kind == "cn" ||
-                               kind == "email";
+        const bool patterned =
+            kind == "token" || kind == "uri" || kind == "dns" || kind == "cn" || kind == "email";
         if (who != "anonymous" && !(patterned && !value.empty()) &&
             !(kind == "uid" && absl::SimpleAtoi(value, &uid))) {
           return absl::InvalidArgumentError(
@@ -256,8 +254,9 @@ absl::StatusOr<Caller> Access::Identify(const Policy& policy, const Presented& p
     const bool own = uid == geteuid();
     if (!own && std::find(options_.allowed_uids.begin(), options_.allowed_uids.end(), uid) ==
                     options_.allowed_uids.end()) {
-      return absl::PermissionDeniedError(
-          absl::StrCat("UID ", uid, " may not use this socket; --allow-uid says who may"));
+      return absl::PermissionDeniedError(absl::StrCat(
+          uid == kStranger ? "your user" : absl::StrCat("UID ", uid),
+          " may not use this socket; laminad --allow-uid names those who may, by number"));
     }
     caller.identity = absl::StrCat("uid:", uid);
     caller.roles = policy.RolesOf({caller.identity});
@@ -270,8 +269,7 @@ absl::StatusOr<Caller> Access::Identify(const Policy& policy, const Presented& p
     absl::string_view token = presented.authorization.front();
     const bool bearer = token.size() > 7 && absl::EqualsIgnoreCase(token.substr(0, 7), "bearer ");
     if (presented.authorization.size() != 1 || !bearer) {
-      return absl::UnauthenticatedError(
-          "authorization: must be there once, as \"Bearer TOKEN\"");
+      return absl::UnauthenticatedError("authorization: must be there once, as \"Bearer TOKEN\"");
     }
     token = absl::StripAsciiWhitespace(token.substr(7));
     const Token* const known = policy.Find(token);
@@ -287,9 +285,8 @@ absl::StatusOr<Caller> Access::Identify(const Policy& policy, const Presented& p
     std::vector<std::string> names;
     for (const auto& [kind, value] : presented.names) {
       // What has such characters in it is not what a pattern seems to say.
-      const bool plain = std::all_of(value.begin(), value.end(), [](unsigned char c) {
-        return absl::ascii_isprint(c);
-      });
+      const bool plain = std::all_of(value.begin(), value.end(),
+                                     [](unsigned char c) { return absl::ascii_isprint(c); });
       if (plain && !value.empty()) names.push_back(absl::StrCat(kind, ":", value));
     }
     if (!names.empty()) {
@@ -302,11 +299,11 @@ absl::StatusOr<Caller> Access::Identify(const Policy& policy, const Presented& p
   }
   const bool takes_tokens = !options_.tokens.empty();
   if (takes_tokens || options_.client_certificates) {
-    return absl::UnauthenticatedError(absl::StrCat(
-        "this daemon must know who calls: ",
-        takes_tokens ? "send the metadata \"authorization: Bearer TOKEN\"" : "",
-        takes_tokens && options_.client_certificates ? " or " : "",
-        options_.client_certificates ? "show a client certificate" : ""));
+    return absl::UnauthenticatedError(
+        absl::StrCat("this daemon must know who calls: ",
+                     takes_tokens ? "send the metadata \"authorization: Bearer TOKEN\"" : "",
+                     takes_tokens && options_.client_certificates ? " or " : "",
+                     options_.client_certificates ? "show a client certificate" : ""));
   }
   caller.roles = policy.RolesOf({"anonymous"});
   return caller;
@@ -320,11 +317,10 @@ absl::Status Access::Admit(absl::string_view path, const Presented& presented) c
   // There is no such RPC, and gRPC will say so.
   if (!demand) return absl::OkStatus();
   if ((caller->roles & demand->any_of) != 0) return absl::OkStatus();
-  return absl::PermissionDeniedError(
-      absl::StrCat(caller->identity.empty() ? "anonymous" : caller->identity, " may not call ",
-                   absl::StripPrefix(path, "/"), ": that needs the role ",
-                   Describe(demand->any_of, " or "), ", and its roles are ",
-                   Describe(caller->roles, " and ")));
+  return absl::PermissionDeniedError(absl::StrCat(
+      caller->identity.empty() ? "anonymous" : caller->identity, " may not call ",
+      absl::StripPrefix(path, "/"), ": that needs the role ", Describe(demand->any_of, " or "),
+      ", and its roles are ", Describe(caller->roles, " and ")));
 }
 
 }  // namespace lamina

@@ -28,10 +28,13 @@ struct AccessOptions {
   std::vector<uid_t> allowed_uids;   // besides the daemon's own
 };
 
+// A user of this host who is none of the allowed ones.
+inline constexpr uid_t kStranger = static_cast<uid_t>(-1);
+
 // What a call shows of its caller. The strings live with the call.
 struct Presented {
-  std::optional<uid_t> uid;                              // over a Unix socket; the rest is TCP's
-  std::vector<absl::string_view> authorization;          // the headers of that name
+  std::optional<uid_t> uid;                      // over a Unix socket; the rest is TCP's
+  std::vector<absl::string_view> authorization;  // the headers of that name
   std::vector<std::pair<absl::string_view, absl::string_view>> names;  // of the certificate: kind
                                                                        // ("uri", ...) and value
 };

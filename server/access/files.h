@@ -15,8 +15,8 @@ namespace lamina {
 enum class Secrecy : uint8_t { kPublic, kSecret };
 
 // The whole file. FAILED_PRECONDITION, as "WHAT PATH: why": it is missing, unreadable, no file,
-// larger than 1 MiB; or it is secret, and others than owner and group may read it or others than the
-// owner may write it. Links are followed.
+// larger than 1 MiB; or it is secret, and others than owner and group may read it or others than
+// the owner may write it. Links are followed.
 absl::StatusOr<std::string> ReadAccessFile(const std::string& what, const std::string& path,
                                            Secrecy secrecy);
 

@@ -11,6 +11,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 
 namespace lamina {
@@ -19,6 +20,8 @@ namespace {
 constexpr const char* kCertificate = "--tls-cert";
 constexpr const char* kKey = "--tls-key";
 constexpr const char* kClientCa = "--tls-client-ca";
+// Long enough to see to it, shorter than what is left when a renewal is usually made.
+constexpr absl::Duration kWarnBefore = absl::Hours(48);
 
 struct Free {
   void operator()(BIO* bio) const { BIO_free(bio); }
@@ -42,8 +45,8 @@ absl::Time TimeOf(const ASN1_TIME* time) {
                                             : absl::InfiniteFuture();
 }
 
-std::string Printed(const ASN1_TIME* time) {
-  return absl::FormatTime(absl::RFC3339_sec, TimeOf(time), absl::UTCTimeZone());
+std::string Printed(absl::Time time) {
+  return absl::FormatTime(absl::RFC3339_sec, time, absl::UTCTimeZone());
 }
 
 absl::StatusOr<std::vector<CertificatePtr>> Certificates(const char* what, const std::string& path,
@@ -70,12 +73,12 @@ absl::Status CheckTime(const char* what, const std::string& path, const X509* ce
   if (X509_cmp_current_time(X509_get0_notAfter(certificate)) < 0) {
     return Wrong(what, path,
                  absl::StrCat("the certificate expired at ",
-                              Printed(X509_get0_notAfter(certificate))));
+                              Printed(TimeOf(X509_get0_notAfter(certificate)))));
   }
   if (X509_cmp_current_time(X509_get0_notBefore(certificate)) > 0) {
     return Wrong(what, path,
                  absl::StrCat("the certificate is not valid before ",
-                              Printed(X509_get0_notBefore(certificate))));
+                              Printed(TimeOf(X509_get0_notBefore(certificate)))));
   }
   return absl::OkStatus();
 }
@@ -107,6 +110,8 @@ absl::StatusOr<TlsMaterial> Read(const TlsOptions& options) {
     return status;
   }
 
+  material.expires = TimeOf(X509_get0_notAfter(leaf));
+
   content = ReadAccessFile(kKey, options.key, Secrecy::kSecret);
   if (!content.ok()) return content.status();
   material.key = *std::move(content);
@@ -129,13 +134,6 @@ absl::StatusOr<TlsMaterial> Read(const TlsOptions& options) {
   return material;
 }
 
-// When the daemon's own certificate, which was read before, is over.
-std::string EndOf(const TlsMaterial& material) {
-  const CertificatePtr leaf(
-      PEM_read_bio_X509(Over(material.certificate).get(), nullptr, nullptr, nullptr));
-  return leaf == nullptr ? "" : Printed(X509_get0_notAfter(leaf.get()));
-}
-
 }  // namespace
 
 TlsFiles::TlsFiles(const TlsOptions& options)
@@ -146,9 +144,7 @@ absl::StatusOr<std::unique_ptr<TlsFiles>> TlsFiles::Open(const TlsOptions& optio
   auto material = Read(options);
   if (!material.ok()) return material.status();
   material->version = 1;
-  files->material_ = std::make_shared<const TlsMaterial>(*std::move(material));
-  spdlog::info("event=certificate_loaded file={} expires={}", options.certificate,
-               EndOf(*files->material_));
+  files->Use(*std::move(material));
   return files;
 }
 
@@ -157,7 +153,16 @@ std::shared_ptr<const TlsMaterial> TlsFiles::material() const {
   return material_;
 }
 
+void TlsFiles::Use(TlsMaterial material) {
+  spdlog::info("event=certificate_loaded file={} expires={}", options_.certificate,
+               Printed(material.expires));
+  next_warning_ = material.expires - kWarnBefore;
+  std::lock_guard<std::mutex> lock(mutex_);
+  material_ = std::make_shared<const TlsMaterial>(std::move(material));
+}
+
 void TlsFiles::Refresh() {
+  if (absl::Now() >= next_warning_) WarnOfExpiry();
   if (!watch_.Changed()) return;
   auto read = Read(options_);
   if (!read.ok()) {
@@ -165,9 +170,20 @@ void TlsFiles::Refresh() {
     return;
   }
   read->version = material()->version + 1;
-  spdlog::info("event=certificate_loaded file={} expires={}", options_.certificate, EndOf(*read));
-  std::lock_guard<std::mutex> lock(mutex_);
-  material_ = std::make_shared<const TlsMaterial>(*std::move(read));
+  Use(*std::move(read));
+}
+
+void TlsFiles::WarnOfExpiry() {
+  const absl::Time expires = material()->expires;
+  if (absl::Now() < expires) {
+    spdlog::warn("event=certificate_expires_soon file={} expires={}", options_.certificate,
+                 Printed(expires));
+    next_warning_ = expires;
+  } else {
+    spdlog::error("event=certificate_expired file={} expires={}", options_.certificate,
+                  Printed(expires));
+    next_warning_ = absl::InfiniteFuture();
+  }
 }
 
 }  // namespace lamina

@@ -1,5 +1,5 @@
-// The daemon's certificate, its key, and whom it trusts to sign clients' certificates: read, checked,
-// and read again when the files change.
+// The daemon's certificate, its key, and whom it trusts to sign clients' certificates: read,
+// checked, and read again when the files change.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "server/access/files.h"
 
 namespace lamina {
@@ -22,6 +23,7 @@ struct TlsOptions {
 struct TlsMaterial {
   std::string certificate, key, client_ca;
   uint64_t version = 0;  // grows with each change
+  absl::Time expires;    // when the daemon's own certificate does
 };
 
 // Threads: material from any; Refresh from one at a time.
@@ -36,14 +38,17 @@ class TlsFiles {
   const TlsOptions& options() const { return options_; }
 
   // Reads the files again where they changed; what is wrong then is logged, and the old content
-  // stays.
+  // stays. Also logs, once each, that the certificate in use is about to be over, and that it is.
   void Refresh();
 
  private:
   explicit TlsFiles(const TlsOptions& options);
+  void Use(TlsMaterial material);
+  void WarnOfExpiry();
 
   const TlsOptions options_;
   FileWatch watch_;
+  absl::Time next_warning_ = absl::InfiniteFuture();  // Refresh's own
   mutable std::mutex mutex_;
   std::shared_ptr<const TlsMaterial> material_;  // guarded by mutex_
 };

@@ -1,7 +1,6 @@
 #include "server/engine/call_checks.h"
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 
 #include "absl/strings/ascii.h"
@@ -37,7 +36,7 @@ absl::Status CheckName(absl::string_view field, absl::string_view name) {
                                      "'-', and does not begin with '.'"));
 }
 
-absl::Status CheckTensor(absl::string_view field, const HostTensor& tensor, DType dtype,
+absl::Status CheckTensor(absl::string_view field, const CallTensor& tensor, DType dtype,
                          const Shape& shape) {
   if (!tensor) return Invalid(field, ": is missing");
   if (tensor.dtype != dtype)
@@ -49,7 +48,7 @@ absl::Status CheckTensor(absl::string_view field, const HostTensor& tensor, DTyp
   return CheckAligned(field, tensor.data, SizeOf(dtype));
 }
 
-absl::Status CheckActivation(absl::string_view field, const HostTensor& tensor,
+absl::Status CheckActivation(absl::string_view field, const CallTensor& tensor,
                              const StackConfig& config, bool packed) {
   if (!tensor) return Invalid(field, ": is missing");
   if (tensor.dtype != config.dtype)
@@ -72,7 +71,7 @@ absl::Status CheckActivation(absl::string_view field, const HostTensor& tensor,
   return CheckAligned(field, tensor.data, SizeOf(config.dtype));
 }
 
-absl::Status CheckMask(const HostTensor& mask, int64_t batch, int64_t seq) {
+absl::Status CheckMask(const CallTensor& mask, int64_t batch, int64_t seq) {
   if (mask.dtype != DType::kF32)
     return Invalid("mask", absl::StrCat(".dtype: is ", Name(mask.dtype), "; it must be fp32"));
   const Shape two{batch, seq};
@@ -83,11 +82,11 @@ absl::Status CheckMask(const HostTensor& mask, int64_t batch, int64_t seq) {
   return CheckAligned("mask", mask.data, sizeof(float));
 }
 
-absl::Status CopyLengths(const HostTensor& lengths, int64_t batch, int64_t seq,
+absl::Status CopyLengths(const CallTensor& lengths, int64_t batch, int64_t seq, CopyTensor copy_in,
                          std::vector<int32_t>& copy) {
   ENGINE_RETURN_IF_ERROR(CheckTensor("lengths", lengths, DType::kI32, Shape{batch}));
   copy.resize(static_cast<size_t>(batch));
-  std::memcpy(copy.data(), lengths.data, copy.size() * sizeof(int32_t));
+  ENGINE_RETURN_IF_ERROR(copy_in(copy.data(), lengths, copy.size() * sizeof(int32_t)));
   for (size_t b = 0; b < copy.size(); ++b)
     if (copy[b] < 1 || copy[b] > seq)
       return Invalid("lengths",
@@ -95,11 +94,11 @@ absl::Status CopyLengths(const HostTensor& lengths, int64_t batch, int64_t seq,
   return absl::OkStatus();
 }
 
-absl::StatusOr<PackedSize> CopyCumulativeLengths(const HostTensor& cumulative_lengths,
+absl::StatusOr<PackedSize> CopyCumulativeLengths(const CallTensor& cumulative_lengths,
                                                  int64_t tokens, int64_t max_seq_length,
-                                                 std::vector<int32_t>& copy) {
+                                                 CopyTensor copy_in, std::vector<int32_t>& copy) {
   constexpr absl::string_view kField = "cumulative_lengths";
-  const HostTensor& given = cumulative_lengths;
+  const CallTensor& given = cumulative_lengths;
   if (given.dtype != DType::kI32)
     return Invalid(kField, absl::StrCat(".dtype: is ", Name(given.dtype), "; it must be int32"));
   // No sequence is empty, so there are at most as many as tokens.
@@ -110,7 +109,7 @@ absl::StatusOr<PackedSize> CopyCumulativeLengths(const HostTensor& cumulative_le
                                         tokens, ", the input's tokens"));
   ENGINE_RETURN_IF_ERROR(CheckAligned(kField, given.data, sizeof(int32_t)));
   copy.resize(static_cast<size_t>(given.shape[0]));
-  std::memcpy(copy.data(), given.data, copy.size() * sizeof(int32_t));
+  ENGINE_RETURN_IF_ERROR(copy_in(copy.data(), given, copy.size() * sizeof(int32_t)));
 
   if (copy[0] != 0) return Invalid(kField, absl::StrCat("[0]: is ", copy[0], "; it must be 0"));
   PackedSize size{.sequences = given.shape[0] - 1};
@@ -131,7 +130,7 @@ absl::StatusOr<PackedSize> CopyCumulativeLengths(const HostTensor& cumulative_le
   return size;
 }
 
-absl::Status CheckTarget(absl::string_view field, const HostTensor& target, size_t bytes,
+absl::Status CheckTarget(absl::string_view field, const CallTensor& target, size_t bytes,
                          size_t element_size, size_t inline_cap_bytes) {
   if (!target) {
     if (bytes <= inline_cap_bytes) return absl::OkStatus();
@@ -145,7 +144,7 @@ absl::Status CheckTarget(absl::string_view field, const HostTensor& target, size
   return CheckAligned(field, target.data, element_size);
 }
 
-bool Overlap(const HostTensor& a, const HostTensor& b) {
+bool Overlap(const CallTensor& a, const CallTensor& b) {
   if (!a || !b) return false;
   const auto* a0 = static_cast<const char*>(a.data);
   const auto* b0 = static_cast<const char*>(b.data);

@@ -4,12 +4,16 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <filesystem>
 #include <new>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "server/engine/call_checks.h"
 #include "server/engine/device_peak.h"
 #include "server/engine/engine_impl.h"
@@ -82,10 +86,51 @@ absl::Status EngineImpl::CheckServing() const {
 absl::Status EngineImpl::Run(const CallControl& control, Admission admission,
                              absl::FunctionRef<absl::Status(Clock::time_point)> work) {
   ENGINE_RETURN_IF_ERROR(CheckDevice());
+  if (control.ready) ENGINE_RETURN_IF_ERROR(WaitUntilReady(control));
   return queue_.Run(control, admission, [&](Clock::time_point admitted) -> absl::Status {
     ENGINE_RETURN_IF_ERROR(CheckDevice());  // it may have failed while the call waited
     return work(admitted);
   });
+}
+
+// The host looks at the number itself, rather than have the stream wait for it: work that was
+// enqueued can't be taken back, and would hold up everybody's behind it for as long as the number
+// doesn't come.
+absl::Status EngineImpl::WaitUntilReady(const CallControl& control) const {
+  const Fence& ready = control.ready;
+  const auto now = [&] {
+    return std::atomic_ref<uint64_t>(*ready.at).load(std::memory_order_acquire);
+  };
+  if (now() >= ready.value) return absl::OkStatus();
+  if (control.has_turn) return NotNow();
+  const absl::Time begin = absl::Now();
+  auto pause = std::chrono::microseconds(0);  // a client's stream is mostly about to come
+  while (now() < ready.value) {
+    if (control.cancelled && control.cancelled()) {
+      metrics_->Rejected(Rejection::kCancelled);
+      return absl::CancelledError(
+          "cancelled while the call waited for `ready`; nothing has changed");
+    }
+    ENGINE_RETURN_IF_ERROR(CheckServing());
+    const absl::Time time = absl::Now();
+    if (time >= control.deadline) {
+      metrics_->Rejected(Rejection::kDeadline);
+      return absl::DeadlineExceededError(
+          "the deadline passed while the call waited for `ready`; nothing has changed");
+    }
+    if (time - begin >= options_.ready_cap) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "ready.value: ", ready.value, " was not reached within ",
+          absl::FormatDuration(options_.ready_cap), ", there is ", now(), "; nothing has changed"));
+    }
+    if (time - begin < absl::Microseconds(50)) {
+      std::this_thread::yield();
+    } else {
+      pause = std::min(pause + std::chrono::microseconds(10), std::chrono::microseconds(1000));
+      std::this_thread::sleep_for(pause);
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status EngineImpl::OnDevice(absl::FunctionRef<absl::Status()> work) {
@@ -270,6 +315,7 @@ absl::StatusOr<StackInfo> EngineImpl::UpdateStack(const std::string& name,
   ENGINE_RETURN_IF_ERROR(Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(name));
     Stack& stack = *entry->stack;
+    ahead_ = {};  // its memory may be laid out anew
     const absl::Status changed = OnDevice([&]() -> absl::Status {
       ENGINE_RETURN_IF_ERROR(stack.Update(changes));
       return backend_->Synchronize();
@@ -292,6 +338,7 @@ absl::StatusOr<StackInfo> EngineImpl::UpdateStack(const std::string& name,
 
 void EngineImpl::RemoveStack(const std::string& name) {
   contexts_.StackDeleted(name);
+  ahead_ = {};
   std::unique_ptr<Entry> entry;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -330,6 +377,16 @@ absl::Status EngineImpl::RegisterHost(void* data, size_t bytes) {
 }
 
 void EngineImpl::UnregisterHost(void* data) { backend_->UnregisterHost(data); }
+
+absl::StatusOr<std::unique_ptr<SharedMemory>> EngineImpl::AllocateShared(size_t bytes,
+                                                                         SharingKind kind) {
+  ENGINE_RETURN_IF_ERROR(CheckDevice());
+  ENGINE_ASSIGN_OR_RETURN(const size_t free_bytes, backend_->FreeBytes());
+  if (bytes > free_bytes)
+    return absl::ResourceExhaustedError(
+        absl::StrCat(free_bytes, " bytes are free on the device, about"));
+  return backend_->AllocateShared(bytes, kind);
+}
 
 void EngineImpl::EndSession(SessionKey session) {
   // Not through Run: contexts go on a failed device too. Only running out of memory can stop it,

@@ -9,7 +9,7 @@
 //
 // All checks of a call against its stack (dtype, shape, ranges) happen before anything is changed;
 // the messages name the field as the proto does. Ids of sessions and regions never reach this
-// layer: a session is a SessionKey here, a region's slice is a HostTensor.
+// layer: a session is a SessionKey here, a region's slice is a CallTensor.
 #pragma once
 
 #include <cstddef>
@@ -39,34 +39,59 @@ class MetricSet;  // server/metrics/metrics.h
 using SessionKey = uint64_t;
 
 // How a tensor crosses the boundary; the values are the proto's.
-enum class TensorTransport : uint8_t { kNone = 0, kInline = 1, kMemfd = 2 };
+enum class TensorTransport : uint8_t { kNone = 0, kInline = 1, kMemfd = 2, kDevice = 3 };
 
-// A dense tensor in host memory that a call reads or writes. `keep` holds the memory (a region's
-// mapping, a message's bytes) for as long as the call needs it.
-struct HostTensor {
+// A dense tensor that a call reads or writes, in the host's or the device's memory. `keep` holds
+// the memory (a region's mapping, a message's bytes) for as long as the call needs it.
+struct CallTensor {
   void* data = nullptr;
   DType dtype = DType::kF32;
   Shape shape;
   TensorTransport transport = TensorTransport::kNone;
+  Memory memory = Memory::kHost;
   std::shared_ptr<const void> keep;
 
   explicit operator bool() const { return data != nullptr; }
   size_t bytes() const { return static_cast<size_t>(shape.elements()) * SizeOf(dtype); }
 };
 
-// How long a call may wait for the device thread.
+// A number in host memory that a client's process sees too, aligned to 8: it is reached once what
+// is there is `value` or more. `keep` holds the memory.
+struct Fence {
+  uint64_t* at = nullptr;  // null: none
+  uint64_t value = 0;
+  std::shared_ptr<const void> keep;
+
+  explicit operator bool() const { return at != nullptr; }
+};
+
+// The input of a call that its client has sent behind the one that runs, in host memory.
+struct NextInput {
+  uint64_t ticket = 0;  // 0: none. The same as that call's own, and no other's
+  std::string stack;
+  CallTensor input;
+};
+
+// What a call waits for, and how long it may wait for the device thread.
 struct CallControl {
   absl::Time deadline = absl::InfiniteFuture();
   std::function<bool()> cancelled;  // empty: never; asked in its turn, before the call begins
   // The calling thread has the device's turn (Engine::TryTurn, TryPost) and waits for nothing: a
   // call that must wait for another one of its session answers NotNow.
   bool has_turn = false;
-  // Whose call it is, for the log of steps and for the daemon's own. They outlive the call.
+  // The call begins once this is reached. That is waited for by its own thread, before it is queued
+  // for the device: a number that never comes holds nobody else up.
+  Fence ready;
+  // Where the device copies inputs: the next one is copied while this call computes, and is used if
+  // the call that comes with this ticket is the next to look for it.
+  NextInput next;
+  uint64_t ticket = 0;  // this call's, if it was the next of another
+  std::string caller;   // who makes the call, as Caller::identity; the engine does not care
+  // What the call is called, for the log of steps and for the daemon's own. They outlive the call.
   absl::string_view request_id;  // empty: none
   uint64_t request_item = 0;     // the message's id in an Execute stream; 0: a call of its own
   absl::string_view trace_id;    // 32 hexadecimal digits; empty: none
   absl::string_view span_id;     // 16; the client's span
-  std::string caller;  // whose call it is, as Caller::identity; the engine does not care
 };
 
 // Of a call that was not begun because it would have had to wait. No other call answers ABORTED.
@@ -106,12 +131,13 @@ struct ForwardCall {
   SessionKey session = 0;
   std::optional<LayerRange> layers;  // absent: all
   std::optional<bool> training;      // absent: as the stack's config says
-  HostTensor input;                  // act [B, S, H]; [T, H] with cumulative_lengths
+  CallTensor input;                  // act [B, S, H]; [T, H] with cumulative_lengths
   // At most one of these three. The two of int32 are copied once, then the copy is checked.
-  HostTensor mask;                // fp32 [B, 1, 1, S] or [B, S]; absent: none
-  HostTensor lengths;             // int32 [B]; absent: none
-  HostTensor cumulative_lengths;  // int32 [n + 1], of a packed batch; absent: not packed
-  HostTensor output;  // shaped like input; data is null: the engine provides `inline_output`
+  CallTensor mask;                // fp32 [B, 1, 1, S] or [B, S]; absent: none
+  CallTensor lengths;             // int32 [B]; absent: none
+  CallTensor cumulative_lengths;  // int32 [n + 1], of a packed batch; absent: not packed
+  CallTensor output;  // shaped like input; data is null: the engine provides `inline_output`
+  Fence done;         // stored by the device once the output is there, if all went well
 };
 
 struct ForwardOutcome {
@@ -127,9 +153,10 @@ struct BackwardCall {
   std::string stack;
   SessionKey session = 0;
   std::string context_id;
-  HostTensor output_grad;  // act, shaped like the Forward's input
-  HostTensor input_grad;   // the same; data null and want_input_grad: inline
+  CallTensor output_grad;  // act, shaped like the Forward's input
+  CallTensor input_grad;   // the same; data null and want_input_grad: inline
   bool want_input_grad = false;
+  Fence done;  // as a Forward's
 };
 
 struct BackwardOutcome {
@@ -167,12 +194,19 @@ struct ContextUse {
 // Values to write to one parameter: fp32 or the stack's dtype.
 struct ParameterValue {
   std::string name;
-  HostTensor tensor;
+  CallTensor tensor;
 };
 
 struct ParameterRead {
   ParameterInfo info;
   DType dtype = DType::kF32;
+};
+
+// Where values that are read go.
+struct ParameterTarget {
+  void* data = nullptr;
+  size_t bytes = 0;  // exactly those of what is read
+  Memory memory = Memory::kHost;
 };
 
 struct CheckpointInfo {
@@ -191,6 +225,7 @@ struct EngineOptions {
   std::string checkpoint_dir;  // empty: checkpoints answer FAILED_PRECONDITION
   int queue_capacity = 256;    // calls that wait
   size_t inline_cap_bytes = size_t{16} << 20;
+  absl::Duration ready_cap = absl::Seconds(60);  // longest wait for CallControl::ready
   // Where the device's peak is not known by its name: a product is timed before the first stack of
   // each dtype is made. It takes some 10 ms.
   bool measure_peak = false;
@@ -232,6 +267,8 @@ class Engine {
   virtual bool TryPost(std::function<void()> task) = 0;
   // Whether other calls wait for whoever has the turn.
   virtual bool TurnIsWanted() const = 0;
+  // Whether CallControl::next is any use.
+  virtual bool CopiesAhead() const = 0;
 
   // --- steps ---
   virtual absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
@@ -253,11 +290,17 @@ class Engine {
   virtual absl::StatusOr<std::vector<ParameterRead>> DescribeParameters(
       const std::string& stack, const std::vector<std::string>& names, DType dtype,
       bool gradients) = 0;
-  // Writes the parts one after another to dst, which holds exactly their bytes.
+  // Writes the parts one after another to the target.
   virtual absl::Status ReadParameters(const std::string& stack,
                                       const std::vector<std::string>& names, DType dtype,
-                                      bool gradients, void* dst, size_t bytes,
+                                      bool gradients, const ParameterTarget& target,
                                       const CallControl& control) = 0;
+  // The same into host memory.
+  absl::Status ReadParameters(const std::string& stack, const std::vector<std::string>& names,
+                              DType dtype, bool gradients, void* dst, size_t bytes,
+                              const CallControl& control) {
+    return ReadParameters(stack, names, dtype, gradients, {.data = dst, .bytes = bytes}, control);
+  }
   // All or none; every value is checked before the first is written.
   virtual absl::Status WriteParameters(const std::string& stack,
                                        const std::vector<ParameterValue>& values,
@@ -274,6 +317,9 @@ class Engine {
   // --- host memory that the device will move by DMA; any thread ---
   virtual absl::Status RegisterHost(void* data, size_t bytes) = 0;
   virtual void UnregisterHost(void* data) = 0;
+  // --- device memory that other processes map; any thread. Must go before the engine ---
+  virtual absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                                       SharingKind kind) = 0;
 
   // Frees a session's contexts once the calls it already queued are done. Returns when that is so.
   virtual void EndSession(SessionKey session) = 0;

@@ -43,6 +43,7 @@ class EngineImpl final : public Engine {
   DeviceTurn TryTurn() override { return queue_.TryTurn(); }
   bool TryPost(std::function<void()> task) override { return queue_.TryPost(std::move(task)); }
   bool TurnIsWanted() const override { return queue_.TurnIsWanted(); }
+  bool CopiesAhead() const override { return !backend_->info().host_memory; }
 
   absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
                                          const CallControl& control) override;
@@ -59,7 +60,7 @@ class EngineImpl final : public Engine {
       const std::string& stack, const std::vector<std::string>& names, DType dtype,
       bool gradients) override;
   absl::Status ReadParameters(const std::string& stack, const std::vector<std::string>& names,
-                              DType dtype, bool gradients, void* dst, size_t bytes,
+                              DType dtype, bool gradients, const ParameterTarget& target,
                               const CallControl& control) override;
   absl::Status WriteParameters(const std::string& stack, const std::vector<ParameterValue>& values,
                                const CallControl& control) override;
@@ -71,6 +72,8 @@ class EngineImpl final : public Engine {
 
   absl::Status RegisterHost(void* data, size_t bytes) override;
   void UnregisterHost(void* data) override;
+  absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                               SharingKind kind) override;
   void EndSession(SessionKey session) override;
   void Drain() override;
   absl::Status health() const override;
@@ -87,6 +90,9 @@ class EngineImpl final : public Engine {
   // Runs `work` in its turn unless the device has failed.
   absl::Status Run(const CallControl& control, Admission admission,
                    absl::FunctionRef<absl::Status(Clock::time_point admitted)> work);
+  // Waits until control.ready is reached: see Run's statuses, and FAILED_PRECONDITION: the cap on
+  // such waits. NotNow: it would have to wait, and the caller has the turn.
+  absl::Status WaitUntilReady(const CallControl& control) const;
   // UNAVAILABLE where the device has failed.
   absl::Status CheckDevice() const;
   absl::Status CheckServing() const;
@@ -119,9 +125,21 @@ class EngineImpl final : public Engine {
                           Clock::time_point admitted, ForwardOutcome& outcome);
   absl::Status RunBackward(const BackwardCall& call, const CallControl& control,
                            Clock::time_point admitted, BackwardOutcome& outcome);
+  // `tensor` for kernels to read: where it is, or copied into a slot of the stack's staging.
+  absl::StatusOr<TensorView> InputView(Stack& stack, Stack::Staging slot, const CallTensor& tensor,
+                                       const Shape& shape);
+  // The same of a call's main input, which may have been copied ahead.
+  absl::StatusOr<TensorView> MainInputView(Stack& stack, const CallTensor& tensor,
+                                           const Shape& shape, uint64_t ticket);
+  // Begins to copy the next call's input, unless `output`, where this one's result goes, is there.
+  absl::Status CopyAhead(const NextInput& next, const CallTensor& output);
+  // Where kernels write what is to come to `target`: there, or in the stack's staging.
+  absl::StatusOr<TensorView> OutputView(Stack& stack, const CallTensor& target);
+  // Brings it there, if it is not.
+  absl::Status Deliver(const TensorView& view, const CallTensor& target);
   // Seconds between the marks 0 to 3 of a step into `times`; after Synchronize.
   absl::Status ReadMarks(StepTimes& times);
-  void CountTensor(const HostTensor& tensor, TensorRole role);
+  void CountTensor(const CallTensor& tensor, TensorRole role);
   void CountInline(size_t bytes);
 
   std::unique_ptr<Backend> backend_;
@@ -136,7 +154,14 @@ class EngineImpl final : public Engine {
   std::atomic<bool> failed_{false};                // health_ is not OK
   std::atomic<bool> draining_{false};              // Drain was called
 
-  ContextTable contexts_;  // whoever's turn it is, as the next
+  // What lies in a stack's staging for the next call's input. Whoever's turn it is, as the next
+  // two.
+  struct Ahead {
+    uint64_t ticket = 0;  // 0: nothing
+    const Stack* stack = nullptr;
+    size_t bytes = 0;
+  } ahead_;
+  ContextTable contexts_;
   // The running call's lengths or cumulative lengths, checked.
   std::vector<int32_t> lengths_;
 

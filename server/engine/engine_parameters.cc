@@ -60,7 +60,7 @@ absl::StatusOr<std::vector<ParameterRead>> EngineImpl::DescribeParameters(
 
 absl::Status EngineImpl::ReadParameters(const std::string& stack,
                                         const std::vector<std::string>& names, DType dtype,
-                                        bool gradients, void* dst, size_t bytes,
+                                        bool gradients, const ParameterTarget& target,
                                         const CallControl& control) {
   return Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
     ENGINE_ASSIGN_OR_RETURN(const Entry* const entry, Find(stack));
@@ -68,16 +68,16 @@ absl::Status EngineImpl::ReadParameters(const std::string& stack,
                             Describe(*entry->stack, names, dtype, gradients));
     size_t wanted = 0;
     for (const ParameterRead& read : reads) wanted += BytesOf(read);
-    if (wanted != bytes)
-      return absl::InvalidArgumentError(absl::StrCat("target.slice.size_bytes: is ", bytes,
+    if (wanted != target.bytes)
+      return absl::InvalidArgumentError(absl::StrCat("target.slice.size_bytes: is ", target.bytes,
                                                      "; the tensors have ", wanted, " bytes"));
     ENGINE_ASSIGN_OR_RETURN(const ParameterPart part,
                             PartFor(entry->stack->config(), dtype, gradients));
     return OnDevice([&]() -> absl::Status {
-      char* to = static_cast<char*>(dst);
+      char* to = static_cast<char*>(target.data);
       for (const ParameterRead& read : reads) {
         ENGINE_RETURN_IF_ERROR(
-            entry->stack->ReadParameter(read.info.name, part, to, BytesOf(read)));
+            entry->stack->ReadParameter(read.info.name, part, to, BytesOf(read), target.memory));
         to += BytesOf(read);
       }
       return absl::OkStatus();
@@ -111,7 +111,7 @@ absl::Status EngineImpl::WriteParameters(const std::string& stack,
         ENGINE_RETURN_IF_ERROR(entry->stack->WriteParameter(
             value.name,
             value.tensor.dtype == DType::kF32 ? ParameterPart::kMaster : ParameterPart::kWeights,
-            value.tensor.data, value.tensor.bytes()));
+            value.tensor.data, value.tensor.bytes(), value.tensor.memory));
       return absl::OkStatus();
     }));
     for (const ParameterValue& value : values) CountTensor(value.tensor, TensorRole::kInput);

@@ -1,3 +1,4 @@
+#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -17,8 +18,25 @@ double Seconds(std::chrono::steady_clock::duration d) {
   return std::chrono::duration<double>(d).count();
 }
 
-TensorView View(const HostTensor& tensor) {
-  return TensorView{tensor.data, tensor.dtype, tensor.shape};
+// As Backend::Allocate aligns, which is what kernels are written for.
+constexpr size_t kKernelAlignment = 256;
+
+// Whether kernels take the tensor where it is.
+bool InPlace(const Backend& backend, const CallTensor& tensor) {
+  if (backend.info().host_memory) return true;
+  return tensor.memory == Memory::kDevice &&
+         reinterpret_cast<uintptr_t>(tensor.data) % kKernelAlignment == 0;
+}
+
+TensorCarrier CarrierOf(TensorTransport transport) {
+  switch (transport) {
+    case TensorTransport::kMemfd:
+      return TensorCarrier::kMemfd;
+    case TensorTransport::kDevice:
+      return TensorCarrier::kDevice;
+    default:
+      return TensorCarrier::kInline;
+  }
 }
 
 StepSample Sample(const StepTimes& times, DeviceQueue::Clock::time_point admitted,
@@ -45,8 +63,10 @@ int64_t Padding(const std::vector<int32_t>& lengths, int64_t tokens) {
 }
 
 // Of a mask that is added to scores: whoever hides a key writes -10000 or less, or what -infinity
-// is in the type. The client may write to it meanwhile; then the count is what was met.
-int64_t Padding(const HostTensor& mask) {
+// is in the type. The client may write to it meanwhile; then the count is what was met. Of a mask
+// in the device's memory nothing is known.
+int64_t Padding(const CallTensor& mask) {
+  if (mask.memory != Memory::kHost) return 0;
   constexpr float kHidden = -1000;
   const float* const values = static_cast<const float*>(mask.data);
   const int64_t count = mask.shape.elements();
@@ -62,11 +82,9 @@ double ForwardFlops(const StackConfig& config, const LayerRange& layers, const C
 
 }  // namespace
 
-void EngineImpl::CountTensor(const HostTensor& tensor, TensorRole role) {
+void EngineImpl::CountTensor(const CallTensor& tensor, TensorRole role) {
   if (!tensor || tensor.transport == TensorTransport::kNone) return;
-  metrics_->TensorMoved(
-      tensor.transport == TensorTransport::kMemfd ? TensorCarrier::kMemfd : TensorCarrier::kInline,
-      role, tensor.bytes());
+  metrics_->TensorMoved(CarrierOf(tensor.transport), role, tensor.bytes());
 }
 
 void EngineImpl::CountInline(size_t bytes) {
@@ -80,6 +98,63 @@ absl::Status EngineImpl::ReadMarks(StepTimes& times) {
   ENGINE_ASSIGN_OR_RETURN(times.output_seconds,
                           backend_->SecondsBetween(kComputeDone, kOutputDone));
   return absl::OkStatus();
+}
+
+// --- tensors on their way ---
+
+absl::StatusOr<TensorView> EngineImpl::InputView(Stack& stack, Stack::Staging slot,
+                                                 const CallTensor& tensor, const Shape& shape) {
+  if (InPlace(*backend_, tensor)) return TensorView{tensor.data, tensor.dtype, shape};
+  ENGINE_ASSIGN_OR_RETURN(const TensorView view, stack.StagingView(slot, tensor.dtype, shape));
+  ENGINE_RETURN_IF_ERROR(tensor.memory == Memory::kDevice
+                             ? backend_->CopyWithin(view.data, tensor.data, view.bytes())
+                             : backend_->CopyIn(view.data, tensor.data, view.bytes()));
+  return view;
+}
+
+absl::StatusOr<TensorView> EngineImpl::MainInputView(Stack& stack, const CallTensor& tensor,
+                                                     const Shape& shape, uint64_t ticket) {
+  const Ahead ahead = ahead_;
+  if (ticket == 0 || ahead.ticket != ticket) {
+    return InputView(stack, Stack::Staging::kInput, tensor, shape);
+  }
+  ahead_ = {};
+  if (ahead.stack != &stack || ahead.bytes != tensor.bytes()) {
+    return InputView(stack, Stack::Staging::kInput, tensor, shape);
+  }
+  // Brought to where it always is: a step that comes back has the same addresses.
+  ENGINE_ASSIGN_OR_RETURN(const TensorView view,
+                          stack.StagingView(Stack::Staging::kInput, tensor.dtype, shape));
+  ENGINE_ASSIGN_OR_RETURN(const TensorView from,
+                          stack.StagingView(Stack::Staging::kInputAhead, tensor.dtype, shape));
+  ENGINE_RETURN_IF_ERROR(backend_->TakeAhead(view.data, from.data, view.bytes()));
+  return view;
+}
+
+absl::Status EngineImpl::CopyAhead(const NextInput& next, const CallTensor& output) {
+  if (next.ticket == 0 || backend_->info().host_memory || Overlap(next.input, output))
+    return absl::OkStatus();
+  // The call itself says what is wrong with it.
+  const absl::StatusOr<Entry*> entry = Find(next.stack);
+  if (!entry.ok()) return absl::OkStatus();
+  Stack& stack = *(*entry)->stack;
+  const absl::StatusOr<TensorView> to =
+      stack.StagingView(Stack::Staging::kInputAhead, next.input.dtype, next.input.shape);
+  if (!to.ok()) return absl::OkStatus();
+  ahead_ = {.ticket = next.ticket, .stack = &stack, .bytes = to->bytes()};
+  return backend_->CopyInAhead(to->data, next.input.data, to->bytes());
+}
+
+absl::StatusOr<TensorView> EngineImpl::OutputView(Stack& stack, const CallTensor& target) {
+  if (InPlace(*backend_, target)) return TensorView{target.data, target.dtype, target.shape};
+  return stack.StagingView(Stack::Staging::kOutput, target.dtype, target.shape);
+}
+
+absl::Status EngineImpl::Deliver(const TensorView& view, const CallTensor& target) {
+  if (view.data == target.data) return absl::OkStatus();
+  return target.memory == Memory::kDevice
+             ? backend_->CopyWithin(target.data, view.data, view.bytes())
+             : backend_->CopyOut(target.data, view.data, view.bytes());
 }
 
 // --- Forward ---
@@ -117,12 +192,22 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   const bool packed{call.cumulative_lengths};
   ENGINE_RETURN_IF_ERROR(CheckActivation("input", call.input, config, packed));
   const Shape shape = call.input.shape;
+  const auto copy_in = [&](void* to, const CallTensor& from, size_t bytes) -> absl::Status {
+    if (from.memory == Memory::kHost) {
+      std::memcpy(to, from.data, bytes);
+      return absl::OkStatus();
+    }
+    return OnDevice([&]() -> absl::Status {
+      ENGINE_RETURN_IF_ERROR(backend_->CopyOut(to, from.data, bytes));
+      return backend_->Synchronize();
+    });
+  };
   CallSize size;
   int64_t seq = 0;  // the longest sequence
   if (packed) {
-    ENGINE_ASSIGN_OR_RETURN(
-        const PackedSize lengths,
-        CopyCumulativeLengths(call.cumulative_lengths, shape[0], config.max_seq_length, lengths_));
+    ENGINE_ASSIGN_OR_RETURN(const PackedSize lengths,
+                            CopyCumulativeLengths(call.cumulative_lengths, shape[0],
+                                                  config.max_seq_length, copy_in, lengths_));
     seq = lengths.longest;
     size = {.sequences = lengths.sequences,
             .tokens = shape[0],
@@ -134,7 +219,7 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
             .sum_of_squared_lengths = static_cast<double>(shape[0] * seq * seq)};
     if (call.mask) ENGINE_RETURN_IF_ERROR(CheckMask(call.mask, shape[0], seq));
     if (call.lengths) {
-      ENGINE_RETURN_IF_ERROR(CopyLengths(call.lengths, shape[0], seq, lengths_));
+      ENGINE_RETURN_IF_ERROR(CopyLengths(call.lengths, shape[0], seq, copy_in, lengths_));
       size.padding = Padding(lengths_, size.tokens);
     }
   }
@@ -150,10 +235,10 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   if (Overlap(call.output, call.cumulative_lengths))
     return absl::InvalidArgumentError(
         "output: overlaps cumulative_lengths; give it bytes of its own");
-  void* destination = call.output.data;
-  if (destination == nullptr) {
+  CallTensor output = call.output;
+  if (!output) {
     outcome.inline_output.resize(bytes);
-    destination = outcome.inline_output.data();
+    output = {.data = outcome.inline_output.data(), .dtype = config.dtype, .shape = shape};
   }
 
   const Shape mask_shape{size.sequences, seq};
@@ -163,31 +248,22 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
     ForwardArgs args{.layers = layers};
     if (packed) args.longest = seq;
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
-    if (backend_->info().host_memory) {
-      args.input = View(call.input);
-      if (call.mask) args.mask = View(call.mask).Reshaped(mask_shape);
-      const TensorView lengths{lengths_.data(), DType::kI32, lengths_shape};
-      if (call.lengths) args.lengths = lengths;
-      if (packed) args.cu_seqlens = lengths;
-      args.output = TensorView{destination, config.dtype, shape};
-    } else {
-      const auto stage = [&](Stack::Staging slot, DType dtype, const Shape& as, const void* from,
-                             TensorView& view) -> absl::Status {
-        ENGINE_ASSIGN_OR_RETURN(view, stack.StagingView(slot, dtype, as));
-        return from == nullptr ? absl::OkStatus() : backend_->CopyIn(view.data, from, view.bytes());
-      };
-      using S = Stack::Staging;
-      ENGINE_RETURN_IF_ERROR(stage(S::kInput, config.dtype, shape, call.input.data, args.input));
-      if (call.mask)
-        ENGINE_RETURN_IF_ERROR(stage(S::kMask, DType::kF32, mask_shape, call.mask.data, args.mask));
-      if (call.lengths)
-        ENGINE_RETURN_IF_ERROR(
-            stage(S::kLengths, DType::kI32, lengths_shape, lengths_.data(), args.lengths));
-      if (packed)
-        ENGINE_RETURN_IF_ERROR(
-            stage(S::kCuSeqlens, DType::kI32, lengths_shape, lengths_.data(), args.cu_seqlens));
-      ENGINE_RETURN_IF_ERROR(stage(S::kOutput, config.dtype, shape, nullptr, args.output));
+    using S = Stack::Staging;
+    ENGINE_ASSIGN_OR_RETURN(args.input, MainInputView(stack, call.input, shape, control.ticket));
+    if (call.mask) {
+      ENGINE_ASSIGN_OR_RETURN(args.mask, InputView(stack, S::kMask, call.mask, mask_shape));
     }
+    // The copy that was checked, not what the client may have changed since.
+    const CallTensor lengths{.data = lengths_.data(), .dtype = DType::kI32, .shape = lengths_shape};
+    if (call.lengths) {
+      ENGINE_ASSIGN_OR_RETURN(args.lengths, InputView(stack, S::kLengths, lengths, lengths_shape));
+    }
+    if (packed) {
+      ENGINE_ASSIGN_OR_RETURN(args.cu_seqlens,
+                              InputView(stack, S::kCuSeqlens, lengths, lengths_shape));
+    }
+    ENGINE_ASSIGN_OR_RETURN(args.output, OutputView(stack, output));
+    ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, output));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
     if (training) {
       ENGINE_ASSIGN_OR_RETURN(context, stack.ForwardTraining(args));
@@ -195,8 +271,8 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
       ENGINE_RETURN_IF_ERROR(stack.ForwardEval(args));
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
-    if (!backend_->info().host_memory)
-      ENGINE_RETURN_IF_ERROR(backend_->CopyOut(destination, args.output.data, bytes));
+    ENGINE_RETURN_IF_ERROR(Deliver(args.output, output));
+    if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
     if (call.mask) size.padding = Padding(call.mask);  // while a card still works
     ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
@@ -258,32 +334,26 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
                                        options_.inline_cap_bytes));
   if (Overlap(call.input_grad, call.output_grad))
     return absl::InvalidArgumentError("input_grad: overlaps output_grad; give it bytes of its own");
-  void* destination = call.input_grad.data;
-  if (wanted && destination == nullptr) {
+  CallTensor target = call.input_grad;
+  if (wanted && !target) {
     outcome.inline_input_grad.resize(bytes);
-    destination = outcome.inline_input_grad.data();
+    target = {.data = outcome.inline_input_grad.data(), .dtype = config.dtype, .shape = shape};
   }
 
   ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
-    TensorView output_grad = View(call.output_grad);
-    TensorView input_grad;
-    const bool direct = backend_->info().host_memory;
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
-    if (!direct) {
-      ENGINE_ASSIGN_OR_RETURN(output_grad,
-                              stack.StagingView(Stack::Staging::kInput, config.dtype, shape));
-      ENGINE_RETURN_IF_ERROR(backend_->CopyIn(output_grad.data, call.output_grad.data, bytes));
+    ENGINE_ASSIGN_OR_RETURN(const TensorView output_grad,
+                            MainInputView(stack, call.output_grad, shape, control.ticket));
+    TensorView input_grad;
+    if (wanted) {
+      ENGINE_ASSIGN_OR_RETURN(input_grad, OutputView(stack, target));
     }
-    if (wanted && direct) input_grad = TensorView{destination, config.dtype, shape};
-    if (wanted && !direct) {
-      ENGINE_ASSIGN_OR_RETURN(input_grad,
-                              stack.StagingView(Stack::Staging::kOutput, config.dtype, shape));
-    }
+    ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, target));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
     ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
-    if (wanted && !direct)
-      ENGINE_RETURN_IF_ERROR(backend_->CopyOut(destination, input_grad.data, bytes));
+    if (wanted) ENGINE_RETURN_IF_ERROR(Deliver(input_grad, target));
+    if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
     ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
     return ReadMarks(outcome.times);

@@ -49,6 +49,8 @@ const char* Reason(int code) {
   switch (code) {
     case 200:
       return "OK";
+    case 401:
+      return "Unauthorized";
     case 404:
       return "Not Found";
     case 405:
@@ -64,6 +66,7 @@ void Send(mg_connection* connection, const HttpAnswer& answer, bool with_body) {
   const std::string head = absl::StrCat(
       "HTTP/1.1 ", answer.code, " ", Reason(answer.code), "\r\nContent-Type: ", answer.type,
       "\r\nContent-Length: ", answer.body.size(), answer.code == 405 ? "\r\nAllow: GET, HEAD" : "",
+      answer.code == 401 ? "\r\nWWW-Authenticate: Bearer" : "",
       "\r\nCache-Control: no-store\r\nContent-Security-Policy: ", answer.content_policy,
       "\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY"
       "\r\nReferrer-Policy: no-referrer\r\n\r\n");
@@ -76,7 +79,9 @@ void Send(mg_connection* connection, const HttpAnswer& answer, bool with_body) {
 // One path. The HTTP server would hand it what lies below the path too.
 class MetricsExposer::Page final : public CivetHandler {
  public:
-  Page(std::string path, HttpPage page) : path_(std::move(path)), page_(std::move(page)) {}
+  // `guard` outlives the page.
+  Page(std::string path, HttpPage page, const HttpGuard& guard)
+      : path_(std::move(path)), page_(std::move(page)), guard_(guard) {}
 
   bool handleGet(CivetServer*, mg_connection* connection) override {
     return Answer(connection, true);
@@ -97,7 +102,10 @@ class MetricsExposer::Page final : public CivetHandler {
     const mg_request_info* const request = mg_get_request_info(connection);
     const std::string path = request->local_uri == nullptr ? "" : request->local_uri;
     HttpAnswer answer;
-    if (path != path_) {
+    const char* const authorization = mg_get_header(connection, "Authorization");
+    if (guard_ && !guard_(path_, authorization == nullptr ? "" : authorization)) {
+      answer = {.code = 401, .body = "needs the header Authorization: Bearer TOKEN\n"};
+    } else if (path != path_) {
       answer = {.code = 404, .body = "nothing here\n"};
     } else {
       try {
@@ -117,12 +125,14 @@ class MetricsExposer::Page final : public CivetHandler {
 
   const std::string path_;
   const HttpPage page_;
+  const HttpGuard& guard_;
 };
 
 MetricsExposer::MetricsExposer() = default;
 
 absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
-    const std::string& address, MetricSet& metrics, std::map<std::string, HttpPage> pages) {
+    const std::string& address, MetricSet& metrics, std::map<std::string, HttpPage> pages,
+    HttpGuard guard) {
   const size_t colon = address.rfind(':');
   int port = -1;
   // What follows could smuggle further listeners or options into the HTTP server's own syntax.
@@ -133,6 +143,7 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
     return absl::InvalidArgumentError(
         absl::StrCat("metrics address \"", address, "\" must be HOST:PORT with PORT in 0..65535"));
   std::unique_ptr<MetricsExposer> result(new MetricsExposer);
+  result->guard_ = std::move(guard);
   start_messages.clear();
   CivetCallbacks callbacks;
   callbacks.log_message = KeepMessage;
@@ -144,7 +155,7 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
   for (const auto& [path, page] : pages) absl::StrAppend(&paths, path, "\n");
   pages["/"] = [paths](const std::string&) { return HttpAnswer{.body = paths}; };
   for (auto& [path, page] : pages)
-    result->pages_[path] = std::make_unique<Page>(path, std::move(page));
+    result->pages_[path] = std::make_unique<Page>(path, std::move(page), result->guard_);
   try {
     result->server_ = std::make_unique<CivetServer>(
         std::vector<std::string>{"listening_ports", address, "num_threads", "4",

@@ -25,14 +25,20 @@ struct HttpAnswer {
 // Called from the server's threads, several at a time. `query` is what follows the question mark.
 using HttpPage = std::function<HttpAnswer(const std::string& query)>;
 
+// Whether a request for the path with this Authorization header (empty: none) is answered; else it
+// gets 401. Threads as a page's.
+using HttpGuard = std::function<bool(const std::string& path, const std::string& authorization)>;
+
 class MetricsExposer {
  public:
   // `address` is "HOST:PORT", HOST an IPv4 address, a bracketed IPv6 address or a host name; port 0
-  // takes a free one. `pages` by path ("/statusz"), beside /metrics; "/" lists them.
+  // takes a free one. `pages` by path ("/statusz"), beside /metrics; "/" lists them. `guard`
+  // may be empty: all is answered.
   // INVALID_ARGUMENT: not of that form. UNAVAILABLE: can't be listened on (in use, not this
   // machine's). `metrics` may go before the exposer does; what the pages look at may not.
   static absl::StatusOr<std::unique_ptr<MetricsExposer>> Start(
-      const std::string& address, MetricSet& metrics, std::map<std::string, HttpPage> pages = {});
+      const std::string& address, MetricSet& metrics, std::map<std::string, HttpPage> pages = {},
+      HttpGuard guard = {});
   ~MetricsExposer();  // stops listening; no page runs any more
 
   int port() const { return port_; }                       // the real one
@@ -42,6 +48,7 @@ class MetricsExposer {
   class Page;
 
   MetricsExposer();
+  HttpGuard guard_;
   std::map<std::string, std::unique_ptr<Page>> pages_;
   std::unique_ptr<CivetServer> server_;  // goes before the pages
   std::string address_;

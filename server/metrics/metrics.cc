@@ -22,7 +22,7 @@ constexpr const char* kPhaseNames[kStepPhases] = {"queue", "input", "compute", "
 constexpr const char* kMemoryKindNames[kDeviceMemoryKinds] = {
     "weights",     "master_weights", "gradients", "optimizer",
     "activations", "workspace",      "staging",   "graphs"};
-constexpr const char* kCarrierNames[] = {"inline", "memfd"};
+constexpr const char* kCarrierNames[kTensorCarriers] = {"inline", "memfd", "device"};
 constexpr const char* kRoleNames[] = {"input", "output"};
 constexpr const char* kRejectionNames[kRejections] = {
     "queue_full",    "deadline",     "cancelled",     "draining",
@@ -187,7 +187,7 @@ MetricSet::MetricSet(const BuildInfo& build, size_t logged_steps)
 
   auto& tensor_bytes = CounterFamily(r, "lamina_tensor_bytes_total",
                                      "Bytes of tensors that calls carried, by transport and role.");
-  for (size_t c = 0; c < 2; ++c)
+  for (size_t c = 0; c < kTensorCarriers; ++c)
     for (size_t role = 0; role < 2; ++role)
       tensor_bytes_[c][role] =
           &tensor_bytes.Add({{"transport", kCarrierNames[c]}, {"role", kRoleNames[role]}});
@@ -225,6 +225,9 @@ MetricSet::MetricSet(const BuildInfo& build, size_t logged_steps)
                      "Live sessions whose KeepAlive stream broke and that can be resumed.");
   regions_ = OneGauge(r, "lamina_regions", "Live shared-memory regions.");
   region_bytes_ = OneGauge(r, "lamina_region_bytes", "Bytes of live shared-memory regions.");
+  device_regions_ = OneGauge(r, "lamina_device_regions", "Live regions in device memory.");
+  device_region_bytes_ =
+      OneGauge(r, "lamina_device_region_bytes", "Bytes of live regions in device memory.");
   auto& ended =
       CounterFamily(r, "lamina_sessions_ended_total", "Sessions that ended, by what ended them.");
   for (const char* reason : kSessionEndNames)
@@ -357,6 +360,8 @@ void MetricSet::TensorMoved(TensorCarrier carrier, TensorRole role, size_t bytes
 
 void MetricSet::SetQueueDepth(int64_t calls) { queue_depth_->Set(static_cast<double>(calls)); }
 
+int64_t MetricSet::queue_depth() const { return static_cast<int64_t>(queue_depth_->Value()); }
+
 void MetricSet::Rejected(Rejection reason) {
   rejections_[static_cast<size_t>(reason)]->Increment();
 }
@@ -401,6 +406,11 @@ void MetricSet::SetSessions(int64_t sessions, int64_t adrift, int64_t regions,
   adrift_->Set(static_cast<double>(adrift));
   regions_->Set(static_cast<double>(regions));
   region_bytes_->Set(static_cast<double>(region_bytes));
+}
+
+void MetricSet::SetDeviceRegions(int64_t regions, size_t bytes) {
+  device_regions_->Set(static_cast<double>(regions));
+  device_region_bytes_->Set(static_cast<double>(bytes));
 }
 
 void MetricSet::SessionEnded(absl::string_view reason) {

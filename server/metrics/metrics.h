@@ -37,7 +37,8 @@ inline constexpr size_t kStepPhases = 5;
 // Kinds of device memory, in the order of lamina::MemoryKind.
 inline constexpr size_t kDeviceMemoryKinds = 8;
 
-enum class TensorCarrier : uint8_t { kInline, kMemfd };
+enum class TensorCarrier : uint8_t { kInline, kMemfd, kDevice };
+inline constexpr size_t kTensorCarriers = 3;
 enum class TensorRole : uint8_t { kInput, kOutput };
 
 // Why a call was turned away with nothing changed.
@@ -145,6 +146,7 @@ class MetricSet {
 
   // --- admission ---
   void SetQueueDepth(int64_t calls);
+  int64_t queue_depth() const;
   void Rejected(Rejection reason);
 
   // --- memory and what lives ---
@@ -158,6 +160,8 @@ class MetricSet {
   void SetSessionMemory(std::vector<SessionMemory> sessions);
   // `adrift`: those of the sessions whose keeper broke and that can be resumed.
   void SetSessions(int64_t sessions, int64_t adrift, int64_t regions, size_t region_bytes);
+  // Of all sessions, in device memory; SetSessions counts those in the host's.
+  void SetDeviceRegions(int64_t regions, size_t bytes);
   // `reason` as the session manager says it; one that is not known counts as "other".
   void SessionEnded(absl::string_view reason);
   void SessionResumed(Resumption how);
@@ -197,7 +201,8 @@ class MetricSet {
     std::array<prometheus::Histogram*, kStepPhases> seconds;
   };
   std::array<PerDirection, kStepDirections> directions_{};
-  std::array<std::array<prometheus::Counter*, 2>, 2> tensor_bytes_{};  // [carrier][role]
+  std::array<std::array<prometheus::Counter*, 2>, kTensorCarriers>
+      tensor_bytes_{};  // [carrier][role]
   std::array<prometheus::Counter*, kRejections> rejections_{};
   std::array<prometheus::Gauge*, kDeviceMemoryKinds> device_memory_{};
   std::array<prometheus::Histogram*, 2> checkpoint_seconds_{};
@@ -217,6 +222,7 @@ class MetricSet {
   prometheus::Gauge *gradient_norm_, *loss_scale_;
   prometheus::Gauge *queue_depth_, *activations_, *activations_high_water_;
   prometheus::Gauge *stacks_, *contexts_, *sessions_, *adrift_, *regions_, *region_bytes_;
+  prometheus::Gauge *device_regions_, *device_region_bytes_;
   prometheus::Gauge *device_capacity_, *device_free_;
   prometheus::Gauge *checkpoints_enabled_, *checkpoint_bytes_, *checkpoint_timestamp_;
   prometheus::Gauge *checkpoint_age_, *serving_;

@@ -12,6 +12,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "server/service/request_tag.h"
 #include "server/service/rpc_metrics.h"
 
 namespace lamina {
@@ -122,9 +123,11 @@ void Admission::Process(void* listener, grpc_auth_context* connection,
   auto& [admission, uid] = *static_cast<Listener*>(listener);
   Presented presented;
   absl::string_view path;
+  std::string request_id;
   for (size_t i = 0; i < count; ++i) {
     const absl::string_view key = View(metadata[i].key);
     if (key == ":path") path = View(metadata[i].value);
+    if (key == kRequestIdKey) request_id = std::string(View(metadata[i].value));
     if (key == "authorization") presented.authorization.push_back(View(metadata[i].value));
   }
   if (uid == kNoUid) {
@@ -134,14 +137,20 @@ void Admission::Process(void* listener, grpc_auth_context* connection,
     MarkUid(connection, *presented.uid);
   }
   const absl::Status status = admission.access_.Admit(path, presented);
-  if (!status.ok()) {
-    CountDenied(admission.metrics_, path, status.code());
-    spdlog::debug("event=denied path=\"{}\" code={} reason=\"{}\"", absl::CEscape(path),
-                  absl::StatusCodeToString(status.code()), absl::CEscape(status.message()));
+  if (status.ok()) {
+    done(user_data, nullptr, 0, nullptr, 0, GRPC_STATUS_OK, nullptr);
+    return;
   }
+  CountDenied(admission.metrics_, path, status.code());
+  // gRPC sends no metadata with this answer, so the request's id is among the words.
+  if (!IsRequestId(request_id)) request_id = NewRequestId();
+  CallControl control;
+  control.request_id = request_id;
+  LogFailure(DemandOf(path) ? path : "unknown", status.code(), status.message(), control);
+  const std::string words = absl::StrCat(status.message(), " (request ", request_id, ")");
   // The codes have the same numbers. The words are copied.
   done(user_data, nullptr, 0, nullptr, 0, static_cast<grpc_status_code>(status.raw_code()),
-       status.ok() ? nullptr : std::string(status.message()).c_str());
+       words.c_str());
 }
 
 std::shared_ptr<grpc::ServerCredentials> Admission::With(grpc_server_credentials* credentials,
@@ -173,8 +182,10 @@ std::shared_ptr<grpc::ServerCredentials> Admission::Tls(const TlsFiles& files) {
     if (material->version == given) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
     const grpc_ssl_pem_key_cert_pair pair{.private_key = material->key.c_str(),
                                           .cert_chain = material->certificate.c_str()};
-    *config = grpc_ssl_server_certificate_config_create(
-        material->client_ca.empty() ? nullptr : material->client_ca.c_str(), &pair, 1);
+    // gRPC insists on authorities for clients' certificates, also where it asks for none of those.
+    const std::string& authorities =
+        material->client_ca.empty() ? material->certificate : material->client_ca;
+    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
     given = material->version;
     return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
   };

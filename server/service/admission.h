@@ -50,7 +50,7 @@ class Admission {
   const Access& access_;
   MetricSet& metrics_;
   std::mutex mutex_;
-  std::list<Stream> streams_;  // guarded by mutex_
+  std::list<Stream> streams_;                   // guarded by mutex_
   std::vector<std::shared_ptr<void>> sources_;  // of certificates, which gRPC's credentials ask
 };
 

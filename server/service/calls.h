@@ -43,7 +43,7 @@ std::string Canonical(const Message& message) {
 inline absl::StatusOr<std::shared_ptr<Session>> MutatingSession(SharedState& state,
                                                                 bool has_mutation,
                                                                 const v1::Mutation& mutation,
-                                                              const CallControl& control) {
+                                                                const CallControl& control) {
   if (!has_mutation) {
     return absl::InvalidArgumentError("mutation: is needed; this call changes something");
   }

@@ -8,6 +8,7 @@
 #include "server/service/calls.h"
 #include "server/service/conversions.h"
 #include "server/service/parameters.h"
+#include "server/service/request_tag.h"
 
 namespace lamina {
 
@@ -26,9 +27,16 @@ absl::Status RunCall(SharedState& state, const v1::GetServerInfoRequest&, const 
   response->set_replay_window(MutationLog::kReplayWindow);
   response->add_transports(v1::TRANSPORT_INLINE);
   if (!state.broker_path.empty()) response->add_transports(v1::TRANSPORT_MEMFD);
+  if (state.sessions.offers_device_regions() && !state.broker_path.empty()) {
+    response->add_transports(v1::TRANSPORT_DEVICE);
+    response->set_total_device_region_cap_bytes(
+        state.sessions.options().total_device_region_cap_bytes);
+  }
+  response->set_device_region_bytes(state.sessions.device_region_bytes());
   response->set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - state.started));
   response->set_checkpoints_enabled(!options.checkpoint_dir.empty());
   response->set_build_commit(state.commit);
+  response->set_metrics_address(state.metrics_address);
   return absl::OkStatus();
 }
 
@@ -40,13 +48,13 @@ absl::Status RunCall(SharedState& state, const v1::CreateStackRequest& request,
   if (!config.ok()) return config.status();
   auto info = state.engine.CreateStack(request.name(), *config, control);
   if (!info.ok()) {
-    spdlog::warn("event=create_stack_refused code={} reason=\"{}\"",
+    spdlog::warn("event=create_stack_refused code={} reason=\"{}\"{}",
                  absl::StatusCodeToString(info.status().code()),
-                 absl::CEscape(info.status().message()));
+                 absl::CEscape(info.status().message()), TagFields(control));
     return info.status();
   }
-  spdlog::info("event=stack_created stack={} parameters={} plan_bytes={}", info->name,
-               info->parameter_count, info->plan.Total());
+  spdlog::info("event=stack_created stack={} parameters={} plan_bytes={}{}", info->name,
+               info->parameter_count, info->plan.Total(), TagFields(control));
   *response->mutable_stack() = ToProto(*info);
   return absl::OkStatus();
 }
@@ -78,7 +86,7 @@ absl::Status RunCall(SharedState& state, const v1::UpdateStackRequest& request,
   if (!pass.status().ok()) return pass.status();
   auto info = state.engine.UpdateStack(request.name(), FromProto(request), control);
   if (!info.ok()) return info.status();
-  spdlog::info("event=stack_updated stack={}", info->name);
+  spdlog::info("event=stack_updated stack={}{}", info->name, TagFields(control));
   *response->mutable_stack() = ToProto(*info);
   return absl::OkStatus();
 }
@@ -88,7 +96,8 @@ absl::Status RunCall(SharedState& state, const v1::DeleteStackRequest& request,
   const Gate::Pass pass(state.gate);
   if (!pass.status().ok()) return pass.status();
   absl::Status status = state.engine.DeleteStack(request.name(), control);
-  if (status.ok()) spdlog::info("event=stack_deleted stack={}", request.name());
+  if (status.ok())
+    spdlog::info("event=stack_deleted stack={}{}", request.name(), TagFields(control));
   return status;
 }
 
@@ -112,8 +121,7 @@ absl::Status RunCall(SharedState& state, const v1::GetParametersRequest& request
   if (!pass.status().ok()) return pass.status();
   const ParameterQuery query{
       request.stack(), {request.names().begin(), request.names().end()}, request.dtype(), false};
-  return ReadParametersTo(state, query, request.session_id(), request.target(), control,
-                          response->mutable_tensors());
+  return ReadParametersTo(state, query, request, control, response->mutable_tensors());
 }
 
 absl::Status StreamParameters(SharedState& state, const v1::StreamParametersRequest& request,
@@ -146,8 +154,7 @@ absl::Status RunCall(SharedState& state, const v1::GetGradientsRequest& request,
                              {request.names().begin(), request.names().end()},
                              v1::DATA_TYPE_FLOAT32,
                              true};
-  return ReadParametersTo(state, query, request.session_id(), request.target(), control,
-                          response->mutable_tensors());
+  return ReadParametersTo(state, query, request, control, response->mutable_tensors());
 }
 
 absl::Status RunCall(SharedState& state, const v1::SaveCheckpointRequest& request,
@@ -156,8 +163,8 @@ absl::Status RunCall(SharedState& state, const v1::SaveCheckpointRequest& reques
   if (!pass.status().ok()) return pass.status();
   auto saved = state.engine.SaveCheckpoint(request.stack(), request.name(), control);
   if (!saved.ok()) return saved.status();
-  spdlog::info("event=checkpoint_saved stack={} path={} bytes={} step={}", request.stack(),
-               saved->path, saved->bytes, saved->step);
+  spdlog::info("event=checkpoint_saved stack={} path={} bytes={} step={}{}", request.stack(),
+               saved->path, saved->bytes, saved->step, TagFields(control));
   response->set_path(saved->path);
   response->set_size_bytes(saved->bytes);
   response->set_step(saved->step);
@@ -171,8 +178,8 @@ absl::Status RunCall(SharedState& state, const v1::LoadCheckpointRequest& reques
   auto info =
       state.engine.LoadCheckpoint(request.stack(), request.name(), request.create(), control);
   if (!info.ok()) return info.status();
-  spdlog::info("event=checkpoint_loaded stack={} step={}", info->name,
-               info->counters.optimizer_step);
+  spdlog::info("event=checkpoint_loaded stack={} step={}{}", info->name,
+               info->counters.optimizer_step, TagFields(control));
   *response->mutable_stack() = ToProto(*info);
   return absl::OkStatus();
 }

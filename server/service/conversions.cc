@@ -43,6 +43,8 @@ v1::Transport ToProto(TensorTransport transport) {
       return v1::TRANSPORT_INLINE;
     case TensorTransport::kMemfd:
       return v1::TRANSPORT_MEMFD;
+    case TensorTransport::kDevice:
+      return v1::TRANSPORT_DEVICE;
     case TensorTransport::kNone:
       break;
   }

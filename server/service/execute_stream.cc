@@ -17,6 +17,7 @@
 #include "absl/time/time.h"
 #include "server/service/layer_calls.h"
 #include "server/service/serve.h"
+#include "server/service/tensors.h"
 
 namespace lamina {
 namespace {
@@ -49,9 +50,16 @@ class NamedContexts {
   std::map<uint64_t, std::string> contexts_;  // empty: the Forward failed
 };
 
+// Never the same twice.
+uint64_t NewTicket() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
 // One call: from when it is read until it is answered.
 struct Item {
   v1::ExecuteRequest request;
+  uint64_t ticket = NewTicket();  // CallControl's
   absl::Time deadline = absl::InfiniteFuture();
   std::atomic<bool> cancelled{false};
 };
@@ -189,6 +197,10 @@ class ExecuteStream final
         response.clear_result();
         response.set_code(static_cast<int32_t>(status.code()));
         response.set_message(std::string(status.message()));
+        CallControl whose = control_;
+        whose.request_item = now_->request.id();
+        response.set_request_id(RequestIdOf(whose));
+        LogFailure("/lamina.v1.LayerService/Execute", status.code(), status.message(), whose);
       }
       lock.lock();
       now_ = nullptr;
@@ -224,7 +236,15 @@ class ExecuteStream final
     CallControl control;
     control.deadline = item.deadline;
     control.has_turn = place == Place::kDevice;
+    if (place != Place::kGrpc && state_.engine.CopiesAhead()) {
+      control.ticket = item.ticket;
+      control.next = InputOfNext();
+    }
     control.caller = control_.caller;
+    control.request_id = control_.request_id;
+    control.request_item = id;
+    control.trace_id = control_.trace_id;
+    control.span_id = control_.span_id;
     control.cancelled = [&] {
       return item.cancelled || (control_.cancelled && control_.cancelled());
     };
@@ -272,6 +292,38 @@ class ExecuteStream final
       }
     }
     return status;
+  }
+
+  // The input of the call that waits behind the one that runs, if it lies in host memory that the
+  // client has filled.
+  NextInput InputOfNext() {
+    NextInput next;
+    std::string session_id;
+    v1::Tensor input;
+    const char* field = "input";
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (waiting_.empty() || waiting_.front()->cancelled) return {};
+      const v1::ExecuteRequest& request = waiting_.front()->request;
+      if (request.has_forward() && !request.forward().has_ready()) {
+        next.stack = request.forward().stack();
+        session_id = request.forward().session_id();
+        input = request.forward().input();
+      } else if (request.has_backward() && !request.backward().has_ready()) {
+        next.stack = request.backward().stack();
+        session_id = request.backward().mutation().session_id();
+        input = request.backward().output_grad();
+        field = "output_grad";
+      }
+      if (!input.has_slice()) return {};
+      next.ticket = waiting_.front()->ticket;
+    }
+    const auto session = state_.sessions.Find(session_id, control_.caller);
+    if (!session.ok()) return {};
+    auto resolved = ResolveInput(field, input, state_.engine.options().inline_cap_bytes, **session);
+    if (!resolved.ok() || resolved->memory != Memory::kHost) return {};  // the call says why
+    next.input = *std::move(resolved);
+    return next;
   }
 
   static absl::Status NoContextOf(const v1::ExecuteRequest& request) {

@@ -30,7 +30,9 @@ class GrpcServerImpl final : public GrpcServer {
  public:
   explicit GrpcServerImpl(SharedState& state)
       : admission_(state.access, state.metrics),
-        layer_(state, workers_), config_(state, workers_), session_(state, workers_) {}
+        layer_(state, workers_),
+        config_(state, workers_),
+        session_(state, workers_) {}
   ~GrpcServerImpl() override {
     if (server_ != nullptr) Shutdown(absl::Now());
   }
@@ -69,6 +71,8 @@ class GrpcServerImpl final : public GrpcServer {
         static_cast<int>(state.engine.options().inline_cap_bytes + (size_t{1} << 20));
     builder.SetMaxReceiveMessageSize(largest);
     builder.SetMaxSendMessageSize(-1);
+    // Who connects has so long to get through TLS: nobody holds descriptors by silence.
+    builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 20000);
     // Two servers must not share a port silently.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>>

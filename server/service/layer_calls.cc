@@ -37,14 +37,21 @@ absl::StatusOr<ForwardCall> ToCall(const v1::ForwardRequest& request, Session& s
                               inline_cap, session);
   if (!output.ok()) return output.status();
   call.output = *std::move(output);
+  auto done = ResolveFence("done", request.has_done(), request.done(), session);
+  if (!done.ok()) return done.status();
+  call.done = *std::move(done);
   return call;
 }
 
 absl::Status RunForward(SharedState& state, const v1::ForwardRequest& request, Session& session,
-                        bool training, const CallControl& control, v1::ForwardResponse* response) {
+                        bool training, const CallControl& given, v1::ForwardResponse* response) {
   auto call = ToCall(request, session, state.engine.options().inline_cap_bytes);
   if (!call.ok()) return call.status();
   call->training = training;
+  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
+  if (!ready.ok()) return ready.status();
+  CallControl control = given;
+  control.ready = *std::move(ready);
   auto outcome = state.engine.Forward(*call, control);
   if (!outcome.ok()) return outcome.status();
   FillResult(request.output(), call->output, std::move(outcome->inline_output),
@@ -92,7 +99,7 @@ absl::Status CheckAndRunForward(SharedState& state, const v1::ForwardRequest& re
 }
 
 absl::Status RunBackward(SharedState& state, const v1::BackwardRequest& request, Session& session,
-                         const CallControl& control, v1::BackwardResponse* response) {
+                         const CallControl& given, v1::BackwardResponse* response) {
   const size_t inline_cap = state.engine.options().inline_cap_bytes;
   BackwardCall call;
   call.stack = request.stack();
@@ -108,6 +115,13 @@ absl::Status RunBackward(SharedState& state, const v1::BackwardRequest& request,
     if (!target.ok()) return target.status();
     call.input_grad = *std::move(target);
   }
+  auto done = ResolveFence("done", request.has_done(), request.done(), session);
+  if (!done.ok()) return done.status();
+  call.done = *std::move(done);
+  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
+  if (!ready.ok()) return ready.status();
+  CallControl control = given;
+  control.ready = *std::move(ready);
   auto outcome = state.engine.Backward(call, control);
   if (!outcome.ok()) return outcome.status();
   if (call.want_input_grad) {

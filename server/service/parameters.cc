@@ -39,25 +39,34 @@ v1::Tensor TensorOf(const ParameterRead& read) {
   return tensor;
 }
 
-}  // namespace
-
-absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
-                              const std::string& session_id, const v1::TensorTarget& target,
-                              const CallControl& control,
-                              google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors) {
+template <typename Request>
+absl::Status Read(SharedState& state, const ParameterQuery& query, const Request& request,
+                  const CallControl& given,
+                  google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors) {
   auto reads = Describe(state, query);
   if (!reads.ok()) return reads.status();
+  const v1::TensorTarget& target = request.target();
+  const bool to_slice = target.destination_case() == v1::TensorTarget::kSlice;
+  std::shared_ptr<Session> session;
+  CallControl control = given;
+  if (to_slice || request.has_ready()) {
+    auto found = state.sessions.Find(request.session_id(), given.caller);
+    if (!found.ok()) return found.status();
+    session = *std::move(found);
+    auto ready = ResolveFence("ready", request.has_ready(), request.ready(), *session);
+    if (!ready.ok()) return ready.status();
+    control.ready = *std::move(ready);
+  }
   size_t total = 0;
   for (const ParameterRead& read : *reads) total += BytesOf(read);
 
-  if (target.destination_case() == v1::TensorTarget::kSlice) {
-    auto session = state.sessions.Find(session_id, control.caller);
-    if (!session.ok()) return session.status();
+  if (to_slice) {
     const DType dtype = reads->empty() ? DType::kF32 : reads->front().dtype;
-    auto where = ResolveSlice("target", target.slice(), total, SizeOf(dtype), **session);
+    auto where = ResolveSlice("target", target.slice(), total, SizeOf(dtype), *session);
     if (!where.ok()) return where.status();
-    absl::Status status = state.engine.ReadParameters(query.stack, query.names, dtype,
-                                                      query.gradients, where->data, total, control);
+    const ParameterTarget to{.data = where->data, .bytes = total, .memory = where->memory};
+    absl::Status status =
+        state.engine.ReadParameters(query.stack, query.names, dtype, query.gradients, to, control);
     if (!status.ok()) return status;
     uint64_t offset = target.slice().offset_bytes();
     for (const ParameterRead& read : *reads) {
@@ -96,6 +105,20 @@ absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
   return absl::OkStatus();
 }
 
+}  // namespace
+
+absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
+                              const v1::GetParametersRequest& request, const CallControl& control,
+                              google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors) {
+  return Read(state, query, request, control, tensors);
+}
+
+absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
+                              const v1::GetGradientsRequest& request, const CallControl& control,
+                              google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors) {
+  return Read(state, query, request, control, tensors);
+}
+
 absl::Status StreamParametersTo(
     SharedState& state, const ParameterQuery& query, const CallControl& control,
     absl::FunctionRef<bool(const v1::StreamParametersResponse&)> write) {
@@ -121,7 +144,11 @@ absl::Status StreamParametersTo(
 }
 
 absl::Status WriteParametersFrom(SharedState& state, const v1::SetParametersRequest& request,
-                                 Session& session, const CallControl& control) {
+                                 Session& session, const CallControl& given) {
+  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
+  if (!ready.ok()) return ready.status();
+  CallControl control = given;
+  control.ready = *std::move(ready);
   std::vector<ParameterValue> values;
   values.reserve(static_cast<size_t>(request.tensors_size()));
   for (int i = 0; i < request.tensors_size(); ++i) {

@@ -20,10 +20,13 @@ struct ParameterQuery {
   bool gradients = false;
 };
 
-// Into `target`; the answer's tensors are appended to `tensors` in the order of the names.
+// Into the request's target; the answer's tensors are appended to `tensors` in the order of the
+// names.
 absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
-                              const std::string& session_id, const v1::TensorTarget& target,
-                              const CallControl& control,
+                              const v1::GetParametersRequest& request, const CallControl& control,
+                              google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors);
+absl::Status ReadParametersTo(SharedState& state, const ParameterQuery& query,
+                              const v1::GetGradientsRequest& request, const CallControl& control,
                               google::protobuf::RepeatedPtrField<v1::NamedTensor>* tensors);
 
 // One tensor after another, each in chunks. CANCELLED: `write` said that nobody takes them.

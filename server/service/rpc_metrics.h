@@ -1,4 +1,5 @@
-// The one interceptor: counts every RPC as gRPC dashboards expect it. As the first and the last of
+// The one interceptor: counts every RPC as gRPC dashboards expect it, gives it a request id where
+// its client did not, puts that into errors and logs them. As the first and the last of
 // ours that a call meets, it also says what gRPC orders where no sanitizer sees it.
 #pragma once
 

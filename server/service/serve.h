@@ -7,6 +7,7 @@
 
 #include "server/service/admission.h"
 #include "server/service/calls.h"
+#include "server/service/request_tag.h"
 #include "server/service/shared_state.h"
 #include "server/service/status.h"
 #include "server/service/workers.h"
@@ -23,6 +24,7 @@ inline CallControl ControlOf(const SharedState& state, grpc::ServerContextBase* 
   }
   control.cancelled = [context] { return context->IsCancelled(); };
   control.caller = CallerOf(state.access, context);
+  Tag(*context, control);
   return control;
 }
 
@@ -31,8 +33,8 @@ template <typename Request, typename Response>
 void AnswerOnWorker(SharedState& state, Workers& workers, grpc::CallbackServerContext* context,
                     const Request* request, Response* response, grpc::ServerUnaryReactor* reactor) {
   workers.Run([=, &state] {
-    reactor->Finish(
-        ToGrpc(Guarded([&] { return RunCall(state, *request, ControlOf(state, context), response); })));
+    reactor->Finish(ToGrpc(
+        Guarded([&] { return RunCall(state, *request, ControlOf(state, context), response); })));
   });
 }
 

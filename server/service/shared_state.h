@@ -71,6 +71,7 @@ struct SharedState {
   MutationLogs& mutations;
   Gate& gate;
   std::string broker_path;
+  std::string metrics_address;  // empty: none
   std::string version;
   std::string commit;
   absl::Time started;

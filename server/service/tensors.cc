@@ -46,7 +46,7 @@ absl::StatusOr<Shape> CheckedShape(absl::string_view field, const v1::Tensor& te
 
 }  // namespace
 
-absl::StatusOr<HostTensor> ResolveSlice(absl::string_view field, const v1::Slice& slice,
+absl::StatusOr<CallTensor> ResolveSlice(absl::string_view field, const v1::Slice& slice,
                                         size_t bytes, size_t element_size, Session& session) {
   auto region = session.FindRegion(slice.region_id());
   if (!region.ok()) {
@@ -68,14 +68,16 @@ absl::StatusOr<HostTensor> ResolveSlice(absl::string_view field, const v1::Slice
     return Invalid(field, ".slice.offset_bytes: ", offset,
                    " must be a multiple of the element size ", element_size);
   }
-  HostTensor host;
+  CallTensor host;
   host.data = static_cast<char*>((*region)->data()) + offset;
-  host.transport = TensorTransport::kMemfd;
+  const bool on_device = (*region)->kind() != RegionKind::kMemfd;
+  host.memory = on_device ? Memory::kDevice : Memory::kHost;
+  host.transport = on_device ? TensorTransport::kDevice : TensorTransport::kMemfd;
   host.keep = *std::move(region);
   return host;
 }
 
-absl::StatusOr<HostTensor> ResolveInput(absl::string_view field, const v1::Tensor& tensor,
+absl::StatusOr<CallTensor> ResolveInput(absl::string_view field, const v1::Tensor& tensor,
                                         size_t inline_cap, Session& session) {
   const auto dtype = FromProto(tensor.dtype());
   if (!dtype) {
@@ -85,7 +87,7 @@ absl::StatusOr<HostTensor> ResolveInput(absl::string_view field, const v1::Tenso
   auto shape = CheckedShape(field, tensor, SizeOf(*dtype));
   if (!shape.ok()) return shape.status();
   const size_t bytes = static_cast<size_t>(shape->elements()) * SizeOf(*dtype);
-  HostTensor host;
+  CallTensor host;
   switch (tensor.storage_case()) {
     case v1::Tensor::kSlice: {
       auto resolved = ResolveSlice(field, tensor.slice(), bytes, SizeOf(*dtype), session);
@@ -114,11 +116,11 @@ absl::StatusOr<HostTensor> ResolveInput(absl::string_view field, const v1::Tenso
   return host;
 }
 
-absl::StatusOr<HostTensor> ResolveTarget(absl::string_view field, const v1::TensorTarget& target,
+absl::StatusOr<CallTensor> ResolveTarget(absl::string_view field, const v1::TensorTarget& target,
                                          DType dtype, const Shape& shape, size_t inline_cap,
                                          Session& session) {
   const size_t bytes = static_cast<size_t>(shape.elements()) * SizeOf(dtype);
-  HostTensor host;
+  CallTensor host;
   if (target.destination_case() == v1::TensorTarget::kSlice) {
     auto resolved = ResolveSlice(field, target.slice(), bytes, SizeOf(dtype), session);
     if (!resolved.ok()) return resolved.status();
@@ -135,7 +137,21 @@ absl::StatusOr<HostTensor> ResolveTarget(absl::string_view field, const v1::Tens
   return host;
 }
 
-void FillResult(const v1::TensorTarget& target, const HostTensor& where, std::string inline_bytes,
+absl::StatusOr<Fence> ResolveFence(absl::string_view field, bool present, const v1::Fence& fence,
+                                   Session& session) {
+  if (!present) return Fence{};
+  if (fence.value() == 0) return Invalid(field, ".value: 0 must be at least 1");
+  auto place = ResolveSlice(field, fence.slice(), sizeof(uint64_t), sizeof(uint64_t), session);
+  if (!place.ok()) return place.status();
+  if (place->memory != Memory::kHost) {
+    return Invalid(field, ".slice.region_id: a fence lies in a REGION_KIND_MEMFD region");
+  }
+  return Fence{.at = static_cast<uint64_t*>(place->data),
+               .value = fence.value(),
+               .keep = std::move(place->keep)};
+}
+
+void FillResult(const v1::TensorTarget& target, const CallTensor& where, std::string inline_bytes,
                 v1::Tensor* result) {
   result->set_dtype(ToProto(where.dtype));
   SetShape(where.shape, result->mutable_shape());

@@ -17,7 +17,7 @@ namespace lamina {
 //
 // INVALID_ARGUMENT: size != bytes, size > length or offset > length - size, a misaligned offset.
 // NOT_FOUND: the region is not this session's.
-absl::StatusOr<HostTensor> ResolveSlice(absl::string_view field, const v1::Slice& slice,
+absl::StatusOr<CallTensor> ResolveSlice(absl::string_view field, const v1::Slice& slice,
                                         size_t bytes, size_t element_size, Session& session);
 
 // A tensor that a call reads. `field` is its path in the request, for messages. An inline tensor
@@ -26,18 +26,23 @@ absl::StatusOr<HostTensor> ResolveSlice(absl::string_view field, const v1::Slice
 // INVALID_ARGUMENT: no dtype, a rank outside 1..4, an extent < 1, a shape whose bytes overflow, no
 // storage, an inline size that does not fit the shape or passes the cap, and what ResolveSlice
 // refuses.
-absl::StatusOr<HostTensor> ResolveInput(absl::string_view field, const v1::Tensor& tensor,
+absl::StatusOr<CallTensor> ResolveInput(absl::string_view field, const v1::Tensor& tensor,
                                         size_t inline_cap, Session& session);
 
 // Where a result of this dtype and shape goes. An absent target, or an inline one, gives a
-// HostTensor without data: the engine then provides the bytes. INVALID_ARGUMENT where such a result
+// CallTensor without data: the engine then provides the bytes. INVALID_ARGUMENT where such a result
 // passes the cap.
-absl::StatusOr<HostTensor> ResolveTarget(absl::string_view field, const v1::TensorTarget& target,
+absl::StatusOr<CallTensor> ResolveTarget(absl::string_view field, const v1::TensorTarget& target,
                                          DType dtype, const Shape& shape, size_t inline_cap,
                                          Session& session);
 
+// Where a fence's number is. Absent: an empty one. INVALID_ARGUMENT: value 0, a region that is not
+// in host memory, and what ResolveSlice refuses.
+absl::StatusOr<Fence> ResolveFence(absl::string_view field, bool present, const v1::Fence& fence,
+                                   Session& session);
+
 // How a result went, as an answer says it: the slice that was asked for, or the bytes.
-void FillResult(const v1::TensorTarget& target, const HostTensor& where, std::string inline_bytes,
+void FillResult(const v1::TensorTarget& target, const CallTensor& where, std::string inline_bytes,
                 v1::Tensor* result);
 
 }  // namespace lamina

@@ -21,8 +21,6 @@ namespace {
 constexpr int kBacklog = 1024;
 // How long a lack of descriptors is waited out.
 constexpr std::chrono::milliseconds kPause(250);
-// Nobody's: what SO_PEERCRED says of a user without a number here.
-constexpr uid_t kNobodysUid = static_cast<uid_t>(-1);
 
 absl::Status SystemError(const std::string& what) {
   return absl::UnavailableError(absl::StrCat(what, ": ", std::strerror(errno)));
@@ -61,7 +59,7 @@ absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Bind(
   for (const uid_t uid : allowed_uids) {
     if (made->acceptors_.count(uid) == 0) made->acceptors_[uid] = acceptor(uid);
   }
-  made->stranger_ = acceptor(kNobodysUid);
+  made->stranger_ = acceptor(kStranger);
   if (made->acceptors_.size() > 1) chmod(path.c_str(), 0666);
   return made;
 }

@@ -1,6 +1,6 @@
 // A Unix socket for gRPC that knows who connects: it accepts, asks the kernel for the other end's
-// user (SO_PEERCRED), which gRPC's own listener does not tell, and hands the connection to gRPC with
-// that user's credentials. docs/security.md says why.
+// user (SO_PEERCRED), which gRPC's own listener does not tell, and hands the connection to gRPC
+// with that user's credentials. docs/security.md says why.
 //
 // Threads: one of its own accepts; all else from one thread.
 #pragma once

@@ -22,6 +22,7 @@ namespace {
 
 constexpr char kMagic[4] = {'L', 'M', 'N', '1'};
 constexpr size_t kIdSize = 32;
+constexpr size_t kLongestHandle = 64;  // CUDA's IPC handles
 constexpr size_t kRequestSize = sizeof(kMagic) + 2 * kIdSize;
 // How often silent connections are looked for, and how long a lack of descriptors is waited out.
 constexpr absl::Duration kLook = absl::Milliseconds(250);
@@ -184,17 +185,22 @@ class BrokerImpl final : public Broker {
   }
 
   static bool Send(int descriptor, absl::StatusCode code, const Region* region) {
-    char answer[12];
+    char answer[12 + kLongestHandle];
+    size_t size = 12;
     const auto status = static_cast<uint32_t>(code);
     const uint64_t length = region == nullptr ? 0 : region->length();
     for (size_t i = 0; i < 4; ++i) answer[i] = static_cast<char>(status >> (8 * i));
     for (size_t i = 0; i < 8; ++i) answer[4 + i] = static_cast<char>(length >> (8 * i));
-    iovec part{answer, sizeof(answer)};
+    if (region != nullptr && region->handle().size() <= kLongestHandle) {
+      std::memcpy(answer + size, region->handle().data(), region->handle().size());
+      size += region->handle().size();
+    }
+    iovec part{answer, size};
     msghdr message{};
     message.msg_iov = &part;
     message.msg_iovlen = 1;
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    if (region != nullptr) {
+    if (region != nullptr && region->descriptor() >= 0) {
       message.msg_control = control;
       message.msg_controllen = sizeof(control);
       cmsghdr* header = CMSG_FIRSTHDR(&message);
@@ -205,8 +211,7 @@ class BrokerImpl final : public Broker {
       std::memcpy(CMSG_DATA(header), &passed, sizeof(passed));
     }
     // A client that does not read its answers is dropped rather than waited for.
-    return sendmsg(descriptor, &message, MSG_DONTWAIT | MSG_NOSIGNAL) ==
-           static_cast<ssize_t>(sizeof(answer));
+    return sendmsg(descriptor, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(size);
   }
 
   BrokerOptions options_;

@@ -1,4 +1,4 @@
-// A region's memory: a sealed memfd, mapped here and charged to a ledger.
+// A region's memory: a sealed memfd, or device memory; mapped here and charged to ledgers.
 #pragma once
 
 #include <atomic>
@@ -28,13 +28,17 @@ class Ledger {
   std::atomic<size_t> bytes_{0};
 };
 
+// The two ledgers that a region is charged to.
+struct Ledgers {
+  std::shared_ptr<Ledger> session, total;
+};
+
 // `id` is the new region's; `bytes` >= 1 is rounded up to whole pages. RESOURCE_EXHAUSTED with the
 // numbers where a ledger's cap, the descriptors or the free memory do not allow it. The pages are
 // reserved at once: a later touch of them can't fail. The hooks' functions run here and in the
-// region's destructor.
-absl::StatusOr<std::shared_ptr<Region>> MakeRegion(std::string id, size_t bytes,
-                                                   std::shared_ptr<Ledger> session,
-                                                   std::shared_ptr<Ledger> total,
+// region's destructor. `ledgers` are those of the kind's memory.
+absl::StatusOr<std::shared_ptr<Region>> MakeRegion(std::string id, size_t bytes, RegionKind kind,
+                                                   Ledgers ledgers,
                                                    std::shared_ptr<const SessionHooks> hooks);
 
 }  // namespace lamina

@@ -43,14 +43,14 @@ class SessionImpl final : public Session {
  public:
   SessionImpl(uint64_t key, std::string client_name, std::string owner, absl::Duration resume_grace,
               const SessionOptions& options, std::shared_ptr<Ledger> total,
-              std::shared_ptr<const SessionHooks> hooks)
+              std::shared_ptr<Ledger> device_total, std::shared_ptr<const SessionHooks> hooks)
       : key_(key),
         client_name_(std::move(client_name)),
         owner_(std::move(owner)),
         resume_grace_(resume_grace),
         region_cap_(options.region_cap),
-        ledger_(std::make_shared<Ledger>(options.region_cap_bytes)),
-        total_(std::move(total)),
+        host_{std::make_shared<Ledger>(options.region_cap_bytes), std::move(total)},
+        device_{std::make_shared<Ledger>(options.device_region_cap_bytes), std::move(device_total)},
         hooks_(std::move(hooks)) {}
 
   // Nobody holds it: no call of it runs, and none can come. Contexts go before the regions, which
@@ -64,7 +64,7 @@ class SessionImpl final : public Session {
   const std::string& owner() const override { return owner_; }
   absl::Duration resume_grace() const override { return resume_grace_; }
 
-  absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) override {
+  absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes, RegionKind kind) override {
     if (bytes < 1 || bytes > kLargestRegion) {
       return absl::InvalidArgumentError(
           absl::StrCat("size_bytes: ", bytes, " is outside [1, ", kLargestRegion, "]"));
@@ -79,7 +79,8 @@ class SessionImpl final : public Session {
       }
       ++being_made_;
     }
-    auto made = MakeRegion(NewCapability(), bytes, ledger_, total_, hooks_);
+    auto made = MakeRegion(NewCapability(), bytes, kind,
+                           kind == RegionKind::kMemfd ? host_ : device_, hooks_);
     std::lock_guard<std::mutex> lock(mutex_);  // goes before `made` does: no unmapping under it
     --being_made_;
     if (!made.ok()) return made.status();
@@ -119,10 +120,11 @@ class SessionImpl final : public Session {
     return absl::OkStatus();
   }
 
-  SessionManager::View Describe() const {
+  SessionManager::View Describe() {
+    std::lock_guard<std::mutex> lock(mutex_);
     return {.key = key_,
             .client_name = client_name_,
-            .regions = ledger_->count.load(),
+            .regions = static_cast<int64_t>(regions_.size()),
             .region_bytes = ledger_->bytes()};
   }
 
@@ -145,7 +147,7 @@ class SessionImpl final : public Session {
   const std::string owner_;
   const absl::Duration resume_grace_;
   const int64_t region_cap_;
-  const std::shared_ptr<Ledger> ledger_, total_;
+  const Ledgers host_, device_;
   const std::shared_ptr<const SessionHooks> hooks_;
   std::mutex mutex_;
   std::unordered_map<std::string, std::shared_ptr<Region>> regions_;  // guarded by mutex_
@@ -161,6 +163,7 @@ class SessionManagerImpl final : public SessionManager {
       : options_(options),
         hooks_(std::make_shared<const SessionHooks>(std::move(hooks))),
         total_(std::make_shared<Ledger>(options.total_region_cap_bytes)),
+        device_total_(std::make_shared<Ledger>(options.total_device_region_cap_bytes)),
         reaper_([this] { Reap(); }) {}
 
   ~SessionManagerImpl() override {
@@ -191,8 +194,8 @@ class SessionManagerImpl final : public SessionManager {
                          " sessions, the most that this daemon holds (--session-cap)"));
       }
       auto session = std::make_shared<SessionImpl>(
-          ++last_key_, client_name, owner, std::min(resume_grace, options_.resume_grace_cap), options_,
-          total_, hooks_);
+          ++last_key_, client_name, owner, std::min(resume_grace, options_.resume_grace_cap),
+          options_, total_, device_total_, hooks_);
       session->opened = absl::Now();
       session->expires = session->opened + options_.lease;
       sessions_[opened.id] = session;
@@ -208,8 +211,7 @@ class SessionManagerImpl final : public SessionManager {
     return Renewed(Of(id, caller));
   }
 
-  absl::StatusOr<std::shared_ptr<Session>> FindLocally(const std::string& id,
-                                                       uid_t peer) override {
+  absl::StatusOr<std::shared_ptr<Session>> FindLocally(const std::string& id, uid_t peer) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return NoSession();
@@ -322,6 +324,12 @@ class SessionManagerImpl final : public SessionManager {
   }
   int64_t live_regions() const override { return total_->count.load(); }
   size_t region_bytes() const override { return total_->bytes(); }
+  int64_t live_device_regions() const override { return device_total_->count.load(); }
+  size_t device_region_bytes() const override { return device_total_->bytes(); }
+  bool offers_device_regions() const override {
+    return hooks_->make_device_memory && options_.device_region_cap_bytes > 0 &&
+           options_.total_device_region_cap_bytes > 0;
+  }
   const SessionOptions& options() const override { return options_; }
 
  private:
@@ -412,7 +420,7 @@ class SessionManagerImpl final : public SessionManager {
 
   const SessionOptions options_;
   const std::shared_ptr<const SessionHooks> hooks_;
-  const std::shared_ptr<Ledger> total_;
+  const std::shared_ptr<Ledger> total_, device_total_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   Sessions sessions_;                                  // by id; guarded by mutex_

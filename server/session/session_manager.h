@@ -28,18 +28,38 @@
 
 namespace lamina {
 
-// Shared memory that the daemon made: a memfd sealed against resizing, mapped here, charged to its
-// session. Destroyed (unregistered, unmapped, closed, uncharged) when its session let go of it and
-// no call holds it.
+// What memory a region is made of; the values are the proto's.
+enum class RegionKind : uint8_t {
+  kMemfd = 1,      // host memory in a memfd, sealed against resizing
+  kDevice = 2,     // device memory whose descriptor a client imports
+  kDeviceIpc = 3,  // device memory that a client opens by a handle of bytes
+};
+
+// Shared memory that the daemon made, mapped here, charged to its session. All zeros at first.
+// Destroyed (unregistered, unmapped, closed, uncharged) when its session let go of it and no call
+// holds it.
 class Region {
  public:
   virtual ~Region() = default;
-  virtual void* data() const = 0;
-  virtual size_t length() const = 0;   // bytes, whole pages
-  virtual int descriptor() const = 0;  // owned by the region
+  virtual RegionKind kind() const = 0;
+  virtual void* data() const = 0;                 // an address of the device, but for kMemfd
+  virtual size_t length() const = 0;              // bytes, whole pages
+  virtual int descriptor() const = 0;             // owned by the region; -1: kDeviceIpc
+  virtual const std::string& handle() const = 0;  // 64 bytes: kDeviceIpc; else empty
   virtual bool registered() const = 0;
   virtual const std::string& id() const = 0;
 };
+
+// Device memory for a region; freed by its destructor. Threads: any.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual void* data() const = 0;
+  virtual int descriptor() const = 0;
+  virtual const std::string& handle() const = 0;
+};
+// What device regions' lengths are multiples of.
+inline constexpr size_t kDevicePage = size_t{2} << 20;
 
 struct SessionOptions {
   absl::Duration lease = absl::Seconds(30);
@@ -48,12 +68,19 @@ struct SessionOptions {
   int64_t region_cap = 256;                          // regions a session
   size_t region_cap_bytes = size_t{8} << 30;         // bytes a session's regions have together
   size_t total_region_cap_bytes = size_t{32} << 30;  // bytes of all sessions
+  // The same of regions in device memory, which those above leave out.
+  size_t device_region_cap_bytes = size_t{4} << 30;
+  size_t total_device_region_cap_bytes = size_t{8} << 30;
 };
 
 // Hooks that the composition root fills in; called without locks held, from any thread.
 struct SessionHooks {
   std::function<absl::Status(void* data, size_t bytes)> register_host;  // pin for DMA; empty: none
   std::function<void(void* data)> unregister_host;
+  // Zeroed device memory of `bytes`, whole device pages, for a kDevice or kDeviceIpc region.
+  // RESOURCE_EXHAUSTED with the numbers; UNIMPLEMENTED. Empty: there are no such regions.
+  std::function<absl::StatusOr<std::unique_ptr<DeviceMemory>>(size_t bytes, RegionKind kind)>
+      make_device_memory;
   // Free contexts; may block until the device is free. The reason is for metrics and the log:
   // "deleted", "lease_expired", "keep_alive_silent", "keep_alive_broken", "grace_over", "shutdown",
   // or what UnbindKeeper was given.
@@ -71,8 +98,10 @@ class Session {
   virtual absl::Duration resume_grace() const = 0;  // as granted; zero: none
 
   // RESOURCE_EXHAUSTED with the numbers of the cap, or of the memory that is free; INVALID_ARGUMENT
-  // for size 0 or over 2^46; NOT_FOUND once the session has ended.
-  virtual absl::StatusOr<std::shared_ptr<Region>> CreateRegion(size_t bytes) = 0;
+  // for size 0 or over 2^46; NOT_FOUND once the session has ended; UNIMPLEMENTED for device memory
+  // where there is none to be had.
+  virtual absl::StatusOr<std::shared_ptr<Region>> CreateRegion(
+      size_t bytes, RegionKind kind = RegionKind::kMemfd) = 0;
   // NOT_FOUND for any id that is not this session's.
   virtual absl::StatusOr<std::shared_ptr<Region>> FindRegion(const std::string& id) = 0;
   virtual std::vector<std::shared_ptr<Region>> ListRegions() = 0;
@@ -142,8 +171,11 @@ class SessionManager {
   virtual std::vector<View> List() const = 0;  // by key
   virtual int64_t live_sessions() const = 0;
   virtual int64_t adrift_sessions() const = 0;  // of those
-  virtual int64_t live_regions() const = 0;
+  virtual int64_t live_regions() const = 0;     // in host memory, as the next
   virtual size_t region_bytes() const = 0;
+  virtual int64_t live_device_regions() const = 0;
+  virtual size_t device_region_bytes() const = 0;
+  virtual bool offers_device_regions() const = 0;
   virtual const SessionOptions& options() const = 0;
 };
 

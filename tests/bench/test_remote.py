@@ -63,7 +63,7 @@ def test_layers_by_calls_of_their_own_do_the_same_step(module, layers):
     """Without dropout, so that one step is as the other: the input's gradient has come through all of it."""
     config = {**module.shape(f"2,8,16,2,32,{layers}"), "dtype": "fp32", "pre_layer_norm": True, "dropout": 0.0}
     with module.Daemon(device="cpu") as daemon, module.lamina.connect(daemon.target) as client:
-        remote = module.Remote(client, config)
+        remote = module.Remote(client, module.create_stack(client, config), config, on_device=False)
         remote.whole()
         whole = remote.dx.copy()
         weights = client.stack("remote").gradients()
@@ -79,16 +79,17 @@ def test_layers_by_calls_of_their_own_do_the_same_step(module, layers):
 
 def test_device_regions_are_missing_for_the_reason_that_holds(module):
     class Device:
-        def __init__(self, backend, *transports):
-            self.info = lambda: type("Info", (), {"backend": backend, "transports": transports})
+        def __init__(self, backend, why):
+            self.info = lambda: type("Info", (), {"backend": backend})
             self.transport = "inline"
+            self.why_no_device = why
 
     class InProcess:
         def run(self, steps):
             return [2.0] * steps
 
-    for device, reason in [(Device("cpu", "memfd"), module.NO_GPU), (Device("cuda", "memfd"), module.NO_DEVICE_REGIONS),
-                           (Device("cuda", "memfd", "device"), module.NOT_DRIVEN)]:
+    for device, reason in [(Device("cpu", "the daemon offers none"), module.NO_GPU),
+                           (Device("cuda", "the cap is 0"), "the cap is 0")]:
         times, missing = module.measure_steps(device, InProcess(), {}, 2)
         assert missing["device_region_ms"] == reason
         assert "shares no memory" in missing["memfd_ms"] and "shares no memory" in missing["per_layer_pipelined_ms"]

@@ -44,7 +44,7 @@ def free_port():
 class Daemon:
     """A laminad in a folder of its own (a short path: Unix sockets allow 107 bytes)."""
 
-    def __init__(self, *flags, checkpoints=True, broker=None):
+    def __init__(self, *flags, checkpoints=True, broker=None, metrics=True):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="lam-"))
         self.socket = self.folder / "d.sock"
         self.target = f"unix:{self.socket}"
@@ -54,7 +54,9 @@ class Daemon:
         self.checkpoints.mkdir()
         self.log_path = self.folder / "log"
         command = [LAMINAD, "--listen", self.target, "--listen", self.tcp, "--device", "cpu",
-                   "--broker", broker or str(self.folder / "b.sock"), "--metrics", self.metrics_address, *flags]
+                   "--broker", broker or str(self.folder / "b.sock"), *flags]
+        if metrics:
+            command += ["--metrics", self.metrics_address]
         if checkpoints:
             command += ["--checkpoints", str(self.checkpoints)]
         with open(self.log_path, "wb") as log:

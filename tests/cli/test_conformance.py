@@ -58,13 +58,17 @@ def whole(daemon, tmp_path_factory):
     return done, json.loads(results.read_text())
 
 
+DEVICE_CHECKS = {"handles.device-regions", "handles.device-slices"}  # of a daemon on a GPU
+
+
 def test_the_daemon_passes(whole):
     done, results = whole
     assert done.returncode == 0, done.stdout + done.stderr
     passed, violated, left_out = counts(done)
     needs_slow = {check["name"] for check in results["checks"] if "--slow" in check.get("detail", "")}
     assert violated == 0 and len(needs_slow) == 5, done.stdout
-    assert set(skipped(done)) == needs_slow | {"checkpoints.no-folder"}, done.stdout
+    assert set(skipped(done)) == needs_slow | {"checkpoints.no-folder", *DEVICE_CHECKS}, done.stdout
+    assert all("no device regions" in skipped(done)[name] for name in DEVICE_CHECKS)
     assert (passed, violated, left_out) == (results["passed"], results["failed"], results["skipped"])
     assert results["backend"] == "cpu" and len(results["checks"]) == passed + left_out
 

@@ -1,12 +1,16 @@
 """info, health, targets, exit codes and what usage errors say."""
 
+import http.server
 import json
 import signal
 import socket
 import subprocess
+import threading
 import time
+import urllib.request
 
 import conftest
+import numpy as np
 
 
 def run(*arguments, env=None):
@@ -58,6 +62,41 @@ def test_health_while_draining():
         assert daemon.cli("health").returncode == 3
     finally:
         daemon.stop()
+
+
+def test_status_says_what_the_page_shows(daemon, stack, tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((3, 20, 32), np.float32))
+    assert daemon.cli("run", stack, "--input", tmp_path / "x.npy").returncode == 0
+    report = daemon.json("status")
+    with urllib.request.urlopen(f"http://{daemon.metrics_address}/statusz.json", timeout=30) as answer:
+        page = json.load(answer)
+    assert report.keys() == page.keys() and report["stacks"] == page["stacks"] and report["state"] == "serving"
+    assert report["steps"]["last"][-1]["stack"] == stack
+    for how in ([], ["--metrics", f"http://{daemon.metrics_address}/statusz"], ["--metrics", daemon.metrics_address]):
+        words = daemon.cli("status", *how, target=None if not how else "unix:/nowhere").stdout
+        for expected in ("serving", f"laminad {report['version']}", report["device"]["name"], stack, "forward_eval", "LAST MINUTE", "CLIENT"):
+            assert expected in words, expected
+    assert daemon.cli("status", target=daemon.tcp).returncode == 0
+    assert f"http://{daemon.metrics_address}/metrics" in daemon.cli("info").stdout
+
+
+def test_status_where_there_is_none(tmp_path):
+    assert "must be http://HOST:PORT" in run("status", "--metrics", "nonsense").stderr
+    done = run("status", "--metrics", f"127.0.0.1:{conftest.free_port()}")
+    assert done.returncode == 3 and "UNAVAILABLE" in done.stderr
+    silent = conftest.Daemon("--metrics", "none", metrics=False)
+    try:
+        error = silent.error("status", code=1)
+        assert error["code"] == "FAILED_PRECONDITION" and "--metrics none" in error["message"]
+    finally:
+        silent.stop()
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        try:
+            done = run("status", "--metrics", f"127.0.0.1:{other.server_address[1]}")
+            assert done.returncode == 1 and "404" in done.stderr
+        finally:
+            other.shutdown()
 
 
 def test_no_daemon_says_which_socket_and_how_to_start_one(tmp_path):

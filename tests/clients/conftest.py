@@ -6,7 +6,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE.parent / "e2e"), str(ROOT / "client/python")]
+sys.path[:0] = [str(HERE.parent / "e2e"), str(HERE.parent / "support"), str(ROOT / "client/python")]
 
 from daemon import Daemon  # noqa: E402
 from programs import ready  # noqa: E402
@@ -15,7 +15,8 @@ from programs import ready  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def environment():
     """No variable points a client at another daemon or transport than the test's."""
-    for name in [n for n in os.environ if n in ("LAMINA_TARGET", "LAMINA_TRANSPORT") or "proxy" in n.lower()]:
+    names = ("LAMINA_TARGET", "LAMINA_TRANSPORT", "LAMINA_TLS", "LAMINA_TOKEN", "LAMINA_CLIENT")
+    for name in [n for n in os.environ if n.startswith(names) or "proxy" in n.lower()]:
         del os.environ[name]
 
 

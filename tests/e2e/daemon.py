@@ -59,7 +59,7 @@ class Daemon:
             time.sleep(0.02)
         ready = re.findall(r"event=ready .*", self.log())[-1]
         self.tcp = re.search(r"listen=\S*,(127\.0\.0\.1:\d+)", ready).group(1)
-        self.metrics_address = re.search(r"metrics=(\S+)", ready).group(1)
+        self.metrics_address = re.search(r'metrics=([^\s"]+)', ready).group(1)
         return self
 
     def log(self):

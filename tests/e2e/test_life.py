@@ -305,24 +305,24 @@ def test_deadlines_before_the_start_change_nothing(raw):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--listen", "0.0.0.0:0"], "--insecure"), (["--listen", "nonsense"], "HOST:PORT"), (["--device", "tpu"], "tpu"),
-    (["--checkpoints", "/nonexistent/folder"], "checkpoints"), (["--final-checkpoint"], "--checkpoints"),
+    (["--final-checkpoint"], "--checkpoints"),
     (["--queue-capacity", "0"], "queue-capacity"), (["--no-such-flag"], "no-such-flag")])
 def test_mistakes_on_the_command_line(tmp_path, arguments, words):
     from daemon import BINARY
 
     command = [BINARY, *arguments] + ([] if "--listen" in arguments else ["--listen", f"unix:{tmp_path}/s"])
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode in (1, 2) and words in done.stderr + done.stdout
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_two_daemons_do_not_share_a_socket(daemon):
     from daemon import BINARY
 
     done = subprocess.run([BINARY, "--listen", daemon.target, "--metrics", "none"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "in use" in done.stderr
+    assert done.returncode == 3 and "in use" in done.stderr
     port = daemon.tcp
     done = subprocess.run([BINARY, "--listen", port, "--metrics", "none"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "in use" in done.stderr
+    assert done.returncode == 3 and "in use" in done.stderr
 
 
 def test_settings_from_the_environment(tmp_path):

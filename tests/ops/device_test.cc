@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -176,6 +178,67 @@ TEST_P(DeviceTest, RegisteredHostMemoryIsCopied) {
   size_t wrong = 0;
   for (size_t i = 0; i < kBytes; ++i) wrong += values[i] != static_cast<uint8_t>(i * 7) ? 1 : 0;
   EXPECT_EQ(wrong, 0u);
+  backend_->UnregisterHost(host);
+  backend_->Free(device);
+  std::free(host);
+}
+
+TEST_P(DeviceTest, SharedMemoryIsZeroedMemoryOfTheDevice) {
+  for (const SharingKind kind : {SharingKind::kDescriptor, SharingKind::kIpcHandle}) {
+    const size_t before = backend_->FreeBytes().value();
+    auto shared = backend_->AllocateShared(kSharingUnit + 1, kind);
+    if (backend_->info().host_memory) {
+      EXPECT_EQ(shared.status().code(), absl::StatusCode::kUnimplemented);
+      EXPECT_THAT(std::string(shared.status().message()), HasSubstr("cpu"));
+      continue;
+    }
+    ASSERT_TRUE(shared.ok()) << shared.status();
+    EXPECT_EQ((*shared)->bytes(), 2 * kSharingUnit);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>((*shared)->data()) % kSharingUnit, 0u);
+    EXPECT_EQ((*shared)->descriptor() >= 0, kind == SharingKind::kDescriptor);
+    EXPECT_EQ((*shared)->handle().size(), kind == SharingKind::kIpcHandle ? 64u : 0u);
+    std::vector<uint8_t> values(2 * kSharingUnit, 1);
+    ASSERT_TRUE(backend_->CopyOut(values.data(), (*shared)->data(), values.size()).ok());
+    ASSERT_TRUE(backend_->Synchronize().ok());
+    EXPECT_EQ(std::count(values.begin(), values.end(), 0), static_cast<int64_t>(values.size()));
+    // Ops and copies take it like any other memory of the device.
+    std::iota(values.begin(), values.end(), 0);
+    void* other = Allocate(values.size());
+    ASSERT_TRUE(backend_->CopyIn((*shared)->data(), values.data(), values.size()).ok());
+    ASSERT_TRUE(backend_->CopyWithin(other, (*shared)->data(), values.size()).ok());
+    std::vector<uint8_t> back(values.size());
+    ASSERT_TRUE(backend_->CopyOut(back.data(), other, back.size()).ok());
+    ASSERT_TRUE(backend_->Synchronize().ok());
+    EXPECT_EQ(back, values);
+    backend_->Free(other);
+    shared->reset();
+    EXPECT_GE(backend_->FreeBytes().value() + kSharingUnit, before);
+    EXPECT_EQ(backend_->AllocateShared(size_t{1} << 46, kind).status().code(),
+              absl::StatusCode::kResourceExhausted);
+  }
+}
+
+TEST_P(DeviceTest, ASignalComesAfterWhatWentBeforeIt) {
+  constexpr size_t kBytes = size_t{64} << 20;
+  auto* host = static_cast<uint8_t*>(std::aligned_alloc(4096, kBytes + 4096));
+  ASSERT_NE(host, nullptr);
+  ASSERT_TRUE(backend_->RegisterHost(host, kBytes + 4096).ok());
+  auto* number = reinterpret_cast<uint64_t*>(host + kBytes) + 3;  // anywhere in what is registered
+  void* device = Allocate(kBytes);
+  *number = 0;
+  for (uint64_t value = 1; value <= 3; ++value) {
+    host[0] = host[kBytes - 1] = 1;
+    ASSERT_TRUE(backend_->SetZero(device, kBytes).ok());
+    ASSERT_TRUE(backend_->CopyOut(host, device, kBytes).ok());
+    ASSERT_TRUE(backend_->Signal(number, value).ok());
+    // Looked at without a synchronisation: that is what it is for.
+    while (std::atomic_ref<uint64_t>(*number).load(std::memory_order_acquire) < value) {
+    }
+    EXPECT_EQ(host[0], 0);
+    EXPECT_EQ(host[kBytes - 1], 0);
+  }
+  ASSERT_TRUE(backend_->Synchronize().ok());
+  EXPECT_EQ(*number, 3u);
   backend_->UnregisterHost(host);
   backend_->Free(device);
   std::free(host);

@@ -3,11 +3,16 @@
 // enqueues something else, fails with INTERNAL.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <new>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -30,6 +35,10 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> allocations{0};       // so far
   std::atomic<int64_t> ops{0};               // so far
   std::atomic<int64_t> synchronizations{0};  // so far
+  std::atomic<int64_t> host_copies{0};       // so far: CopyIn and CopyOut
+  std::atomic<int64_t> ahead_copies{0};      // so far: CopyInAhead
+  std::atomic<int64_t> ahead_taken{0};       // so far: TakeAhead
+  std::atomic<size_t> shared_bytes{0};       // of AllocateShared, not freed
   std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
   std::atomic<int64_t> steps{0};             // so far
   std::atomic<int64_t> repeated_steps{0};    // so far: with a key that their cache knew
@@ -42,6 +51,7 @@ class CountingBackend final : public Backend {
   std::atomic<size_t> free_bytes{kAsItIs};      // what FreeBytes answers; kAsItIs: the inner one's
   std::atomic<int64_t> fail_allocation{-1};     // this Allocate from now on fails; 0 is the next
   std::atomic<int64_t> failing_allocations{1};  // so many from that one on
+  std::atomic<bool> fail_shared{false};         // AllocateShared
   std::atomic<int64_t> fail_op{-1};             // this op from now on fails; 0 is the next
   std::atomic<int64_t> hold_op{-1};             // this op from now on waits; 0 is the next
   std::atomic<bool> holding{false};             // it does, until a test makes this false
@@ -80,15 +90,33 @@ class CountingBackend final : public Backend {
     return inner_->RegisterHost(data, bytes);
   }
   void UnregisterHost(void* data) override { inner_->UnregisterHost(data); }
+  // Of an ordinary memfd, which stands for what a driver would export; a handle is its descriptor's
+  // number and nothing more.
+  absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                               SharingKind kind) override {
+    if (info_.host_memory) return Backend::AllocateShared(bytes, kind);
+    if (fail_shared) return absl::ResourceExhaustedError("sharing failed on demand");
+    return std::make_unique<FakeShared>(*this, (bytes + kSharingUnit - 1) / kSharingUnit, kind);
+  }
   absl::Status CopyIn(void* dst, const void* src, size_t bytes) override {
+    ++host_copies;
     return inner_->CopyIn(dst, src, bytes);
   }
   absl::Status CopyOut(void* dst, const void* src, size_t bytes) override {
+    ++host_copies;
     return inner_->CopyOut(dst, src, bytes);
   }
   absl::Status CopyWithin(void* dst, const void* src, size_t bytes) override {
     if (log_ != nullptr) log_->Copy(dst, src, bytes);
     return inner_->CopyWithin(dst, src, bytes);
+  }
+  absl::Status CopyInAhead(void* ahead, const void* src, size_t bytes) override {
+    ++ahead_copies;
+    return inner_->CopyInAhead(ahead, src, bytes);
+  }
+  absl::Status TakeAhead(void* dst, const void* ahead, size_t bytes) override {
+    ++ahead_taken;
+    return inner_->TakeAhead(dst, ahead, bytes);
   }
   absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
   absl::Status Synchronize() override {
@@ -120,6 +148,42 @@ class CountingBackend final : public Backend {
     size_t StepCacheBytes() const override { return sizes.StepCacheBytes(); }
     const OpSizes& sizes;
     bool claimed_host_memory = false;
+  };
+
+  class FakeShared final : public SharedMemory {
+   public:
+    FakeShared(CountingBackend& backend, size_t units, SharingKind kind)
+        : backend_(backend),
+          bytes_(units * kSharingUnit),
+          kind_(kind),
+          descriptor_(memfd_create("lamina-fake-device", MFD_CLOEXEC)) {
+      if (descriptor_ < 0 || ftruncate(descriptor_, static_cast<off_t>(bytes_)) != 0)
+        throw std::bad_alloc();
+      data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_, 0);
+      if (data_ == MAP_FAILED) throw std::bad_alloc();
+      if (kind == SharingKind::kIpcHandle) {
+        handle_ = std::to_string(descriptor_);
+        handle_.resize(64);
+      }
+      backend_.shared_bytes += bytes_;
+    }
+    ~FakeShared() override {
+      munmap(data_, bytes_);
+      close(descriptor_);
+      backend_.shared_bytes -= bytes_;
+    }
+    void* data() const override { return data_; }
+    size_t bytes() const override { return bytes_; }
+    int descriptor() const override { return kind_ == SharingKind::kIpcHandle ? -1 : descriptor_; }
+    const std::string& handle() const override { return handle_; }
+
+   private:
+    CountingBackend& backend_;
+    const size_t bytes_;
+    const SharingKind kind_;
+    const int descriptor_;
+    void* data_ = nullptr;
+    std::string handle_;
   };
 
   class CheckedSteps final : public StepCache {

@@ -24,6 +24,9 @@ client::ConnectOptions ToConnect(const GlobalOptions& options);
 // service_commands.cc
 int Info(const GlobalOptions& options);
 int Health(const GlobalOptions& options);
+// status_command.cc. `metrics`: where the daemon's HTTP server is, as URL or HOST:PORT; empty: as
+// the daemon at the target says.
+int Status(const GlobalOptions& options, const std::string& metrics);
 int SaveCheckpoint(const GlobalOptions& options, const std::string& stack, const std::string& name);
 int LoadCheckpoint(const GlobalOptions& options, const std::string& stack, const std::string& name,
                    bool create);

@@ -9,6 +9,7 @@
 #include "cli/conformance/checks.h"
 #include "cli/conformance/daemon.h"
 #include "nlohmann/json.hpp"
+#include "src/channel.h"
 
 namespace lamina::cli {
 namespace {
@@ -91,8 +92,14 @@ nlohmann::json ResultJson(const Result& result) {
 
 int RunAgainst(const GlobalOptions& options, const ConformanceOptions& conformance,
                const std::string& target, const std::vector<const Check*>& checks) {
-  Daemon daemon(
-      {.target = target, .timeout_seconds = options.timeout_seconds, .slow = conformance.slow});
+  // The client of WithClient was made with the same, so this can be made, too.
+  const auto open = [&](const grpc::ChannelArguments& arguments) {
+    return client::internal::OpenChannel(target, options.security, arguments).value();
+  };
+  Daemon daemon({.target = target,
+                 .timeout_seconds = options.timeout_seconds,
+                 .open = open,
+                 .slow = conformance.slow});
   if (const grpc::Status status = daemon.Connect(); !status.ok()) {
     return Fail(options, absl::Status(static_cast<absl::StatusCode>(status.error_code()),
                                       status.error_message()));

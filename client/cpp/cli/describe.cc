@@ -81,7 +81,8 @@ Json ToJson(const client::ServerInfo& info) {
           {"replay_window", info.replay_window},
           {"transports", std::move(transports)},
           {"uptime_seconds", info.uptime_seconds},
-          {"checkpoints_enabled", info.checkpoints_enabled}};
+          {"checkpoints_enabled", info.checkpoints_enabled},
+          {"metrics_address", info.metrics_address}};
 }
 
 Json ToJson(const client::StackInfo& info) {

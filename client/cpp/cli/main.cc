@@ -20,7 +20,8 @@ Exit codes:
   1  the daemon refused or failed (the message has the status code), or a result could not be written
   2  wrong arguments, or a file that was given is not what it should be
   3  no daemon answers at the target
-Errors go to stderr, with --output json as {"error": {"code", "message", "exit_code"}}.)";
+Errors go to stderr, with --output json as {"error": {"code", "message", "exit_code", "request_id"}}; the request id is
+what the log of the daemon calls the call.)";
 
 using Action = std::function<int()>;
 
@@ -88,10 +89,37 @@ class Commands {
                      : "must be 0 to 1000000 seconds";
         })
         ->type_name("SECONDS");
+    AddSecurity();
     app_->set_version_flag("--version", "lamina " LAMINA_VERSION);
     app_->require_subcommand(1);
     app_->fallthrough();  // global options may follow the command
     app_->footer(kFooter);
+  }
+
+  void AddSecurity() {
+    client::Security& security = globals_.security;
+    const auto add = [this](const char* flag, std::string* value, const char* variable,
+                            const char* type, const char* help) {
+      app_->add_option(flag, *value, help)
+          ->envname(variable)
+          ->type_name(type)
+          ->group("Options for daemons over TCP");
+    };
+    app_->add_flag("--tls", security.tls, "TLS, with the authorities that this system trusts")
+        ->envname("LAMINA_TLS")
+        ->group("Options for daemons over TCP");
+    add("--tls-ca", &security.ca_file, "LAMINA_TLS_CA", "FILE",
+        "TLS, with the authorities in this file; PEM");
+    add("--tls-server-name", &security.server_name, "LAMINA_TLS_SERVER_NAME", "NAME",
+        "The name in the daemon's certificate [the target's host]");
+    add("--client-cert", &security.certificate_file, "LAMINA_CLIENT_CERT", "FILE",
+        "This client's certificate; PEM");
+    add("--client-key", &security.key_file, "LAMINA_CLIENT_KEY", "FILE", "Its private key; PEM");
+    add("--token-file", &security.token_file, "LAMINA_TOKEN_FILE", "FILE",
+        "Holds the bearer token to show to the daemon");
+    app_->add_flag("--insecure", security.insecure,
+                   "No TLS, whatever else is said, and the token unencrypted also to other hosts")
+        ->group("Options for daemons over TCP");
   }
 
   CLI::App* AddNamed(CLI::App* parent, const char* name, const char* help, std::string* stack,
@@ -106,6 +134,16 @@ class Commands {
        [this] { return Info(globals_); });
     Do(app_->add_subcommand("health", "Exit 0 when the daemon serves, for container probes"),
        [this] { return Health(globals_); });
+    CLI::App* status = app_->add_subcommand(
+        "status",
+        "What the daemon's page /statusz shows: stacks, memory, sessions, the last steps.\nIt is "
+        "asked over HTTP.");
+    status
+        ->add_option("--metrics", metrics_,
+                     "Its HTTP server, where the daemon need not be asked for it: "
+                     "http://HOST:PORT or HOST:PORT")
+        ->type_name("URL");
+    Do(status, [this] { return Status(globals_, metrics_); });
   }
 
   void AddStack() {
@@ -401,7 +439,7 @@ class Commands {
   RunOptions run_;
   BenchOptions bench_;
   ConformanceOptions conformance_;
-  std::string stack_, checkpoint_;
+  std::string stack_, checkpoint_, metrics_;
   bool create_ = false;
   Action action_;
 };

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <utility>
 
+#include "lamina/client.h"
 #include "nlohmann/json.hpp"
 
 namespace lamina::cli {
@@ -29,14 +30,16 @@ std::string Padded(const std::string& text, size_t width, bool left) {
 }
 
 void PrintError(const GlobalOptions& options, const std::string& code, const std::string& message,
-                int exit_code) {
+                int exit_code, const std::string& request_id = "") {
   if (options.json) {
-    const nlohmann::json error = {
+    nlohmann::json error = {
         {"error", {{"code", code}, {"message", message}, {"exit_code", exit_code}}}};
+    if (!request_id.empty()) error["error"]["request_id"] = request_id;
     std::fprintf(stderr, "%s\n",
                  error.dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
-    std::fprintf(stderr, "lamina: %s: %s\n", code.c_str(), message.c_str());
+    std::fprintf(stderr, "lamina: %s: %s%s\n", code.c_str(), message.c_str(),
+                 request_id.empty() ? "" : (" (request " + request_id + ")").c_str());
   }
 }
 
@@ -125,7 +128,7 @@ void PrintJson(const nlohmann::json& json) {
 
 int Fail(const GlobalOptions& options, const absl::Status& status) {
   PrintError(options, absl::StatusCodeToString(status.code()), std::string(status.message()),
-             kRefused);
+             kRefused, client::RequestIdOf(status));
   return kRefused;
 }
 

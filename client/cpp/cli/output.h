@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "lamina/client.h"
 #include "nlohmann/json_fwd.hpp"
 
 namespace lamina::cli {
@@ -24,6 +25,7 @@ struct GlobalOptions {
   bool json = false;
   bool csv = false;             // of the one table that is printed so: plan --memory
   double timeout_seconds = 60;  // of each call; 0: none
+  client::Security security;    // of TCP targets
 };
 
 inline constexpr const char* kCsvIsForCapacity =

@@ -51,12 +51,34 @@ std::string SocketTrouble(const std::string& target) {
   }
 }
 
+// What may be wrong with TLS, by what gRPC says; empty: nothing that one can see.
+std::string TlsHint(const GlobalOptions& options, absl::string_view reason) {
+  const client::Security& security = options.security;
+  const bool tls = !security.insecure && (security.tls || !security.ca_file.empty() ||
+                                          !security.certificate_file.empty());
+  // A daemon with TLS hangs up on a client without.
+  if (!tls && absl::StrContains(reason, "Socket closed")) {
+    return "the daemon may want it: --tls-ca FILE";
+  }
+  if (absl::StrContains(reason, "Hostname Verification Check failed")) {
+    return "the daemon's certificate has another name: --tls-server-name NAME";
+  }
+  if (tls && absl::StrContains(reason, "wrong version number")) {
+    return "the daemon speaks none: leave --tls-ca and the like out";
+  }
+  if (absl::StrContains(reason, "handshake failed")) {
+    return "the daemon's certificate is over, or not signed by who --tls-ca FILE trusts";
+  }
+  return "";
+}
+
 int FailUnreachable(const GlobalOptions& options, const absl::Status& status) {
   const std::string target = TargetOf(options);
   const std::string trouble = SocketTrouble(target);
   // The library's message begins with the target already.
   const absl::string_view reason = absl::StripPrefix(status.message(), absl::StrCat(target, ": "));
   const std::string why = trouble.empty() ? std::string(reason) : trouble;
+  const std::string hint = TlsHint(options, reason);
   const std::string start = absl::StrCat("laminad --listen ", target);
   if (options.json) {
     const nlohmann::json error = {{"error",
@@ -70,8 +92,9 @@ int FailUnreachable(const GlobalOptions& options, const absl::Status& status) {
     std::fprintf(stderr,
                  "lamina: cannot reach laminad at %s: %s\n"
                  "  start it:      %s\n"
-                 "  or name it:    --target unix:PATH or HOST:PORT, or LAMINA_TARGET\n",
-                 target.c_str(), why.c_str(), start.c_str());
+                 "  or name it:    --target unix:PATH or HOST:PORT, or LAMINA_TARGET\n%s",
+                 target.c_str(), why.c_str(), start.c_str(),
+                 hint.empty() ? "" : absl::StrCat("  or it is TLS:  ", hint, "\n").c_str());
   }
   return kUnreachable;
 }
@@ -84,7 +107,8 @@ bool MeansUnreachable(absl::StatusCode code) {
 
 client::ConnectOptions ToConnect(const GlobalOptions& options) {
   return {.call_timeout =
-              std::chrono::milliseconds(static_cast<int64_t>(options.timeout_seconds * 1000))};
+              std::chrono::milliseconds(static_cast<int64_t>(options.timeout_seconds * 1000)),
+          .security = options.security};
 }
 
 int WithClient(const GlobalOptions& options, const std::function<int(const client::Client&)>& run) {
@@ -130,6 +154,9 @@ int Info(const GlobalOptions& options) {
                {"transports", transports},
                {"inline cap", HumanBytes(info->inline_cap_bytes)},
                {"checkpoints", info->checkpoints_enabled ? "enabled" : "disabled"},
+               {"metrics", info->metrics_address.empty()
+                               ? "none"
+                               : absl::StrCat("http://", info->metrics_address, "/metrics")},
                {"uptime", HumanSeconds(info->uptime_seconds)}}));
     return static_cast<int>(kOk);
   });

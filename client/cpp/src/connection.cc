@@ -1,13 +1,12 @@
 #include "src/connection.h"
 
-#include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
 #include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "src/channel.h"
 
 namespace lamina::client::internal {
 namespace {
@@ -29,6 +28,9 @@ absl::StatusOr<std::string> Normalize(const std::string& target) {
   return target;
 }
 
+// Of the status's payload.
+constexpr char kRequestIdPayload[] = "lamina.v1/x-request-id";
+
 }  // namespace
 
 absl::Status ToAbsl(const grpc::Status& status, const std::string& target) {
@@ -40,14 +42,28 @@ absl::Status ToAbsl(const grpc::Status& status, const std::string& target) {
   return absl::Status(code, status.error_message());
 }
 
+absl::Status WithRequestId(absl::Status status, const std::string& id) {
+  if (!status.ok() && !id.empty()) status.SetPayload(kRequestIdPayload, absl::Cord(id));
+  return status;
+}
+
+absl::Status ToAbsl(const grpc::Status& status, const grpc::ClientContext& context,
+                    const std::string& target) {
+  if (status.ok()) return absl::OkStatus();
+  const auto& metadata = context.GetServerTrailingMetadata();
+  const auto id = metadata.find("x-request-id");
+  return WithRequestId(
+      ToAbsl(status, target),
+      id == metadata.end() ? "" : std::string(id->second.data(), id->second.size()));
+}
+
 absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string& target,
                                                                const ConnectOptions& options) {
   absl::StatusOr<std::string> normal = Normalize(target);
   if (!normal.ok()) return normal.status();
   std::shared_ptr<Connection> connection(new Connection());
   connection->target_ = *std::move(normal);
-  connection->on_this_host_ = absl::StartsWith(connection->target_, "unix:") ||
-                              absl::StartsWith(connection->target_, "unix-abstract:");
+  connection->on_this_host_ = IsOnThisHost(connection->target_);
   connection->options_ = options;
   grpc::ChannelArguments arguments;
   // The daemon's inline cap is the limit, not gRPC's 4 MB.
@@ -71,8 +87,11 @@ absl::StatusOr<std::shared_ptr<Connection>> Connection::Create(const std::string
     // told. Older headers have no name for it.
     arguments.SetInt("grpc.http2.ping_timeout_ms", 10000);
   }
-  connection->channel_ =
-      grpc::CreateCustomChannel(connection->target_, grpc::InsecureChannelCredentials(), arguments);
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel =
+      OpenChannel(connection->target_,
+                  options.security ? *options.security : Security::FromEnvironment(), arguments);
+  if (!channel.ok()) return channel.status();
+  connection->channel_ = *std::move(channel);
   connection->config_ = pb::ConfigService::NewStub(connection->channel_);
   connection->layers_ = pb::LayerService::NewStub(connection->channel_);
   connection->sessions_ = pb::SessionService::NewStub(connection->channel_);
@@ -94,3 +113,12 @@ void Connection::Prepare(grpc::ClientContext* context) const {
 }
 
 }  // namespace lamina::client::internal
+
+namespace lamina::client {
+
+std::string RequestIdOf(const absl::Status& status) {
+  const absl::optional<absl::Cord> id = status.GetPayload(internal::kRequestIdPayload);
+  return id.has_value() ? std::string(*id) : "";
+}
+
+}  // namespace lamina::client

@@ -25,6 +25,10 @@ using Clock = std::chrono::steady_clock;
 // The codes are the same numbers. What gRPC says about a connection that it could not make is
 // followed by the target, because a reader needs to know which one.
 absl::Status ToAbsl(const grpc::Status& status, const std::string& target);
+// The same with the request's id (RequestIdOf) from the call's trailing metadata.
+absl::Status ToAbsl(const grpc::Status& status, const grpc::ClientContext& context,
+                    const std::string& target);
+absl::Status WithRequestId(absl::Status status, const std::string& id);  // empty: as it is
 
 template <class Stub, class Request, class Response>
 using Method = grpc::Status (Stub::*)(grpc::ClientContext*, const Request&, Response*);
@@ -60,7 +64,8 @@ class Connection {
       grpc::ClientContext context;
       Prepare(&context);
       response->Clear();
-      return ToAbsl((stub.*method)(&context, request, response), target_);
+      const grpc::Status status = (stub.*method)(&context, request, response);
+      return ToAbsl(status, context, target_);
     });
   }
 

@@ -80,7 +80,7 @@ absl::StatusOr<std::vector<NamedTensor>> Stack::Read(const std::vector<std::stri
     while (taken.ok() && stream->Read(&chunk)) taken = TakeChunk(chunk, &tensors);
     if (!taken.ok()) context.TryCancel();
     const grpc::Status end = stream->Finish();
-    return taken.ok() ? internal::ToAbsl(end, connection.target()) : taken;
+    return taken.ok() ? internal::ToAbsl(end, context, connection.target()) : taken;
   });
   if (!status.ok()) return status;
   return tensors;

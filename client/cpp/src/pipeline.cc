@@ -183,7 +183,7 @@ class PipelineCore : public std::enable_shared_from_this<PipelineCore> {
     absl::Status broken;
     while (broken.ok() && stream_->Read(&answer)) broken = Answered(answer);
     if (!broken.ok()) context_.TryCancel();
-    const absl::Status end = ToAbsl(stream_->Finish(), session_->connection().target());
+    const absl::Status end = ToAbsl(stream_->Finish(), context_, session_->connection().target());
     Ended(!broken.ok() ? broken : end);
   }
 
@@ -198,7 +198,9 @@ class PipelineCore : public std::enable_shared_from_this<PipelineCore> {
       under_way_.pop_front();
       landing_ = true;
     }
-    const absl::Status status(static_cast<absl::StatusCode>(answer.code()), answer.message());
+    const absl::Status status = internal::WithRequestId(
+        absl::Status(static_cast<absl::StatusCode>(answer.code()), answer.message()),
+        answer.request_id());
     item->land(status, answer);
     std::lock_guard<std::mutex> lock(mutex_);
     if (item->mutation != nullptr) {

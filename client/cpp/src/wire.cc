@@ -145,6 +145,7 @@ ServerInfo FromProto(const pb::GetServerInfoResponse& message) {
   ServerInfo info;
   info.version = message.version();
   info.build_commit = message.build_commit();
+  info.metrics_address = message.metrics_address();
   info.backend = message.backend();
   info.device_name = message.device_name();
   info.device_uuid = message.device_uuid();

@@ -44,15 +44,25 @@ func DefaultTarget() string {
 	return fmt.Sprintf("unix:/tmp/lamina-%d/laminad.sock", os.Geteuid())
 }
 
-// Connect makes a client of the daemon at target, "unix:PATH" or "HOST:PORT"; "" is DefaultTarget. Nothing is sent
-// yet: whether a daemon is there shows with the first call.
+// Connect makes a client of the daemon at target, "unix:PATH" or "HOST:PORT"; "" is DefaultTarget. Over TCP the
+// environment says how they know each other: SecurityFromEnvironment. Nothing is sent yet: whether a daemon is there
+// shows with the first call.
 func Connect(target string) (*Client, error) {
+	return ConnectSecurely(target, SecurityFromEnvironment())
+}
+
+// ConnectSecurely is Connect with the given Security.
+func ConnectSecurely(target string, security Security) (*Client, error) {
 	if target == "" {
 		target = DefaultTarget()
 	}
+	options, err := security.options(target)
+	if err != nil {
+		return nil, err
+	}
 	// The daemon's inline cap says how large a message may be; gRPC's own 4 MiB would be below it.
-	connection, err := grpc.Dial(target, grpc.WithInsecure(), grpc.WithDefaultCallOptions(
-		grpc.MaxCallRecvMsgSize(math.MaxInt32), grpc.MaxCallSendMsgSize(math.MaxInt32)))
+	connection, err := grpc.Dial(target, append(options, grpc.WithDefaultCallOptions(
+		grpc.MaxCallRecvMsgSize(math.MaxInt32), grpc.MaxCallSendMsgSize(math.MaxInt32)))...)
 	if err != nil {
 		return nil, err
 	}

@@ -22,14 +22,17 @@ from lamina.client import Client, MemoryPlan, PlanEntry, ServerInfo, StackInfo, 
 from lamina.config import StackConfig
 from lamina.dtypes import from_float32, to_float32
 from lamina.errors import (AlreadyExists, Cancelled, DataLoss, DeadlineExceeded, FailedPrecondition, Internal,
-                           InvalidArgument, LaminaError, NotFound, ResourceExhausted, Unavailable, Unimplemented)
+                           InvalidArgument, LaminaError, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable,
+                           Unimplemented)
 from lamina.pipeline import Pending, PendingForward, Pipeline
+from lamina.security import Tls
 from lamina.stack import Applied, Context, Stack, StepTiming
 
 __version__ = "0.1.0"
 __all__ = [
     "AlreadyExists", "Applied", "Cancelled", "Client", "Context", "DataLoss", "DeadlineExceeded", "FailedPrecondition",
-    "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "Pending", "PendingForward", "Pipeline", "PlanEntry",
-    "ResourceExhausted", "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Unavailable", "Unimplemented",
+    "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "Pending", "PendingForward", "PermissionDenied",
+    "Pipeline", "PlanEntry", "ResourceExhausted", "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Tls",
+    "Unauthenticated", "Unavailable", "Unimplemented",
     "connect", "default_target", "from_float32", "packing", "to_float32",
 ]

@@ -17,6 +17,7 @@ from lamina.config import StackConfig
 from lamina.errors import translated
 from lamina.lease import call_with_retries
 from lamina.pipeline import Pipeline
+from lamina.security import PathLike, Tls, bearing, open_channel
 from lamina.session import Session, on_this_host, usual_grace
 from lamina.stack import Stack
 from lamina.v1 import (config_service_pb2, config_service_pb2_grpc, layer_service_pb2_grpc, session_service_pb2_grpc,
@@ -51,7 +52,8 @@ def default_target() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ServerInfo:
-    """What a daemon is and offers. backend: "cpu" or "cuda"; sizes in bytes."""
+    """What a daemon is and offers. backend: "cpu" or "cuda"; sizes in bytes; metrics_address: HOST:PORT of /metrics and
+    /statusz, empty where there are none."""
 
     version: str
     backend: str
@@ -66,6 +68,7 @@ class ServerInfo:
     uptime_seconds: float
     checkpoints_enabled: bool
     build_commit: str
+    metrics_address: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +134,21 @@ class Client:
     """A connection to one daemon. Use as a context manager, or call close().
 
     target: "unix:PATH" or "HOST:PORT"; None: default_target(). transport: None (or LAMINA_TRANSPORT) to share memory
-    with the daemon where that works and send tensors inside messages else, "memfd" or "inline" to insist. client_name:
+    with the daemon where that works and send tensors inside messages else, "memfd" or "inline" to insist; "device" insists
+    on sharing device memory as well, which is otherwise done when it is first used and possible. client_name:
     who this is, for people who read the daemon's log. timeout: of every call, in seconds; None: none. Nothing is sent
     before the first call. Threads: any. A process that forks is to connect in the child.
 
     resume_grace: how many seconds the session outlives a connection that broke (the daemon may grant less). Meanwhile it
     is connected again by itself, and calls wait and are repeated, each run once; when the time is over the session has
     ended. 0: it ends with its connection. None: 10 over TCP, 0 over a Unix socket, which breaks with its process alone.
+
+    tls, token, token_file: of TCP targets; over a Unix socket the daemon knows its callers by their users. tls: the file of
+    the authorities that may have signed the daemon's certificate, or a Tls; True: those that gRPC trusts; False: no TLS, and
+    a token is sent unencrypted also to other hosts; None: what LAMINA_TLS_CA and the like say (Tls.from_environment).
+    token: a bearer token; token_file: a file that holds one, read again when it changes; neither: LAMINA_TOKEN_FILE.
+    Unauthenticated comes from calls whose caller the daemon does not know, PermissionDenied from those that its role does
+    not allow.
 
     >>> with connect() as client:
     ...     stack = client.create_stack("client-example", batch_size=4, max_seq_length=16, hidden_size=32, heads=4,
@@ -151,10 +162,12 @@ class Client:
     """
 
     def __init__(self, target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
-                 timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> None:
+                 timeout: Optional[float] = None, resume_grace: Optional[float] = None,
+                 tls: Union[Tls, PathLike, bool, None] = None, token: Optional[str] = None,
+                 token_file: Optional[PathLike] = None) -> None:
         transport = transport or os.environ.get("LAMINA_TRANSPORT") or None
-        if transport not in (None, "memfd", "inline"):
-            raise ValueError(f"transport: {transport!r} must be None, 'memfd' or 'inline'")
+        if transport not in (None, "device", "memfd", "inline"):
+            raise ValueError(f"transport: {transport!r} must be None, 'device', 'memfd' or 'inline'")
         if resume_grace is not None and not resume_grace >= 0:
             raise ValueError(f"resume_grace: {resume_grace!r} must be at least 0")
         self.target = target or default_target()
@@ -163,10 +176,10 @@ class Client:
         self._client_name = client_name
         self._resume_grace = usual_grace(self.target) if resume_grace is None else float(resume_grace)
         options = _CHANNEL if on_this_host(self.target) else _CHANNEL + _TCP_CHANNEL
-        self._channel = grpc.insecure_channel(self.target, options=options)
-        self._stubs = _Stubs(config_service_pb2_grpc.ConfigServiceStub(self._channel),
-                             layer_service_pb2_grpc.LayerServiceStub(self._channel),
-                             session_service_pb2_grpc.SessionServiceStub(self._channel))
+        self._channel, bearer = open_channel(self.target, on_this_host(self.target), options, tls, token, token_file)
+        self._stubs = _Stubs(bearing(config_service_pb2_grpc.ConfigServiceStub(self._channel), bearer),
+                             bearing(layer_service_pb2_grpc.LayerServiceStub(self._channel), bearer),
+                             bearing(session_service_pb2_grpc.SessionServiceStub(self._channel), bearer))
         self._session: Optional[Session] = None
         self._opening = threading.Lock()
         self._closed = False
@@ -207,19 +220,33 @@ class Client:
 
     @property
     def transport(self) -> str:
-        """How tensors cross: "memfd" (shared memory, no copy) or "inline" (inside messages)."""
+        """How tensors in host memory cross: "memfd" (shared memory, no copy) or "inline" (inside messages)."""
         return "inline" if self.session.pool is None else "memfd"
 
-    def empty(self, shape: Any, dtype: Any = "fp32") -> np.ndarray:
+    @property
+    def shares_device(self) -> bool:
+        """Whether tensors in device memory cross without a copy through the host: client and daemon see the same device,
+        and the daemon offers regions there. why_no_device says what is in the way."""
+        return self.session.device_pool() is not None
+
+    @property
+    def why_no_device(self) -> Optional[str]:
+        """Why shares_device is False, in words; None where it is True."""
+        return None if self.session.device_pool() is not None else self.session.no_device
+
+    def empty(self, shape: Any, dtype: Any = "fp32", device: bool = False) -> Any:
         """An uninitialised numpy array in memory shared with the daemon: passing it (or a contiguous part of it) costs no
         copy. Without shared memory, a plain array. bf16: uint16 bits. The memory is used again once no array over it is
-        referenced. ResourceExhausted: the session's cap on regions."""
-        return self.session.empty(shape, dtype)
+        referenced. ResourceExhausted: the session's cap on regions.
+
+        device: a DeviceArray in device memory that the daemon maps too (see lamina.device); torch.from_dlpack makes a
+        tensor of it. Unavailable: no device regions, and why."""
+        return self.session.empty_on_device(shape, dtype) if device else self.session.empty(shape, dtype)
 
     def trim(self) -> int:
         """Gives shared memory that no array uses back to the daemon; returns the bytes. It happens by itself where the
         session's cap is reached."""
-        return 0 if self.session.pool is None else self.session.pool.trim()
+        return self.session.trim()
 
     def pipeline(self, timeout: Optional[float] = None, depth: int = 32) -> Pipeline:
         """A Pipeline: calls that are under way together, without waiting for each other's answers; see lamina.pipeline.
@@ -307,7 +334,9 @@ class Client:
 
 
 def connect(target: Optional[str] = None, transport: Optional[str] = None, client_name: str = "python",
-            timeout: Optional[float] = None, resume_grace: Optional[float] = None) -> Client:
+            timeout: Optional[float] = None, resume_grace: Optional[float] = None,
+            tls: Union[Tls, PathLike, bool, None] = None, token: Optional[str] = None,
+            token_file: Optional[PathLike] = None) -> Client:
     """A Client of the daemon at `target` (default: LAMINA_TARGET, or the usual socket); see Client.
 
     >>> with connect() as client:
@@ -315,4 +344,4 @@ def connect(target: Optional[str] = None, transport: Optional[str] = None, clien
     >>> backend in ("cpu", "cuda")
     True
     """
-    return Client(target, transport, client_name, timeout, resume_grace)
+    return Client(target, transport, client_name, timeout, resume_grace, tls, token, token_file)

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Callable, Deque, Generator, List, Optiona
 import grpc
 import numpy as np
 
+from lamina.device import Done
 from lamina.errors import (Cancelled, DeadlineExceeded, FailedPrecondition, Internal, LaminaError, Unavailable,
                            Unimplemented, from_number, from_rpc)
 from lamina.session import Lost, Session
@@ -69,6 +70,7 @@ class Pending(concurrent.futures.Future):
         self._mutation = call.mutation
         self._id = 0  # once sent
         self._cancelling = False
+        self._done: Optional[Done] = None  # of a call with device memory: what the daemon's stream leaves behind
         # What follows is held only until it is answered.
         self._call: Optional[Call] = call
         self._message: Any = pb.ExecuteRequest(**{call.field: call.request})
@@ -83,6 +85,21 @@ class Pending(concurrent.futures.Future):
         Cancelled, or the result. Mutations behind a cancelled one fail (see Pipeline)."""
         return self._stream.cancel(self)
 
+    def wait_on_stream(self, stream: Optional[int] = None) -> Any:
+        """Of a call whose tensors are in device memory: has a CUDA stream of this process wait for the result, without
+        waiting here, and returns `output`. What is enqueued on the stream afterwards finds the result there, unless the
+        call fails: then result() says so, and what was enqueued has worked with what was there before. stream: the
+        driver's handle; None: the one that the call's input came with. ValueError: no device memory."""
+        call, done = self._call, self._done
+        if call is None or done is None:  # done, or too many under way to number
+            if self.output is None or isinstance(self.output, np.ndarray):
+                raise ValueError("wait_on_stream: the call's result is not in device memory")
+            self.result()
+            return self.output
+        assert call.stream is not None
+        done.wait_on(call.stream if stream is None else stream)
+        return self.output
+
     @property
     def _request(self) -> Any:
         assert self._call is not None
@@ -92,6 +109,8 @@ class Pending(concurrent.futures.Future):
         """The end, in one way or the other."""
         self._call = self._message = self._context_from = None
         self._needs = ()
+        if self._done is not None:
+            self._done.over()  # also where it failed: no stream is to wait for ever
         if error is not None:
             self.set_exception(error)
         else:
@@ -302,7 +321,7 @@ class _Stream:
         assert call is not None
         result, error = None, None
         if answer.code != 0:
-            error = self._told(from_number(answer.code, answer.message))
+            error = self._told(from_number(answer.code, answer.message, answer.request_id or None))
         else:
             try:
                 result = call.finish(getattr(answer, call.field))
@@ -428,20 +447,21 @@ class Pipeline:
 
     def forward(self, stack: Stack, x: Any, mask: Optional[Any] = None, lengths: Optional[Any] = None,
                 training: Optional[bool] = None, layers: Optional[Tuple[int, int]] = None,
-                out: Optional[np.ndarray] = None, cumulative_lengths: Optional[Any] = None,
+                out: Optional[Any] = None, cumulative_lengths: Optional[Any] = None, stream: Optional[int] = None,
                 timeout: Optional[float] = None) -> PendingForward:
         """Stack.forward: result (y, Context), or (y, None) in evaluation. Contexts that nobody holds any more are released
         before it; ResourceExhausted for want of room for another is not tried again."""
         self._check(stack)
         self._release_garbage()
         x, needs = self._given("x", x)
-        call = stack._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths)
+        call = stack._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths, stream)
         pending = PendingForward(self._stream, call, needs=needs)
+        self._number(pending, call)
         self._submit(pending, timeout)
         return pending
 
     def backward(self, stack: Stack, context: Union[PendingForward, Context], dy: Any, input_grad: bool = True,
-                 out: Optional[np.ndarray] = None, timeout: Optional[float] = None) -> Pending:
+                 out: Optional[Any] = None, stream: Optional[int] = None, timeout: Optional[float] = None) -> Pending:
         """Stack.backward: result dx, or None without input_grad. context: also a forward of this pipeline, which need not
         have run. ValueError: an evaluation, which has none, or another pipeline's that is not done."""
         self._check(stack)
@@ -454,10 +474,11 @@ class Pipeline:
             self._check_reach("context", source)
             held = source.context if source.done() else None
         spent = (source or context)._spent
-        call = stack._backward_call("" if held is None else held.id, spent, dy, input_grad, out)
+        call = stack._backward_call("" if held is None else held.id, spent, dy, input_grad, out, stream)
         pending = Pending(self._stream, call, source, needs if source is None else (*needs, source))
         if held is None and source is not None:
             pending._message.context_of = source._id
+        self._number(pending, call)
         self._submit(pending, timeout)
         return pending
 
@@ -486,6 +507,12 @@ class Pipeline:
                 self._stream.submit(pending)
             except ValueError as error:  # closed
                 pending._close(None, Unavailable(str(error)))
+
+    def _number(self, pending: Pending, call: Call) -> None:
+        """Has the daemon's stream say when a result in device memory is there."""
+        pool = self._session.device_pool() if call.stream is not None and call.output is not None else None
+        if pool is not None:
+            pending._done = pool.fences.done(pending._request.done)
 
     def _check(self, stack: Stack) -> None:
         if stack._client is not self._client:

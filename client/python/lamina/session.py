@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import gc
+import mmap
 import threading
 from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -14,7 +16,9 @@ import numpy as np
 from lamina import dtypes
 from lamina.errors import (AlreadyExists, Cancelled, DeadlineExceeded, LaminaError, ResourceExhausted, Unavailable)
 from lamina.lease import Lease, call_with_retries
-from lamina.regions import RegionPool
+from lamina.cuda import CudaError, shared_device
+from lamina.device import DeviceArray, Given, StreamFences
+from lamina.regions import DevicePool, RegionPool, map_region
 from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as layer_pb
 from lamina.v1 import session_service_pb2 as pb
@@ -67,19 +71,27 @@ class Session:
         self._lost: List[Lost] = []  # mutations that may have taken _next_sequence or one above
         self._quarantine: List[Any] = []  # arrays that the daemon may be using until the session ends
         self._garbage: Deque[Tuple[str, str]] = collections.deque()  # (stack, context) that will get no Backward
+        self._creating = threading.Lock()  # one region after another: what a lost answer left is found by elimination
         self._regions: Set[str] = set()  # ids of those that are ours and known to be there
         self._closed = threading.Event()
         self.pool: Optional[RegionPool] = None
         self.inline_cap = 0  # bytes; set where there is no pool
+        self._broker_path: str = opened.broker_path
+        self._wanted_transport = transport
+        self._device_opening = threading.Lock()
+        self._device_pool: Optional[DevicePool] = None
+        self.no_device: Optional[str] = None  # why there are no device regions; None: there are, or nobody has asked
         # From here on the session lives by its stream.
         self.lease = Lease(stubs.session.KeepAlive, self.id, opened.lease_seconds, opened.resume_grace_seconds)
         try:
             threading.Thread(target=self._tick, name="lamina-tick", daemon=True).start()
             if transport != "inline":
-                self.pool = self._open_pool(opened.broker_path, insist=transport == "memfd")
+                self.pool = self._open_pool(opened.broker_path, insist=transport in ("memfd", "device"))
             if self.pool is None:
                 info = call_with_retries(stubs.config.GetServerInfo, config_pb.GetServerInfoRequest(), timeout, self.lease)
                 self.inline_cap = info.inline_cap_bytes
+            if transport == "device" and self.device_pool() is None:
+                raise Unavailable(f"no device regions: {self.no_device}")
         except BaseException:
             self.abandon()
             raise
@@ -95,6 +107,41 @@ class Session:
             if insist:
                 raise
             return None
+
+    def device_pool(self) -> Optional[DevicePool]:
+        """The pool of device memory, opened at first use; None where there is none, for the reason in `no_device`."""
+        if self._device_pool is not None or self.no_device is not None:
+            return self._device_pool
+        with self._device_opening:
+            if self._device_pool is None and self.no_device is None:
+                try:
+                    self._device_pool = self._open_device_pool()
+                except (LaminaError, CudaError) as error:
+                    self.no_device = str(error)
+        return self._device_pool
+
+    def _open_device_pool(self) -> DevicePool:
+        if self._wanted_transport in ("memfd", "inline"):
+            raise Unavailable(f"transport {self._wanted_transport!r} was asked for")
+        if self.pool is None:
+            raise Unavailable("this process shares no memory with the daemon")
+        info = call_with_retries(self._stubs.config.GetServerInfo, config_pb.GetServerInfoRequest(), self._timeout,
+                                 self.lease)
+        if tensor_pb2.TRANSPORT_DEVICE not in info.transports:
+            raise Unavailable("the daemon offers none" + (": it runs on the CPU" if info.backend == "cpu" else ""))
+        device, why = shared_device(info.device_uuid)
+        if device is None:
+            raise Unavailable(why)
+        page = self._create_region(mmap.PAGESIZE)
+        try:
+            fences = StreamFences(device, map_region(self._broker_path, self.id, page), page)
+            pool = DevicePool(functools.partial(self._create_region, kind=pb.REGION_KIND_DEVICE), self._release_region,
+                              self._broker_path, self.id, device, fences)
+            pool.empty(1, "fp32")  # whether its memory can be mapped here
+            return pool
+        except BaseException:
+            self._release_region(page)
+            raise
 
     # --- lease ---
 
@@ -264,9 +311,13 @@ class Session:
 
     # --- tensors ---
 
-    def _create_region(self, size_bytes: int) -> str:
-        """The new region's id. The pool makes one after another."""
-        request = pb.CreateRegionRequest(session_id=self.id, kind=pb.REGION_KIND_MEMFD, size_bytes=size_bytes)
+    def _create_region(self, size_bytes: int, kind: Any = pb.REGION_KIND_MEMFD) -> str:
+        """The new region's id."""
+        with self._creating:
+            return self._create_region_alone(size_bytes, kind)
+
+    def _create_region_alone(self, size_bytes: int, kind: Any) -> str:
+        request = pb.CreateRegionRequest(session_id=self.id, kind=kind, size_bytes=size_bytes)
         repeated = False
 
         def create(request: Any, timeout: Optional[float]) -> Any:
@@ -302,6 +353,14 @@ class Session:
             return np.empty(shape, dtypes.numpy_type(dtype))
         return self.pool.empty(shape, dtype)
 
+    def empty_on_device(self, shape: Any, dtype: Any) -> DeviceArray:
+        """A DeviceArray. Unavailable: no device regions."""
+        return self._needed_device_pool().empty(shape, dtype)
+
+    def trim(self) -> int:
+        """See Client.trim."""
+        return sum(pool.trim() for pool in (self.pool, self._device_pool) if pool is not None)
+
     def tensor(self, array: np.ndarray, dtype: Any, message: tensor_pb2.Tensor) -> np.ndarray:
         """Fills `message` for an array of the type's numpy dtype: in place where it lies in a region, copied into one or
         into the message else. Returns the array to keep alive during the call."""
@@ -322,6 +381,48 @@ class Session:
         message.slice.region_id, message.slice.offset_bytes = place
         message.slice.size_bytes = array.nbytes
         return array
+
+    def device_tensor(self, given: Given, dtype: str, message: tensor_pb2.Tensor) -> Any:
+        """`tensor` for a tensor in device memory, which is not converted (TypeError). Unavailable: no device regions."""
+        if given.dtype != dtype:
+            raise TypeError(f"a device tensor of {given.dtype} can't stand for {dtype}: convert it")
+        pool = self._needed_device_pool()
+        message.dtype = dtypes.to_proto(dtype)
+        message.shape.extend(given.shape)
+        if given.nbytes == 0:
+            message.inline_data = b""  # for the daemon to refuse
+            return given
+        resident = pool.resident(given)
+        self._device_slice(pool, resident, message.slice)
+        return resident
+
+    def device_target(self, shape: Tuple[int, ...], dtype: str, out: Any, message: tensor_pb2.TensorTarget) -> DeviceArray:
+        """`target` in device memory. out: a DeviceArray or a tensor over one, or None."""
+        pool = self._needed_device_pool()
+        if out is None:
+            out = pool.empty(shape, dtype)
+        elif tuple(out.shape) != tuple(shape) or dtypes.canonical(out.dtype) != dtype:
+            raise ValueError(f"out: is {dtypes.canonical(out.dtype)} {tuple(out.shape)}, the result {dtype} {tuple(shape)}")
+        self._device_slice(pool, out, message.slice)
+        return out
+
+    def _needed_device_pool(self) -> DevicePool:
+        pool = self.device_pool()
+        if pool is None:
+            raise Unavailable(f"no device regions: {self.no_device}")
+        return pool
+
+    @staticmethod
+    def _device_slice(pool: DevicePool, array: Any, message: tensor_pb2.Slice) -> None:
+        place = pool.place_of(array.address, array.nbytes)
+        if place is None:
+            raise ValueError("out: must lie in memory from Client.empty(..., device=True)")
+        message.region_id, message.offset_bytes = place
+        message.size_bytes = array.nbytes
+
+    def mark_ready(self, stream: int, fence: tensor_pb2.Fence) -> None:
+        """Fills `fence` so that a call waits until the caller's stream has come to here."""
+        self._needed_device_pool().fences.mark(stream, fence)
 
     def target(self, shape: Tuple[int, ...], dtype: Any, out: Optional[np.ndarray],
                message: tensor_pb2.TensorTarget) -> Optional[np.ndarray]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple,
+                    Union)
 
 import numpy as np
 
-from lamina import dtypes
+from lamina import device, dtypes
 from lamina.errors import InvalidArgument, NotFound, translated
 from lamina.session import Session
 from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as pb
+from lamina.v1 import tensor_pb2
 
 if TYPE_CHECKING:
     from lamina.client import Client, StackInfo
@@ -25,6 +27,8 @@ _PARTS = {"attn_qw": "attn_qkvw", "attn_kw": "attn_qkvw", "attn_vw": "attn_qkvw"
           "attn_qb": "attn_qkvb", "attn_kb": "attn_qkvb", "attn_vb": "attn_qkvb"}
 
 _OPTIMIZERS = {"adamw": pb.OPTIMIZER_KIND_ADAMW, "lamb": pb.OPTIMIZER_KIND_LAMB}
+_TRANSPORTS = {tensor_pb2.TRANSPORT_DEVICE: "device", tensor_pb2.TRANSPORT_MEMFD: "memfd",
+               tensor_pb2.TRANSPORT_INLINE: "inline"}
 _ATTENTION_PATHS = {pb.ATTENTION_PATH_FUSED: "fused", pb.ATTENTION_PATH_PLAIN: "plain"}
 
 
@@ -56,6 +60,64 @@ class Applied:
     next_loss_scale: float = 1.0
 
 
+class _HostWay:
+    """How a call's tensors in host memory cross: in a region, or in messages."""
+
+    stream: Optional[int] = None
+
+    def __init__(self, session: Session, value: Any, dtype: str, out: Optional[np.ndarray]) -> None:
+        self._session, self._dtype, self._out = session, dtype, out
+        self._given = np.asarray(value)
+        self._values = dtypes.as_stack_type(self._given, dtype)
+        self.shape: Tuple[int, ...] = self._values.shape
+
+    def put(self, message: tensor_pb2.Tensor) -> np.ndarray:
+        """Fills the input's message; what is to be kept alive."""
+        return self._session.tensor(self._values, self._dtype, message)
+
+    def target(self, message: tensor_pb2.TensorTarget) -> Optional[np.ndarray]:
+        """Fills the result's; the array that it will land in, None: inline."""
+        return self._session.target(self.shape, self._dtype, self._out, message)
+
+    def mark_ready(self, request: Any) -> None:
+        """Has the call wait for what the caller has enqueued."""
+
+    def shown(self, array: np.ndarray) -> np.ndarray:
+        """A result as the caller's kind of array."""
+        return _typed_like(self._given, array)
+
+    def result(self, message: tensor_pb2.Tensor, array: Optional[np.ndarray]) -> np.ndarray:
+        """What an answer gives."""
+        return self.shown(self._session.result(message, array, self._out))
+
+
+class _DeviceWay:
+    """The same in device memory."""
+
+    def __init__(self, session: Session, given: device.Given, dtype: str, out: Optional[Any]) -> None:
+        self._session, self._given, self._dtype, self._out = session, given, dtype, out
+        self.shape = given.shape
+        self.stream: Optional[int] = given.stream
+
+    def put(self, message: tensor_pb2.Tensor) -> Any:
+        return self._session.device_tensor(self._given, self._dtype, message)
+
+    def target(self, message: tensor_pb2.TensorTarget) -> Any:
+        out = None if self._out is None else device.given("out", self._out, self._given.stream)
+        if self._out is not None and out is None:
+            raise ValueError("out: is in host memory, the input is in the device's")
+        return self._session.device_target(self.shape, self._dtype, out, message)
+
+    def mark_ready(self, request: Any) -> None:
+        self._session.mark_ready(self._given.stream, request.ready)
+
+    def shown(self, array: Any) -> Any:
+        return self._out if self._out is not None else self._given.like(array)
+
+    def result(self, message: tensor_pb2.Tensor, array: Any) -> Any:
+        return self.shown(array)
+
+
 class Context:
     """What a training forward saved for its backward. Dropped without one, it is released in the daemon.
 
@@ -84,15 +146,16 @@ class Call:
     """One call of LayerService before it goes out. method: the RPC for it alone; field: its name in an ExecuteRequest and
     its answer's in an ExecuteResponse. mutation: whether it takes a sequence. keep: the arrays that it names. output: the
     array that its result will land in, None where that comes inside the answer or there is none. finish: makes the
-    result from the answer."""
+    result from the answer. stream: of tensors in device memory."""
 
     method: Callable
     field: str
     request: Any
     mutation: bool
     finish: Callable[[Any], Any]
-    keep: List[np.ndarray] = dataclasses.field(default_factory=list)
-    output: Optional[np.ndarray] = None
+    keep: List[Any] = dataclasses.field(default_factory=list)
+    output: Optional[Any] = None
+    stream: Optional[int] = None
 
 
 class Stack:
@@ -131,6 +194,8 @@ class Stack:
         self.loss_scale: float = info.loss_scale
         self.last_timing: Optional[StepTiming] = None  # of the last forward, backward or apply_gradients
         self.last_attention_path: Optional[str] = None  # of the last forward: "fused" or "plain"
+        # How the input of the last forward or backward crossed: "device", "memfd" or "inline".
+        self.last_transport: Optional[str] = None
 
     def __repr__(self) -> str:
         c = self.config
@@ -146,8 +211,8 @@ class Stack:
     # --- steps ---
 
     def forward(self, x: Any, mask: Optional[Any] = None, lengths: Optional[Any] = None, training: Optional[bool] = None,
-                layers: Optional[Tuple[int, int]] = None, out: Optional[np.ndarray] = None,
-                cumulative_lengths: Optional[Any] = None) -> Tuple[np.ndarray, Optional[Context]]:
+                layers: Optional[Tuple[int, int]] = None, out: Optional[Any] = None,
+                cumulative_lengths: Optional[Any] = None, stream: Optional[int] = None) -> Tuple[Any, Optional[Context]]:
         """Runs the layers over x [B, S, H]: (y [B, S, H], Context), or (y, None) in evaluation.
 
         mask: float32 [B, S] or [B, 1, 1, S], added to the scores of each key: 0 to keep, -inf or a large negative
@@ -159,27 +224,32 @@ class Stack:
         sequence i is tokens cumulative_lengths[i] to cumulative_lengths[i + 1] (lamina.packing makes both). T is at most
         batch_size * max_seq_length and n may be above batch_size; y, dy and dx are [T, H] too.
 
+        x may be in the device's memory, where client and daemon share a device (see lamina.device): a DeviceArray, a
+        PyTorch tensor, or what has __cuda_array_interface__; contiguous, of the stack's type. It is read where it is if
+        it lies in memory from Client.empty(..., device=True) or in a result, else it is copied there, on the device. y
+        is then a PyTorch tensor for one, else a DeviceArray; the other arguments stay on the host. stream: the CUDA
+        stream whose work so far x and out wait for; None: PyTorch's current one, else the array's or the legacy one.
+
         InvalidArgument: a shape, layers, or cumulative lengths that fall, stand still or do not end at T.
         FailedPrecondition: training of a stack whose training is off; normalize_invertible and a gamma too small.
         ResourceExhausted: no room for another context (says the numbers). NotFound: the stack.
         """
         session = self._client.session
         session.release_garbage()
-        call = self._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths)
+        call = self._forward_call(x, mask, lengths, training, layers, out, cumulative_lengths, stream)
         run = session.mutate_with_room if call.mutation else session.read
         return call.finish(run(call.method, call.request, call.keep))
 
     def _forward_call(self, x: Any, mask: Optional[Any], lengths: Optional[Any], training: Optional[bool],
-                      layers: Optional[Tuple[int, int]], out: Optional[np.ndarray],
-                      cumulative_lengths: Optional[Any]) -> Call:
+                      layers: Optional[Tuple[int, int]], out: Optional[Any], cumulative_lengths: Optional[Any],
+                      stream: Optional[int]) -> Call:
         session = self._client.session
         if sum(a is not None for a in (mask, lengths, cumulative_lengths)) > 1:
             raise ValueError("give one of mask, lengths, cumulative_lengths")
         training = bool(self.config.training if training is None else training)
-        given = np.asarray(x)
-        values = dtypes.as_stack_type(given, self.dtype)
         request = pb.ForwardRequest(stack=self.name, session_id=session.id, training=training)
-        keep = [session.tensor(values, self.dtype, request.input)]
+        way = self._way("x", x, out, stream)
+        keep = [way.put(request.input)]
         if layers is not None:
             request.layers.begin, request.layers.end = layers
         if mask is not None:
@@ -189,55 +259,65 @@ class Stack:
         if cumulative_lengths is not None:
             offsets = _integers("cumulative_lengths", cumulative_lengths)
             keep.append(session.tensor(offsets, "int32", request.cumulative_lengths))
-        y = session.target(values.shape, self.dtype, out, request.output)
+        y = way.target(request.output)
         if y is not None:
             keep.append(y)
+        way.mark_ready(request)
 
-        def finish(answer: pb.ForwardResponse) -> Tuple[np.ndarray, Optional[Context]]:
+        def finish(answer: pb.ForwardResponse) -> Tuple[Any, Optional[Context]]:
             self.last_timing = StepTiming.from_proto(answer.timing)
+            self.last_transport = _TRANSPORTS.get(answer.input_transport)
             self.last_attention_path = _ATTENTION_PATHS.get(answer.attention_path)
-            context = Context(session, self.name, answer.context_id, values.shape) if answer.context_id else None
-            return _typed_like(given, session.result(answer.output, y, out)), context
+            context = Context(session, self.name, answer.context_id, way.shape) if answer.context_id else None
+            return way.result(answer.output, y), context
 
         return Call(self._client._stubs.layer.Forward, "forward", request, training, finish, keep,
-                    None if y is None else _typed_like(given, y))
+                    None if y is None else way.shown(y), way.stream)
 
-    def backward(self, context: Context, dy: Any, input_grad: bool = True,
-                 out: Optional[np.ndarray] = None) -> Optional[np.ndarray]:
+    def _way(self, name: str, value: Any, out: Optional[Any], stream: Optional[int]) -> Union[_HostWay, _DeviceWay]:
+        session = self._client.session
+        given = device.given(name, value, stream)
+        if given is not None:
+            return _DeviceWay(session, given, self.dtype, out)
+        return _HostWay(session, value, self.dtype, out)
+
+    def backward(self, context: Context, dy: Any, input_grad: bool = True, out: Optional[Any] = None,
+                 stream: Optional[int] = None) -> Any:
         """Adds the gradients of the context's layers; returns dx, shaped like the forward's x, or None without input_grad.
 
-        dy: gradient of the loss by the forward's output, of its shape. out: as in forward. The context is spent; after
+        dy: gradient of the loss by the forward's output, of its shape; where it may be and how dx comes is as forward says
+        of x and y. out, stream: as in forward. The context is spent; after
         an error that the daemon answered it is not, and the gradients are as they were.
 
         NotFound: a context that was spent or released, or ended with its session. InvalidArgument: dy's shape.
         FailedPrecondition: the stack was deleted.
         """
-        return self._mutate(self._backward_call(context.id, context._spent, dy, input_grad, out))
+        return self._mutate(self._backward_call(context.id, context._spent, dy, input_grad, out, stream))
 
     def _mutate(self, call: Call) -> Any:
         return call.finish(self._client.session.mutate(call.method, call.request, call.keep))
 
-    def _backward_call(self, context_id: str, spent: Callable[[], None], dy: Any, input_grad: bool,
-                       out: Optional[np.ndarray]) -> Call:
+    def _backward_call(self, context_id: str, spent: Callable[[], None], dy: Any, input_grad: bool, out: Optional[Any],
+                       stream: Optional[int]) -> Call:
         """spent: called when it has run."""
-        session = self._client.session
-        given = np.asarray(dy)
-        values = dtypes.as_stack_type(given, self.dtype)
         request = pb.BackwardRequest(stack=self.name, context_id=context_id)
-        keep = [session.tensor(values, self.dtype, request.output_grad)]
+        way = self._way("dy", dy, out, stream)
+        keep = [way.put(request.output_grad)]
         dx = None
         if input_grad:
-            dx = session.target(values.shape, self.dtype, out, request.input_grad)
+            dx = way.target(request.input_grad)
             if dx is not None:
                 keep.append(dx)
+        way.mark_ready(request)
 
-        def finish(answer: pb.BackwardResponse) -> Optional[np.ndarray]:
+        def finish(answer: pb.BackwardResponse) -> Any:
             spent()
             self.last_timing = StepTiming.from_proto(answer.timing)
-            return _typed_like(given, session.result(answer.input_grad, dx, out)) if input_grad else None
+            self.last_transport = _TRANSPORTS.get(answer.input_transport)
+            return way.result(answer.input_grad, dx) if input_grad else None
 
         return Call(self._client._stubs.layer.Backward, "backward", request, True, finish, keep,
-                    None if dx is None else _typed_like(given, dx))
+                    None if dx is None else way.shown(dx), way.stream)
 
     def apply_gradients(self, lr: float, beta1: Optional[float] = None, beta2: Optional[float] = None,
                         eps: Optional[float] = None, weight_decay: Optional[float] = None,

@@ -1,7 +1,8 @@
 """A remote stack as a PyTorch module.
 
-CPU tensors cross through memory shared with the daemon when it is on this host; tensors of other devices are copied into
-it and back.
+Tensors on the daemon's own device stay there where client and daemon share it (lamina.device). CPU tensors cross through
+memory shared with the daemon when it is on this host; all others are copied into it and back. RemoteStack.transport says
+which.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ def unpack(packed: torch.Tensor, cumulative_lengths: Any, seq: Optional[int] = N
     return padded.index_put(kept.nonzero(as_tuple=True), packed)
 
 
+def _as_given(result: Any, given: torch.Tensor) -> torch.Tensor:
+    """A call's result, of the type and on the device of what was given."""
+    tensor = result if isinstance(result, torch.Tensor) else as_tensor(result)
+    return tensor.to(given.device, given.dtype)
+
+
 class _RemoteForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, module: RemoteStack,
@@ -76,9 +83,9 @@ class _RemoteForward(torch.autograd.Function):
         if ctx.context is None:
             raise RuntimeError("RemoteStack: backward was run a second time; the daemon spent the activations in the first")
         wanted = ctx.needs_input_grad[0]
-        dx = ctx.module.stack.backward(ctx.context, as_array(ctx.module._local(dy)), input_grad=wanted)
+        dx = ctx.module.stack.backward(ctx.context, ctx.module._passed(dy), input_grad=wanted)
         ctx.context = None
-        return (as_tensor(dx).to(dy.device, dy.dtype) if wanted else None), None, None, None
+        return (_as_given(dx, dy) if wanted else None), None, None, None
 
 
 class RemoteStack(torch.nn.Module):
@@ -115,10 +122,19 @@ class RemoteStack(torch.nn.Module):
         # Makes autograd call backward although x may need no gradient itself. Not a parameter.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def empty(self, batch: int, seq: int) -> torch.Tensor:
-        """An uninitialised CPU tensor [batch, seq, H] of the stack's type, in memory shared with the daemon where there is
-        any: passing it costs no copy."""
+    @property
+    def transport(self) -> str:
+        """How the last call's tensor crossed, or, before the first, how a tensor on the daemon's device would: "device"
+        (device memory that both map), "memfd" (host memory that both map) or "inline" (inside messages)."""
+        client = self.stack._client
+        return self.stack.last_transport or ("device" if client.shares_device else client.transport)
+
+    def empty(self, batch: int, seq: int, device: bool = False) -> torch.Tensor:
+        """An uninitialised tensor [batch, seq, H] of the stack's type: passing it costs no copy. On the CPU, in memory
+        shared with the daemon where there is any; device: on the daemon's device (Unavailable where that isn't shared)."""
         shape = (batch, seq, self.stack.config.hidden_size)
+        if device:
+            return torch.from_dlpack(self.stack._client.empty(shape, self.stack.dtype, device=True))
         return as_tensor(self.stack._client.empty(shape, self.stack.dtype))
 
     @_not_compiled
@@ -144,18 +160,24 @@ class RemoteStack(torch.nn.Module):
             return _RemoteForward.apply(x, self._anchor, self, attention)
         return self._run(x, training=False, **attention)[0]
 
-    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous CPU tensor of the stack's type: `tensor` itself where it is one, else a copy in shared memory."""
+    def _passed(self, tensor: torch.Tensor) -> Any:
+        """What Stack's methods take for it: a contiguous tensor of the stack's type on the daemon's device if `tensor` is
+        on that, else an array; `tensor` itself where it will do, else a copy in memory that the daemon maps."""
         tensor = tensor.detach()
         wanted = _TORCH[self.stack.dtype]
+        client = self.stack._client
+        if tensor.is_cuda and client.shares_device and tensor.device.index == client.session.device_pool().device.ordinal:
+            if tensor.dtype == wanted and tensor.is_contiguous():
+                return tensor
+            return torch.from_dlpack(client.empty(tuple(tensor.shape), self.stack.dtype, device=True)).copy_(tensor)
         if tensor.device.type == "cpu" and tensor.dtype == wanted and tensor.is_contiguous():
-            return tensor
-        copy = as_tensor(self.stack._client.empty(tuple(tensor.shape), self.stack.dtype))
-        return copy.copy_(tensor)
+            return as_array(tensor)
+        copy = as_tensor(client.empty(tuple(tensor.shape), self.stack.dtype))
+        return as_array(copy.copy_(tensor))
 
     def _run(self, x: torch.Tensor, training: bool, **attention: np.ndarray) -> Tuple[torch.Tensor, Optional[Context]]:
-        y, context = self.stack.forward(as_array(self._local(x)), training=training, layers=self.layers, **attention)
-        return as_tensor(y).to(x.device, x.dtype), context
+        y, context = self.stack.forward(self._passed(x), training=training, layers=self.layers, **attention)
+        return _as_given(y, x), context
 
     def step(self, lr: float, **options: Any) -> Applied:
         """One optimizer step in the daemon: Stack.apply_gradients with its options."""

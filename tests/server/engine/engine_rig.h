@@ -48,8 +48,8 @@ struct OwnedTensor {
   std::vector<char> bytes;
   DType dtype = DType::kF32;
   Shape shape;
-  HostTensor view() {
-    return HostTensor{
+  CallTensor view() {
+    return CallTensor{
         .data = bytes.data(), .dtype = dtype, .shape = shape, .transport = TensorTransport::kMemfd};
   }
 };

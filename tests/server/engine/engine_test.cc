@@ -220,7 +220,7 @@ TEST_P(StepTest, GivesWhatTheStackGives) {
                                .session = kSession,
                                .context_id = forward.context_id,
                                .output_grad = grad.view(),
-                               .input_grad = wanted ? input_grad.view() : HostTensor{},
+                               .input_grad = wanted ? input_grad.view() : CallTensor{},
                                .want_input_grad = wanted},
                               {}));
     EXPECT_EQ(input_grad.bytes, want_grad.bytes);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "engine_rig.h"
 
 namespace lamina::testing {
@@ -49,7 +50,7 @@ TEST_P(PackedTest, GivesWhatEachSequenceGivesByItself) {
   for (size_t i = 0; i + 1 < kCumulative.size(); ++i) {
     const size_t begin = static_cast<size_t>(kCumulative[i]) * row;
     const int64_t length = kCumulative[i + 1] - kCumulative[i];
-    HostTensor x = input.view(), dy = grad.view();
+    CallTensor x = input.view(), dy = grad.view();
     x.data = input.bytes.data() + begin;
     dy.data = grad.bytes.data() + begin;
     x.shape = dy.shape = Shape{1, length, 16};

@@ -7,11 +7,13 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
+#include "server/service/device_memory.h"
 #include "server/service/rpc_metrics.h"
 #include "tests/server/session/broker_client.h"
 
@@ -31,13 +33,17 @@ Service::Service(const ServiceOptions& options)
   engine_ = Value(Engine::Create(std::move(backend), &metrics_,
                                  {.checkpoint_dir = options.checkpoints ? checkpoints_.path() : "",
                                   .queue_capacity = options.queue_capacity,
-                                  .inline_cap_bytes = options.inline_cap_bytes}));
+                                  .inline_cap_bytes = options.inline_cap_bytes,
+                                  .ready_cap = options.ready_cap}));
   SessionHooks hooks;
   if (!options.host_memory) {
     hooks.register_host = [this](void* data, size_t bytes) {
       return engine_->RegisterHost(data, bytes);
     };
     hooks.unregister_host = [this](void* data) { engine_->UnregisterHost(data); };
+    hooks.make_device_memory = [this](size_t bytes, RegionKind kind) {
+      return MakeDeviceMemory(*engine_, bytes, kind);
+    };
   }
   hooks.ended = [this](uint64_t key, const std::string& reason) {
     engine_->EndSession(key);
@@ -267,14 +273,16 @@ std::string Client::Parameters(bool gradients) {
   return all;
 }
 
-MappedRegion Client::Region(size_t bytes) {
+MappedRegion Client::Region(size_t bytes, v1::RegionKind kind) {
   v1::CreateRegionRequest request;
   request.set_session_id(session_id);
   request.set_size_bytes(bytes);
+  request.set_kind(kind);
   MappedRegion region;
   region.id = Do(request).region().region_id();
   BrokerClient broker(broker_path);
-  const BrokerClient::Answer answer = broker.Ask(session_id, region.id);
+  BrokerClient::Answer answer = broker.Ask(session_id, region.id);
+  if (answer.descriptor < 0) answer.descriptor = dup(std::atoi(answer.handle.c_str()));
   region.length = answer.length;
   void* data =
       mmap(nullptr, region.length, PROT_READ | PROT_WRITE, MAP_SHARED, answer.descriptor, 0);

@@ -30,8 +30,10 @@ inline constexpr auto kDataLoss = absl::StatusCode::kDataLoss;
 struct ServiceOptions {
   int queue_capacity = 256;
   size_t inline_cap_bytes = size_t{1} << 16;
+  absl::Duration ready_cap = absl::Seconds(60);
   bool checkpoints = true;
-  bool host_memory = true;  // false: tensors are staged and regions registered, as on a card
+  // False: tensors are staged, regions registered, and some of them device memory, as on a card.
+  bool host_memory = true;
   SessionOptions sessions;
   std::vector<std::string> also_listen;
 };
@@ -165,7 +167,8 @@ class Client {
   void Back(const std::string& context);
   v1::Stack Describe(const std::string& name = "s");
   std::string Parameters(bool gradients = false);  // all of "s", as bytes
-  MappedRegion Region(size_t bytes = 65536);
+  // Device memory is what CountingBackend has for it.
+  MappedRegion Region(size_t bytes = 65536, v1::RegionKind kind = v1::REGION_KIND_MEMFD);
 
   std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<v1::LayerService::Stub> layer;

@@ -52,7 +52,7 @@ TEST_F(TensorsTest, SlicesInsideTheRegionPointIntoIt) {
   for (const auto& [offset, count] : std::vector<std::pair<uint64_t, int64_t>>{
            {0, 1}, {0, 2048}, {4, 2047}, {kLength - 4, 1}, {4096, 1024}}) {
     const auto size = static_cast<uint64_t>(count) * 4;
-    HostTensor tensor =
+    CallTensor tensor =
         Value(ResolveInput("input", TensorAt(offset, size, {count}), kCap, *session));
     EXPECT_EQ(tensor.data, begin + offset);
     EXPECT_EQ(tensor.bytes(), size);
@@ -164,7 +164,7 @@ TEST_F(TensorsTest, AnotherSessionsRegionIsNotFoundAndNotNamed) {
 }
 
 TEST_F(TensorsTest, AResolvedSliceKeepsItsRegionMapped) {
-  std::optional<HostTensor> tensor =
+  std::optional<CallTensor> tensor =
       Value(ResolveInput("input", TensorAt(0, kLength, {2048}), kCap, *session));
   ASSERT_TRUE(session->ReleaseRegion(region->id()).ok());
   region.reset();
@@ -200,7 +200,7 @@ TEST_F(TensorsTest, Targets) {
   v1::TensorTarget target;
   // Absent and inline are the same.
   for (int round = 0; round < 2; ++round) {
-    const HostTensor inline_target = Value(resolve(target, {1024}));
+    const CallTensor inline_target = Value(resolve(target, {1024}));
     EXPECT_EQ(inline_target.data, nullptr);
     EXPECT_EQ(inline_target.transport, TensorTransport::kInline);
     EXPECT_THAT(resolve(target, {1025}).status(),

@@ -47,7 +47,7 @@ bool BrokerClient::Send(const std::string& packet, int passed_descriptor) {
 std::optional<BrokerClient::Answer> BrokerClient::Receive(int milliseconds) {
   pollfd watched{socket_, POLLIN, 0};
   if (poll(&watched, 1, milliseconds) != 1) return std::nullopt;
-  char bytes[64];
+  char bytes[128];
   iovec part{bytes, sizeof(bytes)};
   alignas(cmsghdr) char control[CMSG_SPACE(4 * sizeof(int))] = {};
   msghdr message{};
@@ -62,11 +62,12 @@ std::optional<BrokerClient::Answer> BrokerClient::Receive(int milliseconds) {
     return answer;
   }
   answer.bytes.assign(bytes, static_cast<size_t>(got));
-  if (got == 12) {
+  if (got == 12 || got == 12 + 64) {
     for (size_t i = 0; i < 4; ++i)
       answer.status |= static_cast<uint32_t>(static_cast<uint8_t>(bytes[i])) << (8 * i);
     for (size_t i = 0; i < 8; ++i)
       answer.length |= static_cast<uint64_t>(static_cast<uint8_t>(bytes[4 + i])) << (8 * i);
+    answer.handle = answer.bytes.substr(12);
   }
   if (const cmsghdr* header = CMSG_FIRSTHDR(&message);
       header != nullptr && header->cmsg_type == SCM_RIGHTS) {

@@ -20,6 +20,7 @@ class BrokerClient {
     uint32_t status = 0;
     uint64_t length = 0;
     int descriptor = -1;  // the caller's to close
+    std::string handle;   // of a region that has one instead
     std::string bytes;    // as they came
   };
 

@@ -50,6 +50,30 @@ TEST(SessionManager, FindsItsOwnAndNothingElse) {
   }
 }
 
+TEST(SessionManager, ASessionWithAnOwnerIsThereForThatOneAlone) {
+  SessionRig rig;
+  SessionManager& manager = *rig.manager;
+  const std::string mine = Value(manager.Open("me", absl::ZeroDuration(), "uid:7")).id;
+  const std::string far = Value(manager.Open("me", absl::ZeroDuration(), "token:a")).id;
+  const std::string nobodys = Value(manager.Open("me")).id;
+  EXPECT_TRUE(manager.Find(mine, "uid:7").ok());
+  const absl::Status nowhere = manager.Find("", "uid:7").status();
+  for (const std::string other : {"", "uid:70", "uid:", "token:a"}) {
+    EXPECT_EQ(manager.Find(mine, other).status(), nowhere) << other;
+    EXPECT_EQ(manager.BindKeeper(mine, nullptr, other).status(), nowhere) << other;
+    EXPECT_EQ(manager.Delete(mine, other), nowhere) << other;
+  }
+  EXPECT_TRUE(manager.Find(nobodys, "uid:7").ok());
+  // Processes of this host: users' sessions are theirs, others are who's that knows the id.
+  EXPECT_TRUE(manager.FindLocally(mine, 7).ok());
+  EXPECT_EQ(manager.FindLocally(mine, 70).status(), nowhere);
+  EXPECT_TRUE(manager.FindLocally(far, 70).ok());
+  EXPECT_TRUE(manager.FindLocally(nobodys, 70).ok());
+  EXPECT_TRUE(manager.BindKeeper(mine, nullptr, "uid:7").ok());
+  EXPECT_TRUE(manager.Delete(mine, "uid:7").ok());
+  EXPECT_EQ(manager.FindLocally(mine, 7).status(), nowhere);
+}
+
 TEST(SessionManager, ClientNamesArePrintableAndShort) {
   SessionRig rig;
   EXPECT_TRUE(rig.manager->Open("").ok());

@@ -48,7 +48,7 @@ BrokerAnswer BrokerSocket::Ask(const std::string& packet) {
     return answer;
   }
   // Room for more than the rules allow, so that more is seen.
-  std::array<unsigned char, 64> bytes{};
+  std::array<unsigned char, 128> bytes{};
   iovec part{bytes.data(), bytes.size()};
   alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
   msghdr message{};
@@ -65,7 +65,9 @@ BrokerAnswer BrokerSocket::Ask(const std::string& packet) {
           " s");
   answer.closed = got <= 0;
   if (answer.closed) return answer;
-  Require(got == 12, "the broker's answer has ", got, " bytes; it must have 12");
+  Require(got == 12 || got == 12 + 64, "the broker's answer has ", got,
+          " bytes; it must have 12, or 76 with a handle");
+  answer.handle.assign(bytes.begin() + 12, bytes.begin() + got);
   answer.code = static_cast<Code>(LittleEndian(bytes.data(), 4));
   answer.length = LittleEndian(bytes.data() + 4, 8);
   return answer;

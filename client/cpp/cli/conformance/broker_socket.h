@@ -14,6 +14,7 @@ struct BrokerAnswer {
   Code code = Code::UNAVAILABLE;  // that too where nobody listens
   uint64_t length = 0;            // bytes of the region
   int descriptor = -1;            // the caller closes it
+  std::string handle;             // what follows the length: 64 bytes of some regions
 };
 
 // A connection. Not for several threads.

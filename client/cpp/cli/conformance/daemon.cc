@@ -34,8 +34,9 @@ Daemon::Daemon(DaemonOptions options) : options_(std::move(options)), prefix_(Ra
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
-  channel_ =
-      grpc::CreateCustomChannel(options_.target, grpc::InsecureChannelCredentials(), arguments);
+  channel_ = options_.open ? options_.open(arguments)
+                           : grpc::CreateCustomChannel(
+                                 options_.target, grpc::InsecureChannelCredentials(), arguments);
   config_ = v1::ConfigService::NewStub(channel_);
   layers_ = v1::LayerService::NewStub(channel_);
   sessions_ = v1::SessionService::NewStub(channel_);

@@ -6,9 +6,11 @@
 
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
+#include <grpcpp/support/channel_arguments.h>
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
@@ -103,7 +105,9 @@ struct Answer {
 struct DaemonOptions {
   std::string target;           // as gRPC takes it
   double timeout_seconds = 60;  // of each call; 0: none
-  bool slow = false;            // also checks that wait for a lease longer than some seconds
+  // Makes the channel to it; empty: one without TLS or token.
+  std::function<std::shared_ptr<grpc::Channel>(const grpc::ChannelArguments&)> open;
+  bool slow = false;  // also checks that wait for a lease longer than some seconds
 };
 
 // Threads: calls from any thread.

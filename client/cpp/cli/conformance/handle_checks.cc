@@ -4,9 +4,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "cli/conformance/broker_socket.h"
@@ -17,6 +20,7 @@
 namespace lamina::conformance {
 namespace {
 
+constexpr uint64_t kDevicePage = uint64_t{2} << 20;
 constexpr uint64_t kActivation = 3 * 5 * 16 * 4;  // bytes of the small stack's
 
 v1::CreateRegionRequest RegionOf(const std::string& session_id, uint64_t size_bytes,
@@ -26,6 +30,17 @@ v1::CreateRegionRequest RegionOf(const std::string& session_id, uint64_t size_by
   request.set_size_bytes(size_bytes);
   request.set_kind(kind);
   return request;
+}
+
+bool OffersDevice(Daemon& daemon) {
+  for (const int transport : daemon.info().transports())
+    if (transport == v1::TRANSPORT_DEVICE) return true;
+  return false;
+}
+
+void NeedDevice(Daemon& daemon) {
+  daemon.NeedRegions();
+  if (!OffersDevice(daemon)) Skip("this daemon offers no device regions");
 }
 
 v1::ListRegionsRequest List(const std::string& session_id) {
@@ -408,11 +423,126 @@ Group HandleChecks() {
            }},
           {"handles.kind-not-offered", "A kind that this daemon does not offer is UNIMPLEMENTED",
            [](Daemon& daemon) {
-             for (const int transport : daemon.info().transports())
-               if (transport == v1::TRANSPORT_DEVICE) Skip("this daemon offers device regions");
+             if (OffersDevice(daemon)) Skip("this daemon offers device regions");
              const OwnSession session(daemon);
-             daemon.Refuses(RegionOf(session.id(), 4096, v1::REGION_KIND_DEVICE),
-                            Code::UNIMPLEMENTED, {"kind"});
+             for (const auto kind : {v1::REGION_KIND_DEVICE, v1::REGION_KIND_DEVICE_IPC})
+               daemon.Refuses(RegionOf(session.id(), 4096, kind), Code::UNIMPLEMENTED,
+                              {"kind", v1::RegionKind_Name(kind)});
+           }},
+          {"handles.device-regions",
+           "A region in device memory says what it is; the broker gives its descriptor or handle",
+           [](Daemon& daemon) {
+             NeedDevice(daemon);
+             const OwnSession session(daemon);
+             for (const auto kind : {v1::REGION_KIND_DEVICE, v1::REGION_KIND_DEVICE_IPC}) {
+               const auto made = daemon.Call(RegionOf(session.id(), kDevicePage + 1, kind));
+               if (made.status.error_code() == Code::UNIMPLEMENTED) continue;  // the driver can't
+               Require(made.status.ok(), made.status.error_message());
+               const v1::Region& region = made.response.region();
+               Require(region.kind() == kind, "the region is of another kind");
+               Require(region.length_bytes() == 2 * kDevicePage, "its length is ",
+                       region.length_bytes(), ", not whole pages of 2 MiB");
+               Require(region.device_uuid() == daemon.info().device_uuid(),
+                       "device_uuid is not that of GetServerInfo");
+               const BrokerAnswer answer =
+                   AskBroker(daemon.session_info().broker_path(), session.id(), region.region_id());
+               Require(answer.code == Code::OK && answer.length == region.length_bytes(),
+                       "the broker answered ", CodeName(answer.code), ", length ", answer.length);
+               if (kind == v1::REGION_KIND_DEVICE) {
+                 Require(answer.descriptor >= 0, "the broker gave no descriptor");
+                 close(answer.descriptor);
+               } else {
+                 Require(answer.handle.size() == 64, "the broker gave no handle of 64 bytes");
+               }
+             }
+           }},
+          {"handles.device-slices",
+           "Steps and parameters take and give slices of device memory, to the bit, and say so",
+           [](Daemon& daemon) {
+             NeedDevice(daemon);
+             Rig rig(daemon);
+             const v1::Region region =
+                 daemon.Ok(RegionOf(rig.session.id(), kDevicePage, v1::REGION_KIND_DEVICE))
+                     .region();
+             const auto slice = [&](uint64_t offset, uint64_t bytes) {
+               v1::Slice s;
+               s.set_region_id(region.region_id());
+               s.set_offset_bytes(offset);
+               s.set_size_bytes(bytes);
+               return s;
+             };
+             // Without a CUDA library values come in and out by calls: an output that was left in
+             // the region is the next call's input.
+             const std::string once = daemon.Ok(rig.Evaluate()).output().inline_data();
+             v1::ForwardRequest first = rig.Evaluate();
+             *first.mutable_output() = SliceTarget(slice(4096, kActivation));
+             const v1::ForwardResponse gave = daemon.Ok(first);
+             Require(gave.output_transport() == v1::TRANSPORT_DEVICE,
+                     "the output's transport is not TRANSPORT_DEVICE");
+             v1::ForwardRequest again = rig.Evaluate();
+             again.mutable_input()->set_inline_data(once);
+             const std::string twice = daemon.Ok(again).output().inline_data();
+             const auto in_place =
+                 daemon.Ok(rig.Evaluate(InSlice(rig.shape, slice(4096, kActivation))));
+             Require(in_place.input_transport() == v1::TRANSPORT_DEVICE,
+                     "the input's transport is not TRANSPORT_DEVICE");
+             Require(in_place.output().inline_data() == twice,
+                     "an output that was left in device memory is not what came inline");
+             // Each check of a slice holds there too.
+             for (const uint64_t offset :
+                  {kDevicePage - kActivation + 4, kDevicePage, ~uint64_t{3}, ~uint64_t{0} - 63})
+               daemon.Refuses(rig.Evaluate(InSlice(rig.shape, slice(offset, kActivation))),
+                              Code::INVALID_ARGUMENT, {"input.slice"});
+             daemon.Refuses(rig.Evaluate(InSlice(rig.shape, slice(2, kActivation))),
+                            Code::INVALID_ARGUMENT, {"input.slice.offset_bytes"});
+             first = rig.Evaluate(InSlice(rig.shape, slice(0, kActivation)));
+             *first.mutable_output() = SliceTarget(slice(64, kActivation));
+             daemon.Refuses(first, Code::INVALID_ARGUMENT, {"output"});
+             const OwnSession other(daemon);
+             const v1::Region foreign =
+                 daemon.Ok(RegionOf(other.id(), kDevicePage, v1::REGION_KIND_DEVICE)).region();
+             v1::Slice theirs = slice(0, kActivation);
+             theirs.set_region_id(foreign.region_id());
+             daemon.Refuses(rig.Evaluate(InSlice(rig.shape, theirs)), Code::NOT_FOUND,
+                            {"region_id"});
+             daemon.Ok(ReleaseOf(rig.session.id(), region.region_id()));
+             daemon.Refuses(rig.Evaluate(InSlice(rig.shape, slice(0, kActivation))),
+                            Code::NOT_FOUND, {"region_id"});
+           }},
+          {"handles.fences", "A call begins once its `ready` is reached, and leaves its `done`",
+           [](Daemon& daemon) {
+             const HandleRig rig(daemon);
+             auto* number = reinterpret_cast<uint64_t*>(rig.region.bytes() + 8192);
+             const auto fence = [&](uint64_t offset, uint64_t value) {
+               v1::Fence f;
+               *f.mutable_slice() = rig.region.Slice(8192 + offset, 8);
+               f.set_value(value);
+               return f;
+             };
+             v1::ForwardRequest request = rig.Evaluate();
+             *request.mutable_done() = fence(8, 5);
+             const std::string expected = daemon.Ok(request).output().inline_data();
+             Require(std::atomic_ref<uint64_t>(number[1]).load() == 5,
+                     "`done` was not stored when the answer came");
+             request = rig.EvaluateSlice(0);
+             *request.mutable_ready() = fence(0, 3);
+             std::memset(rig.region.bytes(), 0, kActivation);  // not what it is to compute with
+             std::thread stream([&] {
+               std::this_thread::sleep_for(std::chrono::milliseconds(50));
+               std::memcpy(rig.region.bytes(), rig.x.inline_data().data(), kActivation);
+               std::atomic_ref<uint64_t>(number[0]).store(3);
+             });
+             const auto answer = daemon.Call(request);
+             stream.join();
+             Require(answer.status.ok(), answer.status.error_message());
+             Require(answer.response.output().inline_data() == expected,
+                     "a call with `ready` read its input before that was reached");
+             for (const auto& [wrong, field] :
+                  {std::pair(fence(0, 0), "ready.value"), std::pair(fence(4, 1), "ready.slice"),
+                   std::pair(fence(4096, 1), "ready.slice")}) {
+               *request.mutable_ready() = wrong;
+               daemon.Refuses(request, Code::INVALID_ARGUMENT, {field});
+             }
            }},
           {"handles.caps",
            "The caps on a session's regions and their bytes are RESOURCE_EXHAUSTED with the "

@@ -12,11 +12,13 @@
 //
 // Nothing here throws; every failure is an absl::Status that carries the daemon's code and message.
 // UNAVAILABLE: the daemon cannot be reached or drains. DEADLINE_EXCEEDED: call_timeout passed.
+// UNAUTHENTICATED: it does not know who calls. PERMISSION_DENIED: it does, and refuses.
 // The library needs the CMake package `lamina` (target lamina::client) and C++20.
 #pragma once
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,10 +36,34 @@ namespace internal {
 class Connection;
 }
 
+// How a client over TCP knows its daemon, and how the daemon knows the client. Over a Unix socket
+// nothing of it is used: there the daemon knows callers by their user. Files are PEM, and are read
+// again when they change: a certificate counts from the next connection on, a token from the next
+// call.
+struct Security {
+  bool tls = false;              // TLS with the system's authorities; the next four imply it
+  std::string ca_file;           // who may have signed the daemon's certificate
+  std::string certificate_file;  // the client's own certificate, with its chain ...
+  std::string key_file;          // ... and its private key
+  std::string server_name;       // in the daemon's certificate; empty: the target's host
+  std::string token;             // a bearer token
+  std::string token_file;        // or a file that holds one and nothing else
+  // No TLS whatever the others say, and a token unencrypted also to another host.
+  bool insecure = false;
+
+  // LAMINA_TLS (1: the system's authorities), LAMINA_TLS_CA, LAMINA_CLIENT_CERT, LAMINA_CLIENT_KEY,
+  // LAMINA_TLS_SERVER_NAME, LAMINA_TOKEN_FILE.
+  static Security FromEnvironment();
+};
+
 struct ConnectOptions {
   std::chrono::milliseconds connect_timeout{0};  // keep trying for this long; 0: one try
   std::chrono::milliseconds call_timeout{0};     // of each call; 0: none
+  std::optional<Security> security = {};         // absent: Security::FromEnvironment()
 };
+
+// What the daemon's log calls the call that ended so; empty where the daemon did not answer.
+std::string RequestIdOf(const absl::Status& status);
 
 // The environment's LAMINA_TARGET; else the socket where laminad listens by default: in /run/lamina
 // for root, in $XDG_RUNTIME_DIR/lamina for others (in /tmp/lamina-UID where that is not set).
@@ -52,7 +78,8 @@ absl::StatusOr<Health> CheckHealth(const std::string& target = "",
 class Client {
  public:
   // `target` is "unix:PATH", "HOST:PORT" or an absolute path; empty: DefaultTarget(). Asks the
-  // daemon who it is. UNAVAILABLE names the target that was tried.
+  // daemon who it is. UNAVAILABLE names the target that was tried. INVALID_ARGUMENT: the target, or
+  // options.security.
   static absl::StatusOr<Client> Connect(const std::string& target = "",
                                         const ConnectOptions& options = {});
 

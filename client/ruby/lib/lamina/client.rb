@@ -2,6 +2,7 @@ require "grpc"
 require "lamina/v1/config_service_services_pb"
 require "lamina/v1/layer_service_services_pb"
 require "lamina/v1/session_service_services_pb"
+require "lamina/security"
 require "lamina/session"
 
 module Lamina
@@ -21,24 +22,32 @@ module Lamina
     # The generated stubs of the daemon's three services.
     attr_reader :config, :layers, :sessions
 
-    # Yields a client of the daemon at target, "unix:PATH" or "HOST:PORT", and closes it.
-    def self.open(target = Lamina.default_target)
-      client = new(target)
+    # Yields a client of the daemon at target, "unix:PATH" or "HOST:PORT", and closes it. security: of TCP targets.
+    def self.open(target = Lamina.default_target, security = Security.from_environment)
+      client = new(target, security)
       yield client
     ensure
       client&.close
     end
 
     # Nothing is sent yet: whether a daemon is there shows with the first call.
-    def initialize(target = Lamina.default_target)
+    def initialize(target = Lamina.default_target, security = Security.from_environment)
+      security = Security.new if target.start_with?("unix:")
       # The daemon's inline cap says how large a message may be; gRPC's own 4 MiB would be below it.
-      @channel = GRPC::Core::Channel.new(
-        target, { "grpc.max_receive_message_length" => -1, "grpc.max_send_message_length" => -1 },
-        :this_channel_is_insecure
-      )
-      @config = V1::ConfigService::Stub.new(nil, nil, channel_override: @channel)
-      @layers = V1::LayerService::Stub.new(nil, nil, channel_override: @channel)
-      @sessions = V1::SessionService::Stub.new(nil, nil, channel_override: @channel)
+      options = { "grpc.max_receive_message_length" => -1, "grpc.max_send_message_length" => -1 }
+      options["grpc.ssl_target_name_override"] = security.server_name if security.server_name
+      interceptors = []
+      if security.token_file
+        unless security.tls? || target.match?(/\A(localhost|127(\.\d+){3}|\[::1\]):/)
+          raise ArgumentError, "the token would cross the network to #{target} unencrypted; set ca or tls"
+        end
+        security.authorization # says at once what is wrong with the file
+        interceptors << TokenInterceptor.new(security)
+      end
+      @channel = GRPC::Core::Channel.new(target, options, security.credentials)
+      @config = V1::ConfigService::Stub.new(nil, nil, channel_override: @channel, interceptors: interceptors)
+      @layers = V1::LayerService::Stub.new(nil, nil, channel_override: @channel, interceptors: interceptors)
+      @sessions = V1::SessionService::Stub.new(nil, nil, channel_override: @channel, interceptors: interceptors)
     end
 
     # Ends the connection, and with it the client's sessions.

@@ -340,6 +340,27 @@ class StepCache {
   virtual void Forget() {}
 };
 
+// How another process comes to memory of the device.
+enum class SharingKind : uint8_t {
+  kDescriptor = 1,  // a POSIX file descriptor, which it imports and maps (CUDA's virtual memory)
+  kIpcHandle = 2,   // bytes that it opens (CUDA IPC), where it can't map
+};
+
+// Device memory that another process may map, all zeros at first; freed by the destructor, once
+// nothing that was enqueued uses it. What the other one still maps by descriptor stays its own.
+// Threads: any.
+class SharedMemory {
+ public:
+  virtual ~SharedMemory() = default;
+  virtual void* data() const = 0;  // here; aligned to kSharingUnit
+  virtual size_t bytes() const = 0;
+  virtual int descriptor() const = 0;             // kDescriptor: owned by this; else -1
+  virtual const std::string& handle() const = 0;  // kIpcHandle: 64 bytes; else empty
+};
+// Shared memory comes in multiples of it: a smaller part of a page could not be kept apart from
+// what else lies there.
+inline constexpr size_t kSharingUnit = size_t{2} << 20;
+
 class Backend {
  public:
   // `device` is "cpu" or "cuda:N". UNIMPLEMENTED for cuda in a build without it; NOT_FOUND where
@@ -364,13 +385,34 @@ class Backend {
   // Host memory that a copy can move by one DMA (pinned); a no-op on the CPU. Once per mapping.
   virtual absl::Status RegisterHost(void* data, size_t bytes) = 0;
   virtual void UnregisterHost(void* data) = 0;
+  // `bytes`, > 0, is rounded up to whole kSharingUnits. RESOURCE_EXHAUSTED with the numbers;
+  // UNIMPLEMENTED where there is no memory but the host's, or the driver can't share in this way.
+  virtual absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
+                                                                       SharingKind kind);
 
   // --- copies, in stream order ---
   virtual absl::Status CopyIn(void* device_dst, const void* host_src, size_t bytes) = 0;
   virtual absl::Status CopyOut(void* host_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status SetZero(void* data, size_t bytes) = 0;
+  // Waits for all of it, and for CopyInAhead.
   virtual absl::Status Synchronize() = 0;
+
+  // --- a copy ahead of its turn, beside what runs: for the input of a step that is to come ---
+  // Begins to fill `ahead`, a buffer of the device's for nothing else, without waiting for what was
+  // enqueued before, but for the last TakeAhead. host_src stays as it is until Synchronize.
+  virtual absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes) {
+    return CopyIn(ahead, host_src, bytes);
+  }
+  // In stream order: copies what the last CopyInAhead brought from `ahead` to where it is needed.
+  virtual absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
+    return CopyWithin(device_dst, ahead, bytes);
+  }
+
+  // Stores `value` in `at`, host memory that was given to RegisterHost and is aligned to 8, once
+  // everything enqueued before is done: who reads it there, on any processor or device, sees all of
+  // that. Nobody else may write there meanwhile.
+  virtual absl::Status Signal(uint64_t* at, uint64_t value);
 
   // --- time, in stream order: what lets a step be split into input, compute and output without a
   // wait --- Remembers the moment at which everything enqueued so far is done. `mark` is in [0,

@@ -166,6 +166,7 @@ struct ServerInfo {
   std::vector<Transport> transports;
   double uptime_seconds = 0;
   bool checkpoints_enabled = false;
+  std::string metrics_address;  // HOST:PORT of /metrics and /statusz; empty: none
 };
 
 // What the daemon's health service says.

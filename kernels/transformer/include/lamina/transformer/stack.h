@@ -49,6 +49,9 @@ enum class ParameterPart : uint8_t {
   kMoment2 = 4,   // fp32, the optimizer's v
 };
 
+// Whose memory an address is of. Where the backend's is the host's, there is none but kHost.
+enum class Memory : uint8_t { kHost = 0, kDevice = 1 };
+
 struct ParameterInfo {
   std::string name;  // "layers.3.attn_qkvw"
   Shape shape;       // [out, in] or [out]
@@ -170,12 +173,20 @@ class Stack {
   virtual const std::vector<ParameterInfo>& parameters() const = 0;
   // The separate Q, K, V names too. NOT_FOUND naming what exists.
   virtual absl::StatusOr<ParameterInfo> FindParameter(const std::string& name) const = 0;
-  // Host copies; synchronise. bytes must be exactly the part's size. dst and src are any host
-  // memory. FAILED_PRECONDITION for gradients and moments where training is off.
+  // Copies; synchronise. bytes must be exactly the part's size. dst and src are any memory of the
+  // kind that `memory` says. FAILED_PRECONDITION for gradients and moments where training is off.
   virtual absl::Status ReadParameter(const std::string& name, ParameterPart part, void* dst,
-                                     size_t bytes) = 0;
+                                     size_t bytes, Memory memory) = 0;
   virtual absl::Status WriteParameter(const std::string& name, ParameterPart part, const void* src,
-                                      size_t bytes) = 0;
+                                      size_t bytes, Memory memory) = 0;
+  // The same in host memory.
+  absl::Status ReadParameter(const std::string& name, ParameterPart part, void* dst, size_t bytes) {
+    return ReadParameter(name, part, dst, bytes, Memory::kHost);
+  }
+  absl::Status WriteParameter(const std::string& name, ParameterPart part, const void* src,
+                              size_t bytes) {
+    return WriteParameter(name, part, src, bytes, Memory::kHost);
+  }
   // Bytes of a part: elements x (4 or the stack dtype's size).
   virtual absl::StatusOr<size_t> ParameterBytes(const std::string& name,
                                                 ParameterPart part) const = 0;
@@ -193,8 +204,9 @@ class Stack {
   virtual size_t context_bytes_high_water() const = 0;
 
   // Device copies of a call's tensors, for backends whose kernels can't read host memory; each
-  // holds the largest call. FAILED_PRECONDITION on the others.
-  enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths, kCuSeqlens };
+  // holds the largest call. kInputAhead: what the next call's kInput is to be (Backend::CopyInAhead).
+  // FAILED_PRECONDITION on the others.
+  enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths, kCuSeqlens, kInputAhead };
   virtual absl::StatusOr<TensorView> StagingView(Staging slot, DType dtype, const Shape& shape) = 0;
 
   // Floating-point operations of a call, as users count them: forward per layer
