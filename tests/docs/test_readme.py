@@ -15,8 +15,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "clie
 BIN = pathlib.Path(os.environ.get("LAMINAD", ROOT / "build/release/bin/laminad")).parent
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def test_the_two_commands_come_first():
@@ -42,11 +42,12 @@ def test_cpp_example_is_the_one_that_is_built_and_run():
 
 
 def shell_commands():
-    for block in blocks("sh"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if words and words[0] in ("laminad", "lamina"):
-                yield pytest.param(words, id=line[:40])
+    for page in (README, (ROOT / "docs/deploy.md").read_text()):
+        for block in blocks("sh", page):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] in ("laminad", "lamina"):
+                    yield pytest.param(words, id=line[:60])
 
 
 @pytest.mark.parametrize("words", shell_commands())
@@ -62,6 +63,17 @@ def test_flags_of_shell_examples_exist(words):
     assert usage.returncode == 0, usage.stderr
     missing = [w for w in words[2:] if w.startswith("--") and not re.search(rf"{w}\b", usage.stdout)]
     assert not missing
+    if words[1] == "plan" and ("--memory" in words or "--device" in words):  # which needs no daemon
+        assert subprocess.run([binary, *words[1:]], capture_output=True, text=True, check=True).stdout
+
+
+def test_scripts_that_are_named_exist():
+    page = (ROOT / "docs/deploy.md").read_text()
+    for block in blocks("sh", page):
+        for line in block.splitlines():
+            for word in shlex.split(line, comments=True):
+                if re.match(r"(deploy|scripts)/", word):
+                    assert (ROOT / word).exists(), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
