@@ -116,6 +116,10 @@ struct Admission::Stream {
   std::vector<std::string> authorization;
 };
 
+Admission::Admission(const Access& access, MetricSet& metrics)
+    : access_(access), metrics_(metrics) {}
+Admission::~Admission() = default;
+
 void Admission::Process(void* listener, grpc_auth_context* connection,
                         const grpc_metadata* metadata, size_t count,
                         grpc_process_auth_metadata_done_cb done, void* user_data) {

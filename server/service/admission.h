@@ -23,7 +23,10 @@ namespace lamina {
 
 class Admission {
  public:
-  Admission(const Access& access, MetricSet& metrics) : access_(access), metrics_(metrics) {}
+  Admission(const Access& access, MetricSet& metrics);
+  ~Admission();
+  Admission(const Admission&) = delete;
+  Admission& operator=(const Admission&) = delete;
 
   // Credentials of a listener: without encryption, or with TLS. This and `files` outlive the
   // server.
