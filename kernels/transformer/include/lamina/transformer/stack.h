@@ -204,8 +204,8 @@ class Stack {
   virtual size_t context_bytes_high_water() const = 0;
 
   // Device copies of a call's tensors, for backends whose kernels can't read host memory; each
-  // holds the largest call. kInputAhead: what the next call's kInput is to be (Backend::CopyInAhead).
-  // FAILED_PRECONDITION on the others.
+  // holds the largest call. kInputAhead: what the next call's kInput is to be
+  // (Backend::CopyInAhead). FAILED_PRECONDITION on the others.
   enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths, kCuSeqlens, kInputAhead };
   virtual absl::StatusOr<TensorView> StagingView(Staging slot, DType dtype, const Shape& shape) = 0;
 
