@@ -1,9 +1,11 @@
 """The pages beside /metrics: for probes, and /statusz in a real browser."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +14,8 @@ import lamina
 import numpy as np
 import pytest
 from daemon import ON_CPU, ROOT, Daemon, wait_until
+from lamina.v1 import session_service_pb2 as session_pb
+from raw import Raw
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;"  # a client's name may be any printable ASCII
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=2, num_hidden_layers=2)
@@ -87,13 +91,12 @@ def test_the_page_of_the_documentation_has_every_field(busy):
 
 def test_the_report_is_bounded_however_many_sessions():
     with Daemon() as other:
-        clients = [lamina.connect(other.target) for _ in range(60)]
-        for client in clients:
-            assert client.session
+        raw = Raw(other.target)  # one session
+        for _ in range(59):
+            raw.sessions.CreateSession(session_pb.CreateSessionRequest())
         sessions = json.loads(get(other, "/statusz.json")[2])["sessions"]
         assert sessions["live"] == 60 and len(sessions["list"]) == 50
-        for client in clients:
-            client.close()
+        raw.close()
 
 
 def test_pages_are_read_only_and_say_what_they_are(busy):
@@ -109,6 +112,17 @@ def test_pages_are_read_only_and_say_what_they_are(busy):
     assert get(daemon, "/")[2].split() == ["/configz", "/healthz", "/metrics", "/readyz", "/statusz", "/statusz.json"]
     assert get(daemon, "/favicon.ico")[0] == 404
     assert get(daemon, "/..%2f..%2fetc/passwd")[0] in (400, 404)
+
+
+def test_probes_get_through_beside_connections_that_say_nothing(busy):
+    daemon, _, _ = busy
+    host, port = daemon.metrics_address.rsplit(":", 1)
+    with contextlib.ExitStack() as silent:
+        for _ in range(12):
+            silent.enter_context(socket.create_connection((host, int(port))))
+        began = time.monotonic()
+        assert get(daemon, "/healthz")[0] == 200
+        assert time.monotonic() - began < 4, "it waited for one of them to be given up"
 
 
 def test_names_cannot_leave_their_place_in_the_page(busy):
