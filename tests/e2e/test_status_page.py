@@ -13,7 +13,8 @@ import urllib.request
 import lamina
 import numpy as np
 import pytest
-from daemon import ON_CPU, ROOT, Daemon, wait_until
+from daemon import ROOT, Daemon, wait_until
+from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import session_service_pb2 as session_pb
 from raw import Raw
 
@@ -143,27 +144,23 @@ def test_configz_has_every_flag(busy):
         assert settings["queue-capacity"] == "7" and settings["channelz"] == "true"
 
 
-@pytest.mark.skipif(not ON_CPU, reason="the length of the step is the CPU's")
-def test_probes_do_not_wait_for_steps_and_tell_draining():
-    """While a long step runs, and while the daemon drains behind it."""
-    with Daemon() as daemon, lamina.connect(daemon.target) as client:
-        config = dict(batch_size=64, max_seq_length=128, hidden_size=128, heads=2, num_hidden_layers=48)
-        stack = client.create_stack("long", training=False, **config)
-        with client.pipeline() as pipeline:
-            call = pipeline.forward(stack, np.ones((64, 128, 128), np.float32))
-            wait_until(lambda: daemon.metrics()['grpc_server_started_total{grpc_method="Execute",grpc_service="lamina.v1.LayerService",grpc_type="bidi_stream"}'])
-            began = time.monotonic()
-            assert get(daemon, "/healthz")[0::2] == (200, "ok\n") and get(daemon, "/readyz")[0::2] == (200, "ok\n")
-            assert get(daemon, "/statusz.json")[0] == 200
-            probed = time.monotonic() - began
-            daemon.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: get(daemon, "/readyz")[0] == 503)
-            assert get(daemon, "/readyz")[2] == "draining: the daemon was asked to stop\n"
-            assert get(daemon, "/healthz")[0::2] == (200, "ok\n")
-            assert json.loads(get(daemon, "/statusz.json")[2])["state"] == "draining"
-            call.result()
-            assert probed < time.monotonic() - began
+def test_draining_is_not_ready_but_alive():
+    """While a call that nobody reads keeps the daemon from ending."""
+    with Daemon() as daemon:
+        raw = Raw(daemon.target)
+        config = config_pb.StackConfig(batch_size=1, max_seq_length=8, hidden_size=256, heads=4, num_hidden_layers=12)
+        raw.config.CreateStack(config_pb.CreateStackRequest(name="large", config=config))
+        unread = raw.config.StreamParameters(config_pb.StreamParametersRequest(stack="large"))
+        next(unread)
+        assert get(daemon, "/healthz")[0::2] == (200, "ok\n") and get(daemon, "/readyz")[0::2] == (200, "ok\n")
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(daemon, "/readyz")[0] == 503)
+        assert get(daemon, "/readyz")[2] == "draining: the daemon was asked to stop\n"
+        assert get(daemon, "/healthz")[0::2] == (200, "ok\n")
+        assert json.loads(get(daemon, "/statusz.json")[2])["state"] == "draining"
+        unread.cancel()
         assert daemon.process.wait(60) == 0
+        raw.channel.close()
 
 
 # --- in a browser ---
