@@ -19,6 +19,11 @@
 namespace lamina {
 namespace {
 
+// A connection that says nothing has a thread to itself until patience ends; browsers open some in
+// advance. Probes must get through beside them.
+constexpr const char* kThreads = "16";
+constexpr const char* kPatience = "5000";  // ms
+
 // What the HTTP server said while it started, on this thread: its exception does not say why.
 thread_local std::string start_messages;
 
@@ -158,8 +163,8 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
     result->pages_[path] = std::make_unique<Page>(path, std::move(page), result->guard_);
   try {
     result->server_ = std::make_unique<CivetServer>(
-        std::vector<std::string>{"listening_ports", address, "num_threads", "4",
-                                 "request_timeout_ms", "10000", "enable_keep_alive", "no"},
+        std::vector<std::string>{"listening_ports", address, "num_threads", kThreads,
+                                 "request_timeout_ms", kPatience, "enable_keep_alive", "no"},
         &callbacks);
     for (const auto& [path, page] : result->pages_) result->server_->addHandler(path, page.get());
     const std::vector<int> ports = result->server_->getListeningPorts();

@@ -115,7 +115,7 @@ def test_without_it_the_signal_does_no_harm():
 @pytest.mark.parametrize("path, words", (("/nowhere/trace.json", "there is no folder /nowhere"), ("/proc/trace.json", "can't be written to")))
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, path, words):
     done = subprocess.run([BINARY, "--listen", f"unix:{tmp_path}/d.sock", "--metrics", "none", "--profile", path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith(f"--profile {path}: ") and words in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(f"laminad: --profile {path}: ") and words in done.stderr
     assert not (tmp_path / "d.sock").exists()
 
 

@@ -57,6 +57,16 @@ TEST(StatusPages, AreAskedWhileStepsRun) {
   EXPECT_GT(report.at("stacks").at(0).at("arena_high_water_bytes"), 0);
 }
 
+TEST(StatusPages, WaitForNoStep) {
+  Service service;
+  Client(service.address()).Create();
+  std::atomic<Phase> phase{Phase::kServing};
+  const StatusSources sources = SourcesOf(service, phase);
+  Blocker busy(service.engine());  // for as long as the pages are asked
+  for (const auto& [path, page] : StatusPages(sources, "{}")) EXPECT_EQ(page("").code, 200) << path;
+  EXPECT_FALSE(service.state().metrics.Text().empty());
+}
+
 TEST(StatusPages, TellReadinessFromLiveness) {
   Service service;
   std::atomic<Phase> phase{Phase::kStarting};
