@@ -31,7 +31,8 @@ def test_server_info(raw, daemon):
     assert info.version == "0.1.0" and info.backend == daemon.device.split(":")[0]
     assert info.inline_cap_bytes == 16 << 20 and info.replay_window == 64 and info.checkpoints_enabled
     assert 0 < info.device_free_bytes <= info.device_total_bytes
-    assert list(info.transports) == [tpb.TRANSPORT_INLINE, tpb.TRANSPORT_MEMFD]
+    transports = [tpb.TRANSPORT_INLINE, tpb.TRANSPORT_MEMFD, *([] if ON_CPU else [tpb.TRANSPORT_DEVICE])]
+    assert list(info.transports) == transports
 
 
 def test_create_get_list_update_delete(raw):

@@ -26,7 +26,7 @@ from lamina.client import Client, connect
 from lamina.config import StackConfig
 from lamina.errors import LaminaError
 from lamina.stack import Applied, Context, Stack
-from lamina.torch import RemoteStack, _not_compiled, as_array, as_tensor
+from lamina.torch import RemoteStack, _as_given, _not_compiled
 
 __all__ = ["DeepSpeedTransformerConfig", "DeepSpeedTransformerLayer", "SharedStack", "load_state_dict", "stack_of", "use"]
 
@@ -358,12 +358,12 @@ class SharedStack:
                     self.stack.zero_gradients()
                     self._read.clear()
                 self._read.add(index)
-            dx = self.stack.backward(context, as_array(self._modules[index]._local(dy)), input_grad=input_grad)
+            dx = self.stack.backward(context, self._modules[index]._passed(dy), input_grad=input_grad)
             gradients: Dict[str, np.ndarray] = {}
             if names:
                 gradients = self.stack.gradients([f"layers.{index}.{name}" for name in names])
         found = {name: torch.from_numpy(gradients[f"layers.{index}.{name}"]) for name in names}
-        return (as_tensor(dx) if dx is not None else None), found
+        return (_as_given(dx, dy) if dx is not None else None), found
 
 
 class _Place:
@@ -433,7 +433,7 @@ class _LayerFunction(torch.autograd.Function):
         dx, found = ctx.shared._backward(ctx.index, ctx.generation, context, dy, ctx.needs_input_grad[0], wanted)
         gradients = [found[name].to(device, dtype) if name in found else None
                      for name, (dtype, device) in zip(_NAMES, ctx.kinds)]
-        return (dx.to(dy.device, dy.dtype) if dx is not None else None, None, None, None, None, *gradients)
+        return (dx, None, None, None, None, *gradients)
 
 
 class DeepSpeedTransformerLayer(nn.Module):
