@@ -21,7 +21,7 @@ from layers import config_of, layers_of, run
 FORWARD_TOLERANCE = 3e-2 / 10
 DEVICE = "cuda" if ON_GPU and torch.cuda.is_available() else "cpu"
 # What two cores do in seconds.
-CPU_TOKENS, CPU_PARAMETERS, CPU_SCORES = 1024, 30_000_000, 1 << 27
+CPU_TOKENS, CPU_PARAMETERS, CPU_SCORES = 512, 15_000_000, 1 << 26
 
 torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -66,7 +66,7 @@ def scaled(batch, hidden, seq, heads, layers, intermediate):
     parameters = hidden * (4 * hidden + 2 * intermediate)
     if ON_GPU:
         return batch, layers
-    if parameters > 2 * CPU_PARAMETERS:
+    if parameters > 4 * CPU_PARAMETERS:
         pytest.skip(f"H {hidden}: a layer of {parameters / 1e6:.0f} M weights, on a GPU only (LAMINA_TEST_DEVICE=cuda:0)")
     batch = max(1, min(batch, CPU_TOKENS // seq))
     return batch, max(1, min(layers, CPU_PARAMETERS // parameters, CPU_SCORES // (batch * heads * seq * seq)))
