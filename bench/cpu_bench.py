@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
@@ -33,7 +32,7 @@ from torch.nn import functional as F  # noqa: E402
 
 import lamina  # noqa: E402
 from daemon import Daemon  # noqa: E402
-from in_process import find_binary  # noqa: E402
+from in_process import find_binary, measure_round_trips  # noqa: E402
 
 LAYERS, HIDDEN, HEADS, SEQ, BATCH, DROPOUT = 4, 256, 8, 128, 8, 0.1
 
@@ -69,16 +68,6 @@ def seconds(call):
 
 def median_ms(samples):
     return statistics.median(samples) * 1e3
-
-
-def measure_round_trips(target):
-    """What round_trip says of a Forward like Python's."""
-    shape = f"1,8,{HIDDEN},{HEADS},{4 * HIDDEN},{LAYERS}"
-    done = subprocess.run([find_binary("round_trip", "cpu"), "--target", target, "--shape", shape, "--calls", "500"],
-                          capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(done.stderr.strip())
-    return json.loads(done.stdout)
 
 
 def main():
@@ -130,7 +119,9 @@ def main():
             began = time.perf_counter()
             stack.forward(ours_x[:1, :8], training=False)
             from_python.append(time.perf_counter() - began - stack.last_timing.compute_seconds)
-        round_trips = measure_round_trips(daemon.target)
+        # Of a Forward like Python's.
+        round_trips = measure_round_trips(find_binary("round_trip", "cpu"), daemon.target, "--calls", 500,
+                                          "--shape", f"1,8,{HIDDEN},{HEADS},{4 * HIDDEN},{LAYERS}")
         transport = str(client.transport)
 
     result = {

@@ -1,4 +1,5 @@
-"""Our side without a daemon (stack_bench, a stack in a process of its own), and what a benchmark notes of its run."""
+"""Our side without a daemon (stack_bench, a stack in a process of its own), round trips to one, and what a benchmark notes of
+its run."""
 
 import json
 import pathlib
@@ -25,6 +26,14 @@ def find_binary(name, device):
     if not found:
         sys.exit(f"no {name}; build it with scripts/build, or name it")
     return found[0]
+
+
+def measure_round_trips(binary, target, *arguments):
+    """What a round_trip says of a daemon."""
+    done = subprocess.run([binary, "--target", target, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr.strip())
+    return json.loads(done.stdout)
 
 
 class Ours:
