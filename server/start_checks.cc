@@ -15,7 +15,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
-#include "server/session/broker.h"
+#include "server/session/unix_socket.h"
 
 namespace lamina {
 namespace {

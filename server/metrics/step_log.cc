@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "absl/strings/str_cat.h"
+
 namespace lamina {
 namespace {
 
@@ -25,6 +27,12 @@ const char* Name(StepDirection direction) {
       return "apply";
   }
   return "";
+}
+
+std::string RequestIdOf(const StepRecord& step) {
+  std::string id(step.request_id.data());
+  if (step.request_item != 0) absl::StrAppend(&id, ".", step.request_item);
+  return id;
 }
 
 // A sequence lock: odd while the slot is written, 2 * number once it holds that record. Each word

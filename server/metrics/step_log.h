@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "absl/strings/string_view.h"
@@ -37,6 +38,10 @@ struct StepRecord {
   std::array<char, 65> request_id{};
   std::array<char, 33> trace_id{};  // 32 hexadecimal digits, or empty
 };
+
+// Its request's id, with the message's behind a dot where it came on an Execute stream; may be
+// empty.
+std::string RequestIdOf(const StepRecord& step);
 
 // Copies text into one of the arrays above.
 template <size_t n>

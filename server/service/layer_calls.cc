@@ -48,11 +48,9 @@ absl::Status RunForward(SharedState& state, const v1::ForwardRequest& request, S
   auto call = ToCall(request, session, state.engine.options().inline_cap_bytes);
   if (!call.ok()) return call.status();
   call->training = training;
-  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
-  if (!ready.ok()) return ready.status();
-  CallControl control = given;
-  control.ready = *std::move(ready);
-  auto outcome = state.engine.Forward(*call, control);
+  const auto control = WithReady(request, given, session);
+  if (!control.ok()) return control.status();
+  auto outcome = state.engine.Forward(*call, *control);
   if (!outcome.ok()) return outcome.status();
   FillResult(request.output(), call->output, std::move(outcome->inline_output),
              response->mutable_output());
@@ -118,11 +116,9 @@ absl::Status RunBackward(SharedState& state, const v1::BackwardRequest& request,
   auto done = ResolveFence("done", request.has_done(), request.done(), session);
   if (!done.ok()) return done.status();
   call.done = *std::move(done);
-  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
-  if (!ready.ok()) return ready.status();
-  CallControl control = given;
-  control.ready = *std::move(ready);
-  auto outcome = state.engine.Backward(call, control);
+  const auto control = WithReady(request, given, session);
+  if (!control.ok()) return control.status();
+  auto outcome = state.engine.Backward(call, *control);
   if (!outcome.ok()) return outcome.status();
   if (call.want_input_grad) {
     FillResult(request.input_grad(), call.input_grad, std::move(outcome->inline_input_grad),

@@ -53,9 +53,9 @@ absl::Status Read(SharedState& state, const ParameterQuery& query, const Request
     auto found = state.sessions.Find(request.session_id(), given.caller);
     if (!found.ok()) return found.status();
     session = *std::move(found);
-    auto ready = ResolveFence("ready", request.has_ready(), request.ready(), *session);
-    if (!ready.ok()) return ready.status();
-    control.ready = *std::move(ready);
+    auto waiting = WithReady(request, given, *session);
+    if (!waiting.ok()) return waiting.status();
+    control = *std::move(waiting);
   }
   size_t total = 0;
   for (const ParameterRead& read : *reads) total += BytesOf(read);
@@ -145,10 +145,8 @@ absl::Status StreamParametersTo(
 
 absl::Status WriteParametersFrom(SharedState& state, const v1::SetParametersRequest& request,
                                  Session& session, const CallControl& given) {
-  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
-  if (!ready.ok()) return ready.status();
-  CallControl control = given;
-  control.ready = *std::move(ready);
+  const auto control = WithReady(request, given, session);
+  if (!control.ok()) return control.status();
   std::vector<ParameterValue> values;
   values.reserve(static_cast<size_t>(request.tensors_size()));
   for (int i = 0; i < request.tensors_size(); ++i) {
@@ -158,7 +156,7 @@ absl::Status WriteParametersFrom(SharedState& state, const v1::SetParametersRequ
     if (!tensor.ok()) return tensor.status();
     values.push_back({named.name(), *std::move(tensor)});
   }
-  return state.engine.WriteParameters(request.stack(), values, control);
+  return state.engine.WriteParameters(request.stack(), values, *control);
 }
 
 }  // namespace lamina

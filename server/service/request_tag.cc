@@ -10,10 +10,9 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
+#include "server/logging.h"
 
 namespace lamina {
 namespace {
@@ -133,11 +132,10 @@ void LogFailure(absl::string_view method, absl::StatusCode code, absl::string_vi
   if (held_back > 0) spdlog::warn("event=rpc_failures_not_logged count={}", held_back);
   const bool ours = code == absl::StatusCode::kInternal || code == absl::StatusCode::kUnknown ||
                     code == absl::StatusCode::kDataLoss;
-  spdlog::log(
-      ours ? spdlog::level::err : spdlog::level::info,
-      "event=rpc_failed method={} code={}{} reason=\"{}\"", std::string(method),
-      absl::StatusCodeToString(code), TagFields(control),
-      absl::StrReplaceAll(absl::CEscape(message.substr(0, kLongestReason)), {{"\\'", "'"}}));
+  spdlog::log(ours ? spdlog::level::err : spdlog::level::info,
+              "event=rpc_failed method={} code={}{} reason={}", std::string(method),
+              absl::StatusCodeToString(code), TagFields(control),
+              Quoted(message.substr(0, kLongestReason)));
 }
 
 }  // namespace lamina

@@ -68,13 +68,13 @@ absl::StatusOr<CallTensor> ResolveSlice(absl::string_view field, const v1::Slice
     return Invalid(field, ".slice.offset_bytes: ", offset,
                    " must be a multiple of the element size ", element_size);
   }
-  CallTensor host;
-  host.data = static_cast<char*>((*region)->data()) + offset;
+  CallTensor part;
+  part.data = static_cast<char*>((*region)->data()) + offset;
   const bool on_device = (*region)->kind() != RegionKind::kMemfd;
-  host.memory = on_device ? Memory::kDevice : Memory::kHost;
-  host.transport = on_device ? TensorTransport::kDevice : TensorTransport::kMemfd;
-  host.keep = *std::move(region);
-  return host;
+  part.memory = on_device ? Memory::kDevice : Memory::kHost;
+  part.transport = on_device ? TensorTransport::kDevice : TensorTransport::kMemfd;
+  part.keep = *std::move(region);
+  return part;
 }
 
 absl::StatusOr<CallTensor> ResolveInput(absl::string_view field, const v1::Tensor& tensor,
@@ -87,12 +87,12 @@ absl::StatusOr<CallTensor> ResolveInput(absl::string_view field, const v1::Tenso
   auto shape = CheckedShape(field, tensor, SizeOf(*dtype));
   if (!shape.ok()) return shape.status();
   const size_t bytes = static_cast<size_t>(shape->elements()) * SizeOf(*dtype);
-  CallTensor host;
+  CallTensor result;
   switch (tensor.storage_case()) {
     case v1::Tensor::kSlice: {
       auto resolved = ResolveSlice(field, tensor.slice(), bytes, SizeOf(*dtype), session);
       if (!resolved.ok()) return resolved.status();
-      host = *std::move(resolved);
+      result = *std::move(resolved);
       break;
     }
     case v1::Tensor::kInlineData:
@@ -105,36 +105,36 @@ absl::StatusOr<CallTensor> ResolveInput(absl::string_view field, const v1::Tenso
                        shape->ToString(), " of ", Name(*dtype), " takes ", bytes);
       }
       // Read only: the engine never writes to what it takes as an input.
-      host.data = const_cast<char*>(tensor.inline_data().data());
-      host.transport = TensorTransport::kInline;
+      result.data = const_cast<char*>(tensor.inline_data().data());
+      result.transport = TensorTransport::kInline;
       break;
     case v1::Tensor::STORAGE_NOT_SET:
       return Invalid(field, ": needs a slice or inline_data");
   }
-  host.dtype = *dtype;
-  host.shape = *shape;
-  return host;
+  result.dtype = *dtype;
+  result.shape = *shape;
+  return result;
 }
 
 absl::StatusOr<CallTensor> ResolveTarget(absl::string_view field, const v1::TensorTarget& target,
                                          DType dtype, const Shape& shape, size_t inline_cap,
                                          Session& session) {
   const size_t bytes = static_cast<size_t>(shape.elements()) * SizeOf(dtype);
-  CallTensor host;
+  CallTensor result;
   if (target.destination_case() == v1::TensorTarget::kSlice) {
     auto resolved = ResolveSlice(field, target.slice(), bytes, SizeOf(dtype), session);
     if (!resolved.ok()) return resolved.status();
-    host = *std::move(resolved);
+    result = *std::move(resolved);
   } else {
     if (bytes > inline_cap) {
       return Invalid(field, ": an inline result of ", bytes, " bytes passes the cap of ",
                      inline_cap, "; use a region");
     }
-    host.transport = TensorTransport::kInline;
+    result.transport = TensorTransport::kInline;
   }
-  host.dtype = dtype;
-  host.shape = shape;
-  return host;
+  result.dtype = dtype;
+  result.shape = shape;
+  return result;
 }
 
 absl::StatusOr<Fence> ResolveFence(absl::string_view field, bool present, const v1::Fence& fence,

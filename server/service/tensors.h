@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -40,6 +41,16 @@ absl::StatusOr<CallTensor> ResolveTarget(absl::string_view field, const v1::Tens
 // in host memory, and what ResolveSlice refuses.
 absl::StatusOr<Fence> ResolveFence(absl::string_view field, bool present, const v1::Fence& fence,
                                    Session& session);
+
+// `control`, with what the request's `ready` says to wait for. As ResolveFence.
+template <typename Request>
+absl::StatusOr<CallControl> WithReady(const Request& request, CallControl control,
+                                      Session& session) {
+  auto ready = ResolveFence("ready", request.has_ready(), request.ready(), session);
+  if (!ready.ok()) return ready.status();
+  control.ready = *std::move(ready);
+  return control;
+}
 
 // How a result went, as an answer says it: the slice that was asked for, or the bytes.
 void FillResult(const v1::TensorTarget& target, const CallTensor& where, std::string inline_bytes,

@@ -3,17 +3,16 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "server/service/rpc_metrics.h"
-#include "server/session/broker.h"
+#include "server/session/unix_socket.h"
 
 namespace lamina {
 namespace {
@@ -22,34 +21,21 @@ constexpr int kBacklog = 1024;
 // How long a lack of descriptors is waited out.
 constexpr std::chrono::milliseconds kPause(250);
 
-absl::Status SystemError(const std::string& what) {
-  return absl::UnavailableError(absl::StrCat(what, ": ", std::strerror(errno)));
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Bind(
     const std::string& path, const std::vector<uid_t>& allowed_uids, Admission& admission,
     grpc::ServerBuilder& builder) {
-  if (absl::Status status = PrepareSocketPath(path); !status.ok()) return status;
+  const bool others = std::any_of(allowed_uids.begin(), allowed_uids.end(),
+                                  [](uid_t uid) { return uid != geteuid(); });
+  const auto listener = ListenOnSocket(path, SOCK_STREAM, kBacklog, others);
+  if (!listener.ok()) return listener.status();
   std::unique_ptr<UnixListener> made(new UnixListener(path));
+  made->listener_ = *listener;
   made->wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (made->wake_ < 0) return SystemError("eventfd");
-  const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (listener < 0) return SystemError("socket");
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path, path.data(), path.size());  // PrepareSocketPath checked the length
-  // Nobody else may connect, not even between bind and chmod.
-  const mode_t mask = umask(0177);
-  const int bound = bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof(address));
-  umask(mask);
-  if (bound != 0 || listen(listener, kBacklog) != 0) {
-    const absl::Status status = SystemError(absl::StrCat("listening on unix:", path));
-    close(listener);
-    return status;
+  if (made->wake_ < 0) {
+    return absl::UnavailableError(absl::StrCat("eventfd: ", std::strerror(errno)));
   }
-  made->listener_ = listener;
   const auto acceptor = [&](uid_t uid) {
     return builder.experimental().AddExternalConnectionAcceptor(
         grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
@@ -60,7 +46,6 @@ absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Bind(
     if (made->acceptors_.count(uid) == 0) made->acceptors_[uid] = acceptor(uid);
   }
   made->stranger_ = acceptor(kStranger);
-  if (made->acceptors_.size() > 1) chmod(path.c_str(), 0666);
   return made;
 }
 

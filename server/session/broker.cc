@@ -5,17 +5,16 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/session/unix_socket.h"
 
 namespace lamina {
 namespace {
@@ -23,35 +22,10 @@ namespace {
 constexpr char kMagic[4] = {'L', 'M', 'N', '1'};
 constexpr size_t kIdSize = 32;
 constexpr size_t kLongestHandle = 64;  // CUDA's IPC handles
+constexpr int kBacklog = 128;
 constexpr size_t kRequestSize = sizeof(kMagic) + 2 * kIdSize;
 // How often silent connections are looked for, and how long a lack of descriptors is waited out.
 constexpr absl::Duration kLook = absl::Milliseconds(250);
-
-absl::Status SystemError(const std::string& what) {
-  return absl::UnavailableError(absl::StrCat(what, ": ", std::strerror(errno)));
-}
-
-absl::StatusOr<sockaddr_un> AddressOf(const std::string& path) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(absl::StrCat("socket path \"", path, "\" must have 1 to ",
-                                                   sizeof(address.sun_path) - 1, " characters"));
-  }
-  std::memcpy(address.sun_path, path.data(), path.size());
-  return address;
-}
-
-// Whether a connection of this type to the path is taken.
-bool SomebodyListens(const sockaddr_un& address, int type) {
-  const int probe = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (probe < 0) return true;  // unknown: leave it alone
-  const int result = connect(probe, reinterpret_cast<const sockaddr*>(&address), sizeof(address));
-  const int error = errno;
-  close(probe);
-  // A socket of the other type answers EPROTOTYPE, and is alive.
-  return result == 0 || error == EAGAIN || error == EPROTOTYPE;
-}
 
 struct Connection {
   int descriptor;
@@ -81,26 +55,13 @@ class BrokerImpl final : public Broker {
   }
 
   absl::Status Listen() {
-    auto address = AddressOf(options_.path);
-    if (!address.ok()) return address.status();
-    if (absl::Status status = PrepareSocketPath(options_.path); !status.ok()) return status;
-    wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (wake_ < 0) return SystemError("eventfd");
-    const int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (listener < 0) return SystemError("socket");
-    // Nobody else may connect, not even between bind and chmod.
-    const mode_t mask = umask(0177);
-    const int bound =
-        bind(listener, reinterpret_cast<const sockaddr*>(&*address), sizeof(*address));
-    umask(mask);
-    if (bound != 0 || listen(listener, 128) != 0) {
-      const absl::Status status = SystemError(absl::StrCat("listening on ", options_.path));
-      close(listener);
-      return status;
-    }
     // Others than the owner connect only where a UID besides ours is allowed.
-    if (options_.allowed_uids.size() > 1) chmod(options_.path.c_str(), 0666);
-    listener_ = listener;
+    const auto listener = ListenOnSocket(options_.path, SOCK_SEQPACKET, kBacklog,
+                                         /*others=*/options_.allowed_uids.size() > 1);
+    if (!listener.ok()) return listener.status();
+    listener_ = *listener;
+    wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (wake_ < 0) return absl::UnavailableError(absl::StrCat("eventfd: ", std::strerror(errno)));
     thread_ = std::thread([this] { Serve(); });
     return absl::OkStatus();
   }
@@ -225,29 +186,6 @@ class BrokerImpl final : public Broker {
 };
 
 }  // namespace
-
-absl::Status PrepareSocketPath(const std::string& path) {
-  auto address = AddressOf(path);
-  if (!address.ok()) return address.status();
-  std::error_code error;
-  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
-  if (!folder.empty() && !std::filesystem::exists(folder, error)) {
-    std::filesystem::create_directories(folder.parent_path(), error);
-    if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
-      return SystemError(absl::StrCat("making ", folder.string()));
-    }
-  }
-  struct stat found {};
-  if (lstat(path.c_str(), &found) != 0) return absl::OkStatus();
-  if (!S_ISSOCK(found.st_mode)) {
-    return absl::InvalidArgumentError(absl::StrCat(path, " exists and is no socket"));
-  }
-  if (SomebodyListens(*address, SOCK_STREAM) || SomebodyListens(*address, SOCK_SEQPACKET)) {
-    return absl::UnavailableError(absl::StrCat(path, " is in use by a running process"));
-  }
-  if (unlink(path.c_str()) != 0) return SystemError(absl::StrCat("removing the stale ", path));
-  return absl::OkStatus();
-}
 
 absl::StatusOr<std::unique_ptr<Broker>> Broker::Start(BrokerOptions options,
                                                       SessionManager& sessions) {

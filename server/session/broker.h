@@ -32,9 +32,4 @@ class Broker {
   virtual ~Broker() = default;  // closes all connections and removes the socket
 };
 
-// Makes way for a listener on a Unix socket: the folder exists (0700 where it had to be made), and
-// a socket that nobody listens on is removed. UNAVAILABLE where somebody does; INVALID_ARGUMENT for
-// a path that is too long or something other than a socket.
-absl::Status PrepareSocketPath(const std::string& path);
-
 }  // namespace lamina

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "server/engine/device_peak.h"
 
 namespace lamina {
 namespace {
@@ -27,12 +28,8 @@ Json ByKind(const std::vector<StackInfo>& stacks) {
 Json DeviceJson(const StatusSources& sources, size_t free_bytes) {
   const DeviceInfo& device = sources.engine.device();
   Json peaks = Json::object();
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    const ComputeType type = dtype == DType::kF32    ? ComputeType::kF32
-                             : dtype == DType::kBF16 ? ComputeType::kBF16
-                                                     : ComputeType::kF16;
-    peaks[Name(dtype)] = sources.metrics.peak_flops(type);
-  }
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16})
+    peaks[Name(dtype)] = sources.metrics.peak_flops(ComputeTypeOf(dtype));
   return {{"backend", device.kind},    {"name", device.name},
           {"uuid", device.uuid},       {"ordinal", device.ordinal},
           {"threads", device.threads}, {"capacity_bytes", device.total_bytes},
@@ -89,8 +86,6 @@ Json SessionsJson(const StatusSources& sources) {
 }
 
 Json StepJson(const StepRecord& step) {
-  std::string request(step.request_id.data());
-  if (step.request_item != 0) absl::StrAppend(&request, ".", step.request_item);
   return {{"number", step.number},
           {"ended", step.ended},
           {"direction", Name(step.direction)},
@@ -105,7 +100,7 @@ Json StepJson(const StepRecord& step) {
           {"tokens", step.tokens},
           {"padding_tokens", step.padding_tokens},
           {"flops_per_second", step.compute > 0 ? step.flops / step.compute : 0.0},
-          {"request_id", request},
+          {"request_id", RequestIdOf(step)},
           {"trace_id", step.trace_id.data()}};
 }
 

@@ -35,10 +35,7 @@ Json Arguments(const StepRecord& step) {
                     {"session", step.session}, {"samples", step.samples},
                     {"tokens", step.tokens},   {"padding_tokens", step.padding_tokens}};
   if (step.compute > 0 && step.flops > 0) arguments["flops_per_second"] = step.flops / step.compute;
-  if (step.request_id[0] != '\0')
-    arguments["request_id"] = step.request_item == 0
-                                  ? std::string(step.request_id.data())
-                                  : absl::StrCat(step.request_id.data(), ".", step.request_item);
+  if (step.request_id[0] != '\0') arguments["request_id"] = RequestIdOf(step);
   if (step.trace_id[0] != '\0') arguments["trace_id"] = step.trace_id.data();
   return arguments;
 }
