@@ -17,6 +17,7 @@
 #include "cli/commands.h"
 #include "cli/output.h"
 #include "nlohmann/json.hpp"
+#include "src/channel.h"
 
 namespace lamina::cli {
 namespace {
@@ -53,9 +54,7 @@ absl::StatusOr<Address> ParseAddress(absl::string_view text) {
   return address;
 }
 
-bool IsLoopback(const std::string& host) {
-  return host == "localhost" || host == "::1" || absl::StartsWith(host, "127.");
-}
+using client::internal::IsLoopback;
 
 // Where the daemon's HTTP server is for who reached the daemon at `target`.
 absl::StatusOr<Address> AsSeenFrom(const std::string& target, const std::string& metrics) {

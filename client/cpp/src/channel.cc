@@ -120,13 +120,6 @@ bool WantsTls(const Security& security) {
          !security.key_file.empty() || !security.server_name.empty();
 }
 
-bool IsLoopback(const std::string& target) {
-  const std::string host = target.substr(0, target.rfind(':'));
-  return host == "localhost" || host == "[::1]" ||
-         (absl::StartsWith(host, "127.") &&
-          host.find_first_not_of("0123456789.") == std::string::npos);
-}
-
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> TlsCredentials(const Security& security) {
   if (security.certificate_file.empty() != security.key_file.empty()) {
     return absl::InvalidArgumentError("certificate_file and key_file go together");
@@ -167,6 +160,12 @@ bool IsOnThisHost(const std::string& target) {
   return absl::StartsWith(target, "unix:") || absl::StartsWith(target, "unix-abstract:");
 }
 
+bool IsLoopback(const std::string& host) {
+  return host == "localhost" || host == "::1" || host == "[::1]" ||
+         (absl::StartsWith(host, "127.") &&
+          host.find_first_not_of("0123456789.") == std::string::npos);
+}
+
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target,
                                                            const Security& security,
                                                            grpc::ChannelArguments arguments) {
@@ -194,7 +193,8 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ta
     if (!read.ok()) return read.status();
     token = *std::move(read);
   }
-  if (!security.insecure && !WantsTls(security) && !IsLoopback(target)) {
+  if (!security.insecure && !WantsTls(security) &&
+      !IsLoopback(target.substr(0, target.rfind(':')))) {
     return absl::InvalidArgumentError(
         absl::StrCat("the token would cross the network to ", target,
                      " unencrypted: use TLS (ca_file), or insecure if that is meant"));
