@@ -114,6 +114,9 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
       WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
       start(next);
     }
+    // Drawn while the products run.
+    KeptPairs kept{};
+    if (kDropout) kept = DrawPairs(p.dropout, rng, h.row + query, tile);
     WaitForProducts<1>();
     PinProduct(s);
 
@@ -181,22 +184,14 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        KeptKeys kept;
-        if (kDropout) {
-          kept =
-              DrawKeys(p.dropout, rng, h.row + query + 8 * half, key0 + 32 * part + 8 * (lane & 3));
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
-          row_sum[half] += prob;
-          // The scale of the kept ones goes into the last factor.
-          if (kDropout) prob = kept[i] ? prob : 0.0f;
-        }
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const float* pair = &s[4 * part + m][2 * half];
-          probs[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
+          row_sum[half] += pair[0];
+          row_sum[half] += pair[1];
+          uint32_t& word = probs[2 * part + m / 2][half + 2 * (m & 1)];
+          word = PackPair<T>(pair[0], pair[1]);
+          if (kDropout) word = DropPair<T>(word, kept.Pair(half, part, m));
         }
       }
     }
@@ -217,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    factor[half] = inverse * p.dropout.scale;
+    factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
     const bool inside = query + 8 * half < h.length;
     row[half] = inside ? query + 8 * half : -1;
     if (p.softmax != nullptr && (lane & 3) == 0 && inside) {

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     __syncthreads();
     const int column = static_cast<int>(threadIdx.x);
     if (column >= p.head_dim) return;
-    shared.block_sums[column] = AddWarpSums(shared.sums, warps, p.scale, column);
+    shared.block_sums[column] = AddWarpSums(shared.sums, warps, p.scale * p.dropout.scale, column);
   };
   if (h.first >= h.length) {
     store_sums(0);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
   for (int half = 0; half < 2; ++half) {
     const int i = query + 8 * half;
     rows.softmax[half] = i < h.length ? p.softmax[h.row + i] : SoftmaxRow{INFINITY, 0.0f};
-    rows.delta[half] = shared.delta[i - h.first];
+    rows.delta[half] = shared.delta[i - h.first] * KeepProbability(p.dropout);
   }
 
   const KeptTiles kept_tiles(p, h);
@@ -158,8 +158,6 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
   for (int tile = 0; tile < group_tiles; ++tile) {
     const int key0 = tile * kTile;
     auto& stage = shared.stages[tile % kStages];
-    uint32_t word = 0;
-    if (kFrom == KeysFrom::kKept) word = kept_tiles.Word(group_query / kTile, tile);
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
     ShareWithEngines();
     float s[8][4], dp[8][4];
@@ -173,6 +171,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
       WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
       start(next);
     }
+    const KeptPairs kept =
+        PairsOfTile<kFrom>(p.dropout, rng, h.row + query, kept_tiles, group_query / kTile, tile);
     WaitForProducts<1>();
     PinProduct(s);
     const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
@@ -189,13 +189,11 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        DropGradsOf<kFrom>(s, dp, part, half, word, p.dropout, rng, h.row + query + 8 * half,
-                           key0 + 32 * part + 8 * (lane & 3), rows.delta[half]);
+        uint32_t dropped[4], grads[4];
+        DropGrads<T, kFrom != KeysFrom::kNone>(s, dp, part, half, kept, rows.delta[half], dropped,
+                                               grads);
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const float* pair = &dp[4 * part + m][2 * half];
-          ds[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
-        }
+        for (int m = 0; m < 4; ++m) ds[2 * part + m / 2][half + 2 * (m & 1)] = grads[m];
       }
     }
     BeginProducts();
@@ -210,7 +208,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2) QueryGradKernel(const Attent
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     row[half] = query + 8 * half < h.length ? query + 8 * half : -1;
-  const float factor[2] = {p.scale, p.scale};
+  const float grad_factor = p.scale * p.dropout.scale;
+  const float factor[2] = {grad_factor, grad_factor};
   StoreRows(static_cast<T*>(p.dqkv) + h.token * stride + h.column, stride, row, head_dim, dq,
             factor);
   if (p.sums != nullptr) shared.sums[threadIdx.x / 32].pairs[threadIdx.x % 32] = ColumnSums(dq);
@@ -253,6 +252,8 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     const int64_t slice = h.batch * ((p.seq + kRows - 1) / kRows) + h.first / kRows;
     shared.block_sums = p.sums + (first + 2 * slice) * p.width + h.column;
   }
+  const float k_factor = p.scale * p.dropout.scale;
+  const float v_factor = KeptScale<T, kFrom != KeysFrom::kNone>(p.dropout);
   const auto store_sums = [&](int warps) {
     if (p.sums == nullptr) return;
     __syncthreads();
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     const int column = static_cast<int>(threadIdx.x) % 64;
     if (part >= 2 || column >= p.head_dim) return;
     shared.block_sums[part * p.width + column] =
-        AddWarpSums(shared.sums[part], warps, part == 0 ? p.scale : p.dropout.scale, column);
+        AddWarpSums(shared.sums[part], warps, part == 0 ? k_factor : v_factor, column);
   };
   if (h.first >= h.length) {
     store_sums(0);
@@ -353,8 +354,6 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     const int query0 = first_query + tile * kTile;
     auto& stage = shared.stages[tile % kStages];
     auto& exchanged = shared.exchanged[group][(tile - skipped) & 1];
-    uint32_t word = 0;
-    if (kFrom == KeysFrom::kKept) word = kept_tiles.Word(query0 / kTile, key0 / kTile);
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
     ShareWithEngines();
     float s[8][4], dp[8][4];
@@ -381,8 +380,11 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
       const int i = warp_row + (lane >> 2) + 8 * half;
       rows.softmax[half] = shared.softmax[tile % kStages][i];
       if (query0 + i >= h.length) rows.softmax[half].max = INFINITY;
-      rows.delta[half] = shared.delta[tile % kStages][i];
+      rows.delta[half] = shared.delta[tile % kStages][i] * KeepProbability(p.dropout);
     }
+    const KeptPairs kept =
+        PairsOfTile<kFrom>(p.dropout, rng, h.row + query0 + warp_row + (lane >> 2), kept_tiles,
+                           query0 / kTile, key0 / kTile);
     WaitForProducts<2>();
     PinProduct(s);
     const bool cut = p.causal && query0 + warp_row < key0 + kTile - 1;
@@ -399,15 +401,13 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
       uint32_t probs_part[2][4], ds_part[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        DropGradsOf<kFrom>(s, dp, part, half, word, p.dropout, rng,
-                           h.row + query0 + warp_row + (lane >> 2) + 8 * half,
-                           key0 + 32 * part + 8 * (lane & 3), rows.delta[half]);
+        uint32_t dropped[4], grads[4];
+        DropGrads<T, kFrom != KeysFrom::kNone>(s, dp, part, half, kept, rows.delta[half], dropped,
+                                               grads);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-          const float* prob = &s[4 * part + m][2 * half];
-          const float* grad = &dp[4 * part + m][2 * half];
-          probs_part[m / 2][half + 2 * (m & 1)] = PackPair<T>(prob[0], prob[1]);
-          ds_part[m / 2][half + 2 * (m & 1)] = PackPair<T>(grad[0], grad[1]);
+          probs_part[m / 2][half + 2 * (m & 1)] = dropped[m];
+          ds_part[m / 2][half + 2 * (m & 1)] = grads[m];
         }
       }
 #pragma unroll
@@ -442,10 +442,10 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) KeyGradKernel(const At
     row[half] = key < h.length ? key : -1;
   }
   T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
-  const float k_factor[2] = {p.scale, p.scale};
-  const float v_factor[2] = {p.dropout.scale, p.dropout.scale};
-  StoreRows(dst + p.width, stride, row, head_dim, dk, k_factor);
-  StoreRows(dst + 2 * p.width, stride, row, head_dim, dv, v_factor);
+  const float k_factors[2] = {k_factor, k_factor};
+  const float v_factors[2] = {v_factor, v_factor};
+  StoreRows(dst + p.width, stride, row, head_dim, dk, k_factors);
+  StoreRows(dst + 2 * p.width, stride, row, head_dim, dv, v_factors);
   if (p.sums != nullptr) {
     shared.sums[0][threadIdx.x / 32].pairs[threadIdx.x % 32] = ColumnSums(dk);
     shared.sums[1][threadIdx.x / 32].pairs[threadIdx.x % 32] = ColumnSums(dv);
@@ -468,18 +468,7 @@ __global__ void __launch_bounds__(kDrawThreads) DrawKernel(const AttentionParams
   const int64_t row = h.row + h.first + static_cast<int>(threadIdx.x) / 32 * 16 + (lane >> 2);
   const int tiles = (h.keys + kTile - 1) / kTile;
   for (int tile = 0; tile < tiles; ++tile) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const KeptKeys kept =
-            DrawKeys(p.dropout, rng, row + 8 * half, tile * kTile + 32 * part + 8 * (lane & 3));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) word |= (kept[i] ? 1u : 0u) << (16 * part + 8 * half + i);
-      }
-    }
-    kept_tiles.Word(h.first / kTile, tile) = word;
+    kept_tiles.Word(h.first / kTile, tile) = DrawPairs(p.dropout, rng, row, tile).word;
   }
 }
 

@@ -63,6 +63,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
   RngState rng{};
   if (kDropout) rng = UniformState(p.dropout.rng);
 
+  const float k_factor = p.scale * p.dropout.scale;  // of dq too
+  const float v_factor = KeptScale<T, kDropout>(p.dropout);
+
   // Tiles beyond a sequence's end are neither filled nor read.
   const auto start_queries = [&](SwizzledTile<T>(&tiles)[kTiles], const void* src, int64_t step,
                                  const Head& h) {
@@ -170,7 +173,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
       sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        rows.delta[half] = __shfl_sync(0xFFFFFFFFu, sum, 2 * ((lane >> 2) + 8 * half));
+        rows.delta[half] = __shfl_sync(0xFFFFFFFFu, sum, 2 * ((lane >> 2) + 8 * half)) *
+                           KeepProbability(p.dropout);
         rows.softmax[half] = softmax[half];
       }
     }
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
         const int key = tile * kTile + Reordered(warp_row + (lane >> 2) + 8 * half);
         row[half] = key < length ? key : -1;
       }
-      const float grad_factor = group == 0 ? p.dropout.scale : p.scale;
+      const float grad_factor = group == 0 ? v_factor : k_factor;
       const float factors[2] = {grad_factor, grad_factor};
       T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
       StoreRows(dst + (group == 0 ? 2 : 1) * p.width, stride, row, head_dim, grad, factors);
@@ -216,6 +220,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
         MultiplyRowsOfTiles<T>(dp, DescribeTile(&shared.dout[group]),
                                DescribeTile(&shared.v[tile]));
         CommitProducts();
+        // Drawn while the products run.
+        KeptPairs kept{};
+        if (kDropout) kept = DrawPairs(p.dropout, rng, first_row + query, tile);
         WaitForProducts<1>();
         PinProduct(s);
         const bool cut = p.causal && key0 + kTile - 1 > group * kTile + warp_row;
@@ -227,23 +234,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
         Probabilities(s, plain, p.scale, rows.softmax);
         WaitForProducts<0>();
         PinProduct(dp);
-        const int64_t row = first_row + query;
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           uint32_t probs[2][4], ds[2][4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            KeptKeys kept;
-            if (kDropout) {
-              kept = DrawKeys(p.dropout, rng, row + 8 * half, key0 + 32 * part + 8 * (lane & 3));
-            }
-            DropGrads<kDropout>(s, dp, part, half, kept, p.dropout.scale, rows.delta[half]);
+            uint32_t dropped[4], grads[4];
+            DropGrads<T, kDropout>(s, dp, part, half, kept, rows.delta[half], dropped, grads);
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
-              const float* prob = &s[4 * part + m][2 * half];
-              const float* score = &dp[4 * part + m][2 * half];
-              probs[m / 2][half + 2 * (m & 1)] = PackPair<T>(prob[0], prob[1]);
-              ds[m / 2][half + 2 * (m & 1)] = PackPair<T>(score[0], score[1]);
+              probs[m / 2][half + 2 * (m & 1)] = dropped[m];
+              ds[m / 2][half + 2 * (m & 1)] = grads[m];
             }
           }
 #pragma unroll
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
       for (int half = 0; half < 2; ++half) {
         row[half] = query + 8 * half < length ? query + 8 * half : -1;
       }
-      const float factors[2] = {p.scale, p.scale};
+      const float factors[2] = {k_factor, k_factor};
       T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
       StoreRows(dst, stride, row, head_dim, dq, factors);
     }
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const Attent
       if (part < 3 && column < head_dim) {
         p.sums[(3 * h.batch + part) * p.width + h.column + column] = AddWarpSums(
             shared.sums[part == 0 ? 1 : 0] + (part == 1 ? kWarps : 0),
-            part == 0 ? kThreads / 32 : kWarps, part == 2 ? p.dropout.scale : p.scale, column);
+            part == 0 ? kThreads / 32 : kWarps, part == 2 ? v_factor : k_factor, column);
       }
     }
     slot = after;

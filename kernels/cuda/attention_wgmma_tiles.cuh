@@ -3,10 +3,10 @@
 //
 // Scores come in tiles of 64 queries and 64 keys, a warpgroup a tile. In the fragments of a score
 // tile a thread has columns 8 n + 2 t + e, e < 2, of its two rows (mma.cuh), but one Philox call
-// covers 8 neighbouring keys. So tiles hold their keys in another order: within 32 of them, key
-// 8 t + 2 m + e lies at row 8 m + 2 t + e, and a thread's columns of four neighbouring column tiles
-// are 8 neighbouring keys. It draws its own bits and exchanges none. Exchanging t and m again gives
-// back the key.
+// covers 8 neighbouring keys of either half of the tile. So tiles hold their keys in another order:
+// within 32 of them, key 8 t + 2 m + e lies at row 8 m + 2 t + e, and a thread's columns of four
+// neighbouring column tiles are 8 neighbouring keys. It draws its own bits, of a row by one call,
+// and exchanges none. Exchanging t and m again gives back the key.
 #pragma once
 
 #include <cstdint>
@@ -199,28 +199,71 @@ __device__ __forceinline__ RngState UniformState(const RngState* state) {
   return {Uniform(state->seed), Uniform(state->counter)};
 }
 
-// Which of 8 neighbouring keys' probabilities are kept: those whose bits, moved to the upper half,
-// are at most `limit`.
-struct KeptKeys {
-  Philox4 bits;
-  uint32_t limit;
+// Which of a thread's probabilities of a tile are kept, a bit each: of row half `half`, columns
+// `part` * 32 and on, the pair 2 m and 2 m + 1 has bits 8 half + 7 - 4 part - m and 16 above.
+struct KeptPairs {
+  uint32_t word;
 
-  __device__ __forceinline__ bool operator[](int i) const {
-    const uint32_t word = bits.word[i >> 1];
-    return ((i & 1) != 0 ? word : word << 16) <= limit;
+  // 1 where kept, else 0, as a pair of fp16
+  __device__ __forceinline__ uint32_t Pair(int half, int part, int m) const {
+    const uint32_t bits = half == 0 ? word : word >> 8;
+    return IsAbove((bits & (0x10001u << (7 - 4 * part - m))) | kBytePair, kBytePair);
   }
 };
 
-__device__ __forceinline__ KeptKeys DrawKeys(const DropoutParams& dropout, const RngState& rng,
-                                             int64_t row, int key) {
-  // 2^16 times the threshold, less 1: a threshold of 2^16 wraps to all ones.
-  return {
-      DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row), static_cast<uint32_t>(key) >> 3),
-      (dropout.threshold << 16) - 1u};
+// Of softmax rows `row` and `row` + 8 and the tile of keys `tile`, counted from the sequence's
+// first.
+__device__ __forceinline__ KeptPairs DrawPairs(const DropoutParams& dropout, const RngState& rng,
+                                               int64_t row, int tile) {
+  uint32_t eight_pairs[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Philox4 bytes = DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row + 8 * half),
+                                       static_cast<uint32_t>(tile) * 4u + (threadIdx.x & 3u));
+    const KeepLimits limits(bytes, dropout.threshold);
+    // Doubled 8 times, 4 is the 1024 above a byte.
+    uint32_t sum = kHalfFours;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      sum = MultiplyAddPairs(sum, kHalfTwos, limits.Kept(bytes.word[i / 2], i % 2));
+    }
+    eight_pairs[half] = sum;
+  }
+  return {__byte_perm(eight_pairs[0], eight_pairs[1], 0x6240)};
 }
 
-// Where the bits of a thread's probabilities of a tile are kept: a word each, bit
-// 16 part + 8 half + i being that of DrawKeys' i. Tiles are counted from the sequence's first.
+// A pair of probabilities times one of KeptPairs: what is kept comes out 1 / kMaskScale times as
+// large, which is exact, as the bits of fp16's 1 are 2^-7 in bf16.
+template <typename T>
+__device__ __forceinline__ uint32_t DropPair(uint32_t pair, uint32_t kept);
+template <>
+__device__ __forceinline__ uint32_t DropPair<__half>(uint32_t pair, uint32_t kept) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(kept));
+  return y;
+}
+template <>
+__device__ __forceinline__ uint32_t DropPair<__nv_bfloat16>(uint32_t pair, uint32_t kept) {
+  uint32_t y;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(kept));
+  return y;
+}
+template <typename T>
+constexpr float kMaskScale = 1.0f;
+template <>
+inline constexpr float kMaskScale<__nv_bfloat16> = 128.0f;
+
+__device__ __forceinline__ float KeepProbability(const DropoutParams& dropout) {
+  return static_cast<float>(dropout.threshold) * (1.0f / 65536.0f);
+}
+
+// What sums of products with dropped probabilities must be multiplied by.
+template <typename T, bool kDropout>
+__device__ __forceinline__ float KeptScale(const DropoutParams& dropout) {
+  return kDropout ? dropout.scale * kMaskScale<T> : 1.0f;
+}
+
+// Where KeptPairs are kept, a word a thread and tile. Tiles are counted from the sequence's first.
 struct KeptTiles {
   uint32_t* words;  // where p.kept is
   int key_tiles;
@@ -235,58 +278,46 @@ struct KeptTiles {
   }
 };
 
-// Eight of them.
-struct KeptBits {
-  uint32_t word;  // from bit 0 on
-  __device__ __forceinline__ bool operator[](int i) const { return (word >> i & 1u) != 0; }
-};
-
 // Where a backward's kernel has the dropout's bits from, if there is one: it draws them, or reads
 // what another one has kept.
 enum class KeysFrom { kNone, kDrawn, kKept };
 
+template <KeysFrom kFrom>
+__device__ __forceinline__ KeptPairs PairsOfTile(const DropoutParams& dropout, const RngState& rng,
+                                                 int64_t row, const KeptTiles& tiles,
+                                                 int query_tile, int key_tile) {
+  if constexpr (kFrom == KeysFrom::kKept) return {tiles.Word(query_tile, key_tile)};
+  if constexpr (kFrom == KeysFrom::kDrawn) return DrawPairs(dropout, rng, row, key_tile);
+  return {};
+}
+
 // What a thread needs to know of its rows g and g + 8 of a score tile.
 struct RowPair {
   SoftmaxRow softmax[2];
-  float delta[2];
+  float delta[2];  // times the probability of keeping
 };
 
-// From scores `s` and gradients `dp` of the probabilities of columns `part` * 32 and on of row half
-// `half`: the probability after dropout, without its scale, in s, and the gradient of the score,
-// without its scale, in dp. `s` is already the probability before dropout.
-template <bool kDropout, typename Kept>
-__device__ __forceinline__ void DropGrads(float (&s)[8][4], float (&dp)[8][4], int part, int half,
-                                          const Kept& kept, float dropout_scale, float delta) {
+// From probabilities `s` before dropout and the gradients `dp` of those after it, of columns
+// `part` * 32 and on of row half `half`: the probabilities after it, 1 / KeptScale times as large,
+// and the gradients of the scores, without their scale and the dropout's. So `delta` is as many
+// times smaller.
+template <typename T, bool kDropout>
+__device__ __forceinline__ void DropGrads(const float (&s)[8][4], const float (&dp)[8][4], int part,
+                                          int half, KeptPairs kept, float delta,
+                                          uint32_t (&probs)[4], uint32_t (&ds)[4]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
-    float& grad = dp[4 * part + i / 2][2 * half + (i & 1)];
-    if (kDropout) {
-      const bool keep = kept[i];
-      const float difference = fmaf(grad, dropout_scale, -delta);
-      grad = prob * (keep ? difference : -delta);
-      prob = keep ? prob : 0.0f;
-    } else {
-      grad = prob * (grad - delta);
+  for (int m = 0; m < 4; ++m) {
+    const float* prob = &s[4 * part + m][2 * half];
+    const float* grad = &dp[4 * part + m][2 * half];
+    probs[m] = PackPair<T>(prob[0], prob[1]);
+    float2 difference = make_float2(grad[0] - delta, grad[1] - delta);
+    if constexpr (kDropout) {
+      const uint32_t mask = kept.Pair(half, part, m);
+      const float2 factor = PairToFloats(mask);
+      difference = make_float2(fmaf(grad[0], factor.x, -delta), fmaf(grad[1], factor.y, -delta));
+      probs[m] = DropPair<T>(probs[m], mask);
     }
-  }
-}
-
-// DropGrads of softmax row `row` and the eight keys from `key` on, of whose tile the thread's kept
-// word is `word`.
-template <KeysFrom kFrom>
-__device__ __forceinline__ void DropGradsOf(float (&s)[8][4], float (&dp)[8][4], int part, int half,
-                                            uint32_t word, const DropoutParams& dropout,
-                                            const RngState& rng, int64_t row, int key,
-                                            float delta) {
-  if constexpr (kFrom == KeysFrom::kKept) {
-    const KeptBits kept{word >> (16 * part + 8 * half)};
-    DropGrads<true>(s, dp, part, half, kept, dropout.scale, delta);
-  } else if constexpr (kFrom == KeysFrom::kDrawn) {
-    const KeptKeys kept = DrawKeys(dropout, rng, row, key);
-    DropGrads<true>(s, dp, part, half, kept, dropout.scale, delta);
-  } else {
-    DropGrads<false>(s, dp, part, half, KeptBits{}, 1.0f, delta);
+    ds[m] = PackPair<T>(prob[0] * difference.x, prob[1] * difference.y);
   }
 }
 

@@ -53,6 +53,20 @@ TEST(Philox, LanesAreTheHalvesOfTheWordsInOrder) {
   for (uint32_t i = 0; i < 8; ++i) EXPECT_EQ(DropoutLane(bits, i), i + 1);
 }
 
+// Every column of a row: its own byte of its call, above the exclusive or of the four in its place.
+TEST(Philox, DrawsAreMadeOfTheCallsBytes) {
+  const RngState rng{77, 5};
+  const uint32_t stream = DropoutStream(1, DropoutSite::kAttentionProbs);
+  for (uint32_t column = 0; column < 256; ++column) {
+    const uint32_t call = column / 64 * 4 + column % 32 / 8;
+    const Philox4 bytes = DropoutBytes(rng, stream, 9, call);
+    const uint32_t i = column % 64 / 32 * 8 + column % 8;  // of the call's 16
+    const auto byte = [&](uint32_t word) { return (bytes.word[word] >> (i % 4 * 8)) & 0xFFu; };
+    const uint32_t draw = byte(i / 4) << 8 | (byte(0) ^ byte(1) ^ byte(2) ^ byte(3));
+    EXPECT_EQ(DropoutLane(DropoutBits(rng, stream, 9, column / 8), column % 8), draw) << column;
+  }
+}
+
 TEST(Philox, ThresholdRoundsAndNeverDropsEverything) {
   EXPECT_EQ(KeepThreshold(0.0f), 65536u);
   EXPECT_EQ(KeepThreshold(0.5f), 32768u);
@@ -80,7 +94,9 @@ TEST(Philox, EveryPartOfTheStateCounts) {
       {"site", DropoutBits(rng, DropoutStream(3, DropoutSite::kAttentionOutput), 7, 5)},
       {"row", DropoutBits(rng, stream, 8, 5)},
       {"high row", DropoutBits(rng, stream, 7 + (uint64_t{1} << 33), 5)},
-      {"block", DropoutBits(rng, stream, 7, 6)},
+      {"eight", DropoutBits(rng, stream, 7, 6)},
+      {"half", DropoutBits(rng, stream, 7, 1)},
+      {"block", DropoutBits(rng, stream, 7, 13)},
   };
   for (size_t i = 0; i < all.size(); ++i)
     for (size_t j = i + 1; j < all.size(); ++j)
@@ -140,10 +156,10 @@ TEST(DropoutMask, KeepsTheMean) {
 
 TEST(DropoutMask, EveryLaneKeepsAtTheSameRate) {
   const Vec factors = DropoutFactors(MaskAt(0.1f), kRows, kCols);
-  double kept[8] = {};
-  for (size_t i = 0; i < factors.size(); ++i) kept[i % 8] += factors[i] != 0.0 ? 1 : 0;
-  const double rate = KeepRate(0.1f), count = kCount / 8;
-  for (int lane = 0; lane < 8; ++lane)
+  double kept[64] = {};
+  for (size_t i = 0; i < factors.size(); ++i) kept[i % 64] += factors[i] != 0.0 ? 1 : 0;
+  const double rate = KeepRate(0.1f), count = kCount / 64;
+  for (int lane = 0; lane < 64; ++lane)
     EXPECT_NEAR(kept[lane], count * rate, 4.5 * std::sqrt(count * rate * (1 - rate)))
         << "lane " << lane;
 }
@@ -167,7 +183,7 @@ TEST(DropoutMask, NeighboursAreIndependent) {
   for (float ratio : {0.1f, 0.5f}) {
     const Vec factors = DropoutFactors(MaskAt(ratio), kRows, kCols);
     const double rate = KeepRate(ratio);
-    for (size_t shift : {1, 2, 3, 4, 7, 8, 16})
+    for (size_t shift : {1, 2, 3, 4, 7, 8, 16, 32, 36, 64})
       ExpectIndependent("columns", factors, factors, shift, rate);
     for (size_t rows : {1, 2, 8}) ExpectIndependent("rows", factors, factors, rows * kCols, rate);
   }

@@ -1,14 +1,22 @@
 // The dropout mask as a pure function of (seed, counter, layer, site, row, column).
 //
 // Philox4x32 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11)
-// gives 128 bits for each counter value; they are cut into eight 16-bit lanes, one per element.
-// Masks take 7 rounds, the fewest that pass all of TestU01's BigCrush in that paper: attention on a
-// GPU spends as much on drawing its masks as on the softmax. Weights are drawn with the usual 10.
-// A mask covers a matrix [rows, cols]; eight neighbouring columns of a row share one Philox call,
-// so that a kernel which reads 16 bytes of bf16 spends one call on them. Rows never share a call:
-// odd widths cost a partly used call at the row's end, and no tile shape can change a bit.
+// gives 128 bits for each counter value: 16 bytes, one per element. Masks take 7 rounds, the fewest
+// that pass all of TestU01's BigCrush in that paper: attention on a GPU spends as much on drawing
+// its masks as on the softmax. Weights are drawn with the usual 10.
 //
-// Element (row, col) is kept when its lane is below KeepThreshold(p). The scale is one over the
+// A mask covers a matrix [rows, cols], whose columns go by blocks of 64. A call covers 8 columns of
+// either half of a block, [8q, 8q + 8) and [32 + 8q, 40 + 8q): a thread that has a tile's columns
+// as tensor cores give them finds its own 16 there, and 16 bytes of bf16 are half of a call. Rows
+// never share a call, and no tile shape can change a bit.
+//
+// An element's draw has 16 bits, its own byte above one that decides only where its own equals the
+// threshold's, which is once in 256 times: the exclusive or of the four bytes at its place in the
+// call's four words. So an element's draw is uniform, and any two elements' own bytes and shared
+// ones are independent. Four elements share a lower byte; what that correlates is the decision of
+// two which both equal the threshold: by at most 2^-18 in the probability of keeping both.
+//
+// Element (row, col) is kept when its draw is below KeepThreshold(p). The scale is one over the
 // keep probability which that threshold really gives, so the mean is unbiased at any p.
 //
 // C++17 and free of dependencies; every function runs on the host and in kernels.
@@ -77,18 +85,52 @@ LAMINA_HOST_DEVICE Philox4 Philox4x32(const uint32_t counter[4], uint32_t key0, 
   return Philox4{{c0, c1, c2, c3}};
 }
 
-// The eight lanes of columns [8*block, 8*block + 8) of `row`. `stream` is DropoutStream(layer,
-// site). Lane i is DropoutLane(result, i).
-LAMINA_HOST_DEVICE Philox4 DropoutBits(const RngState& rng, uint32_t stream, uint64_t row,
-                                       uint32_t block) {
-  // The row takes 40 bits, the block 24 (S and H stay far below 2^27 columns), the context counter
+// The bytes of call `call` of `row`: of block `call / 4`, with q = call % 4. `stream` is
+// DropoutStream(layer, site). Words 0 and 1 have the first 8 columns, lowest byte first, words 2
+// and 3 the other 8.
+LAMINA_HOST_DEVICE Philox4 DropoutBytes(const RngState& rng, uint32_t stream, uint64_t row,
+                                        uint32_t call) {
+  // The row takes 40 bits, the call 24 (S and H stay far below 2^28 columns), the context counter
   // 32 here and its high half in the key.
   const uint32_t counter[4] = {static_cast<uint32_t>(row),
-                               static_cast<uint32_t>(row >> 32) | (block << 8), stream,
+                               static_cast<uint32_t>(row >> 32) | (call << 8), stream,
                                static_cast<uint32_t>(rng.counter)};
   return Philox4x32<kDropoutRounds>(
       counter, static_cast<uint32_t>(rng.seed),
       static_cast<uint32_t>(rng.seed >> 32) ^ static_cast<uint32_t>(rng.counter >> 32));
+}
+
+// Which call has columns [8 * eight, 8 * eight + 8), and whether they are its second 8.
+LAMINA_HOST_DEVICE uint32_t DropoutCall(uint32_t eight) { return (eight >> 3) * 4 + (eight & 3u); }
+LAMINA_HOST_DEVICE uint32_t DropoutHalf(uint32_t eight) { return (eight >> 2) & 1u; }
+
+// What decides where an element's byte equals the threshold's: byte i % 4 for the call's element i.
+LAMINA_HOST_DEVICE uint32_t DropoutLowBytes(const Philox4& bytes) {
+  return bytes.word[0] ^ bytes.word[1] ^ bytes.word[2] ^ bytes.word[3];
+}
+
+// Draws of two neighbouring elements, the first in the lower half: those of bytes `pair` * 2 and
+// `pair` * 2 + 1 of a word. `pair` is 0 or 1.
+LAMINA_HOST_DEVICE uint32_t DropoutDraws(uint32_t word, uint32_t low_bytes, int pair) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low_bytes, word, pair == 0 ? 0x5140 : 0x7362);
+#else
+  const uint32_t own = word >> (16 * pair), low = low_bytes >> (16 * pair);
+  return (low & 0xFFu) | (own & 0xFFu) << 8 | (low & 0xFF00u) << 8 | (own & 0xFF00u) << 16;
+#endif
+}
+
+// The eight draws of columns [8 * eight, 8 * eight + 8) of `row`, two to a word. Draw i is
+// DropoutLane(result, i).
+LAMINA_HOST_DEVICE Philox4 DropoutBits(const RngState& rng, uint32_t stream, uint64_t row,
+                                       uint32_t eight) {
+  const Philox4 bytes = DropoutBytes(rng, stream, row, DropoutCall(eight));
+  const uint32_t low = DropoutLowBytes(bytes);
+  const bool second = DropoutHalf(eight) != 0;
+  const uint32_t first_word = second ? bytes.word[2] : bytes.word[0];
+  const uint32_t next_word = second ? bytes.word[3] : bytes.word[1];
+  return Philox4{{DropoutDraws(first_word, low, 0), DropoutDraws(first_word, low, 1),
+                  DropoutDraws(next_word, low, 0), DropoutDraws(next_word, low, 1)}};
 }
 
 LAMINA_HOST_DEVICE uint32_t DropoutStream(uint32_t layer, DropoutSite site) {
