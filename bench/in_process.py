@@ -75,8 +75,9 @@ class Ours:
         self.peak_bytes = self.command("plan")["bytes"]
         return self
 
-    def run(self, steps):
-        return self.command("run", str(steps))
+    def run(self, steps, *lengths):
+        """`lengths`: none, or "packed" or "padded", the shortest, the longest and a seed."""
+        return self.command("run", str(steps), *map(str, lengths))
 
     def close(self):
         self.process.stdin.close()

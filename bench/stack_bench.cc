@@ -7,16 +7,25 @@
 //   create CONFIG     a stack of this config (JSON, StackConfig's names) instead of the one before
 //   run N             N times Forward and Backward at batch_size x max_seq_length; milliseconds on
 //                     the device: {"forward": [...], "backward": [...], "forward_backward": [...]}
+//   run N padded LOW HIGH SEED   the same with batch_size sequences of lengths that are drawn
+//   run N packed LOW HIGH SEED   uniformly from LOW..HIGH, others in each step, of which the seed
+//                     tells: padded to max_seq_length, or packed. "tokens": theirs, a step each
 //   plan              {"bytes": total, "weights": ..., ...}
 //   delete            frees the stack
 //   ceilings DTYPE    {"product_tflops": ..., "copy_tbs": ...}
 // The first line of the output names the device, before any command.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <iostream>
 #include <memory>
 #include <optional>
+#include <random>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "device.h"
@@ -40,22 +49,62 @@ class StackUnderTest {
     Check(device.backend().Synchronize());
   }
 
-  Json Run(int64_t steps) {
+  // How long sequences are: all max_seq_length, or drawn.
+  struct Lengths {
+    bool drawn = false, packed = false;
+    int64_t low = 0, high = 0;
+    uint32_t seed = 0;
+  };
+
+  Json Run(int64_t steps, const Lengths& lengths) {
     Backend& backend = device_.backend();
     Json forward = Json::array(), backward = Json::array(), both = Json::array();
+    Json tokens = Json::array();
+    const int64_t batch = stack_->config().batch_size, seq = stack_->config().max_seq_length;
+    if (lengths.drawn && (lengths.low < 1 || lengths.low > lengths.high || lengths.high > seq))
+      throw std::runtime_error("lengths must be in 1.." + std::to_string(seq) +
+                               ", the lower first");
+    std::mt19937 random(lengths.seed);
     for (int64_t i = 0; i < steps; ++i) {
+      ForwardArgs args{.layers = {0, stack_->config().num_hidden_layers}};
+      args.input = input_;
+      args.output = output_;
+      TensorView output_grad = output_grad_, input_grad = input_grad_;
+      std::optional<Tensors> numbers;
+      int64_t total = batch * seq;
+      if (lengths.drawn) {
+        std::vector<int32_t> drawn(static_cast<size_t>(batch)), ends{0};
+        for (int32_t& length : drawn) {
+          length = static_cast<int32_t>(lengths.low + random() % (lengths.high - lengths.low + 1));
+          ends.push_back(ends.back() + length);
+        }
+        total = ends.back();
+        numbers.emplace(device_);
+        if (lengths.packed) {
+          args.longest = *std::max_element(drawn.begin(), drawn.end());
+          args.cu_seqlens = {numbers->Copy(ends), DType::kI32, {batch + 1}};
+          const Shape shape{total, stack_->config().hidden_size};
+          for (TensorView* view : {&args.input, &args.output, &output_grad, &input_grad})
+            *view = TensorView{view->data, view->dtype, shape};
+        } else {
+          args.lengths = {numbers->Copy(drawn), DType::kI32, {batch}};
+        }
+      }
+      tokens.push_back(total);
       Check(backend.RecordMark(0));
-      const std::unique_ptr<Context> context = Value(stack_->ForwardTraining(
-          {.layers = {0, stack_->config().num_hidden_layers}, .input = input_, .output = output_}));
+      const std::unique_ptr<Context> context = Value(stack_->ForwardTraining(args));
       Check(backend.RecordMark(1));
-      Check(stack_->Backward(*context, output_grad_, input_grad_));
+      Check(stack_->Backward(*context, output_grad, input_grad));
       Check(backend.RecordMark(2));
       Check(backend.Synchronize());
       forward.push_back(Value(backend.SecondsBetween(0, 1)) * 1e3);
       backward.push_back(Value(backend.SecondsBetween(1, 2)) * 1e3);
       both.push_back(Value(backend.SecondsBetween(0, 2)) * 1e3);
     }
-    return {{"forward", forward}, {"backward", backward}, {"forward_backward", both}};
+    return {{"forward", forward},
+            {"backward", backward},
+            {"forward_backward", both},
+            {"tokens", tokens}};
   }
 
   Json Plan() const {
@@ -87,7 +136,21 @@ class Commands {
       stack_.emplace(device_, Value(Resolve(config, device_.backend().info().ordinal)));
       return Json::object();
     }
-    if (command == "run") return TheStack().Run(std::stoll(argument));
+    if (command == "run") {
+      std::istringstream words(argument);
+      int64_t steps = 0;
+      std::string how;
+      StackUnderTest::Lengths lengths;
+      if (!(words >> steps)) throw std::runtime_error("run: how many steps?");
+      if (words >> how) {
+        lengths.drawn = true;
+        lengths.packed = how == "packed";
+        if ((how != "packed" && how != "padded") ||
+            !(words >> lengths.low >> lengths.high >> lengths.seed))
+          throw std::runtime_error("run: N, or N packed|padded LOW HIGH SEED");
+      }
+      return TheStack().Run(steps, lengths);
+    }
     if (command == "plan") return TheStack().Plan();
     if (command == "delete") {
       stack_.reset();

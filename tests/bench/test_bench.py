@@ -72,6 +72,35 @@ def test_a_layer_is_the_sum_of_its_calls(kernels, pre_norm):
         assert layer["floor_us"] == pytest.approx(sum(r[calls] * r["floor_us"] for r in rows))
 
 
+def test_settings_against_each_other(tmp_path):
+    run(sys.executable, ROOT / "bench/modes", "--device", "cpu", "--case", "3,16,64,4,128,2:2..16", "--dtype", "fp32", "--rounds", 2,
+        "--binary", BIN / "stack_bench", "--json", tmp_path / "m.json")
+    (row,) = json.loads((tmp_path / "m.json").read_text())["rows"]
+    sides = row["sides"]
+    for side in sides.values():
+        check_times(side["ms"])
+    assert sides["plain"]["time_ratio_to_plain"] == 1
+    assert sides["activation_checkpointing"]["plan_bytes"] < sides["gelu_checkpoint"]["plan_bytes"] < sides["plain"]["plan_bytes"]
+    # All tokens of three sequences of 16, against those that were drawn.
+    full = sides["plain"]["tokens_per_second"] * sides["plain"]["ms"]["median"] / 1e3
+    assert full == pytest.approx(48, rel=0.5)
+    assert sides["packed"]["rate_ratio_to_padded"] == pytest.approx(
+        sides["packed"]["tokens_per_second"] / sides["padded"]["tokens_per_second"])
+
+
+@pytest.mark.parametrize("words, said", [
+    ("run 1 packed 0 4 1", "lengths must be in 1..16"), ("run 1 padded 5 4 1", "the lower first"),
+    ("run 1 packed 1 17 1", "lengths must be in 1..16"), ("run 1 ragged 1 2 3", "packed|padded"), ("run", "how many steps")])
+def test_a_stacks_program_says_what_is_wrong(words, said):
+    config = {"batch_size": 2, "max_seq_length": 16, "hidden_size": 64, "heads": 4, "intermediate_size": 128, "num_hidden_layers": 1,
+              "dtype": "fp32"}
+    done = subprocess.run([str(BIN / "stack_bench")], input=f"create {json.dumps(config)}\n{words}\nrun 1 packed 1 16 7\n",
+                          capture_output=True, text=True, env=ENVIRONMENT)
+    _, created, answer, after = map(json.loads, done.stdout.splitlines())
+    assert created == {} and said in answer["error"]
+    assert len(after["tokens"]) == 1 and 2 <= after["tokens"][0] <= 32  # and goes on
+
+
 def test_ops_can_be_chosen(tmp_path):
     run(BIN / "kernel_bench", "--shapes", "1,8,16,2,32", "--dtype", "fp32", "--reps", 1, "--ops", "^LayerNorm$", "--json",
         tmp_path / "k.json")
