@@ -62,6 +62,12 @@ absl::Status Check(cudaError_t error, const char* what) {
   return error == cudaSuccess ? absl::OkStatus() : CudaError(error, what);
 }
 
+absl::Status CheckMark(int mark) {
+  if (mark >= 0 && mark < Backend::kMarks) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("mark ", mark, " is not in [0, ", Backend::kMarks, ")"));
+}
+
 absl::Status NeedWorkspace(const Workspace& ws, size_t bytes, const char* op) {
   if (ws.bytes >= bytes && (ws.data != nullptr || bytes == 0)) return absl::OkStatus();
   return absl::InvalidArgumentError(
@@ -136,11 +142,13 @@ class CudaBackend final : public Backend {
   }
   absl::Status SetZero(void* data, size_t bytes) override;
   absl::Status Synchronize() override;
-  absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes) override;
+  absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes, int mark) override;
   absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) override;
   absl::Status Signal(uint64_t* at, uint64_t value) override;
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
+  absl::Status WaitMark(int mark) override;
+  absl::StatusOr<bool> MarkPassed(int mark) override;
 
   void BeginRange(const char* name, int64_t index) override { cuda::BeginNvtxRange(name, index); }
   void EndRange() override { cuda::EndNvtxRange(); }
@@ -293,19 +301,22 @@ absl::Status CudaBackend::Synchronize() {
   return status.ok() ? ahead : status;
 }
 
-absl::Status CudaBackend::CopyInAhead(void* ahead, const void* host_src, size_t bytes) {
-  if (bytes == 0) return absl::OkStatus();
+absl::Status CudaBackend::CopyInAhead(void* ahead, const void* host_src, size_t bytes, int mark) {
+  if (absl::Status status = CheckMark(mark); !status.ok()) return status;
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   ahead_begun_ = true;
   // One that was never recorded is waited for by nobody.
   absl::Status status =
       Check(cudaStreamWaitEvent(ahead_stream_, ahead_taken_, 0), "copy ahead: wait");
-  if (status.ok()) {
+  if (status.ok() && bytes > 0) {
     status = Check(cudaMemcpyAsync(ahead, host_src, bytes, cudaMemcpyHostToDevice, ahead_stream_),
                    "copy ahead");
   }
-  if (!status.ok()) return status;
-  return Check(cudaEventRecord(ahead_there_, ahead_stream_), "copy ahead: event");
+  for (cudaEvent_t event : {ahead_there_, marks_[static_cast<size_t>(mark)]}) {
+    if (status.ok()) status = Check(cudaEventRecord(event, ahead_stream_), "copy ahead: event");
+  }
+  if (status.ok()) recorded_[static_cast<size_t>(mark)] = true;
+  return status;
 }
 
 absl::Status CudaBackend::TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
@@ -327,12 +338,6 @@ absl::Status CudaBackend::Signal(uint64_t* at, uint64_t value) {
 
 // --- time ---
 
-absl::Status CheckMark(int mark) {
-  if (mark >= 0 && mark < Backend::kMarks) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("mark ", mark, " is not in [0, ", Backend::kMarks, ")"));
-}
-
 absl::Status CudaBackend::RecordMark(int mark) {
   if (absl::Status status = CheckMark(mark); !status.ok()) return status;
   if (absl::Status status = UseDevice(); !status.ok()) return status;
@@ -340,6 +345,24 @@ absl::Status CudaBackend::RecordMark(int mark) {
   absl::Status status = Check(cudaEventRecord(marks_[index], stream_), "record a mark");
   if (status.ok()) recorded_[index] = true;
   return status;
+}
+
+absl::Status CudaBackend::WaitMark(int mark) {
+  if (absl::Status status = CheckMark(mark); !status.ok()) return status;
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  return Check(cudaEventSynchronize(marks_[static_cast<size_t>(mark)]), "wait for a mark");
+}
+
+absl::StatusOr<bool> CudaBackend::MarkPassed(int mark) {
+  if (absl::Status status = CheckMark(mark); !status.ok()) return status;
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const cudaError_t error = cudaEventQuery(marks_[static_cast<size_t>(mark)]);
+  if (error == cudaErrorNotReady) {
+    static_cast<void>(cudaGetLastError());
+    return false;
+  }
+  if (error != cudaSuccess) return CudaError(error, "look at a mark");
+  return true;
 }
 
 absl::StatusOr<double> CudaBackend::SecondsBetween(int begin, int end) {

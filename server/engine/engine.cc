@@ -44,6 +44,8 @@ EngineImpl::EngineImpl(std::unique_ptr<Backend> backend, MetricSet* metrics, Eng
     : backend_(std::move(backend)),
       metrics_(metrics),
       options_(std::move(options)),
+      in_flight_(*backend_, *metrics_,
+                 [this](const absl::Status& status) { return Ended(status); }),
       queue_(options_.queue_capacity, metrics) {
   metrics_->SetServing(true);
   metrics_->SetCheckpointsEnabled(!options_.checkpoint_dir.empty());
@@ -57,6 +59,7 @@ EngineImpl::~EngineImpl() {
   Drain();
   // Where they were made; contexts before their stacks.
   (void)queue_.Run({}, Admission::kAlways, [this](Clock::time_point) {
+    in_flight_.Settle();
     for (const auto& [name, entry] : stacks_) contexts_.StackDeleted(name);
     std::lock_guard<std::mutex> lock(mutex_);
     stacks_.clear();
@@ -85,6 +88,15 @@ absl::Status EngineImpl::CheckServing() const {
 
 absl::Status EngineImpl::Run(const CallControl& control, Admission admission,
                              absl::FunctionRef<absl::Status(Clock::time_point)> work) {
+  return RunBehind(control, admission, [&](Clock::time_point admitted) -> absl::Status {
+    in_flight_.Settle();
+    ENGINE_RETURN_IF_ERROR(CheckDevice());  // it may have failed just now
+    return work(admitted);
+  });
+}
+
+absl::Status EngineImpl::RunBehind(const CallControl& control, Admission admission,
+                                   absl::FunctionRef<absl::Status(Clock::time_point)> work) {
   ENGINE_RETURN_IF_ERROR(CheckDevice());
   if (control.ready) ENGINE_RETURN_IF_ERROR(WaitUntilReady(control));
   return queue_.Run(control, admission, [&](Clock::time_point admitted) -> absl::Status {
@@ -126,7 +138,9 @@ absl::Status EngineImpl::WaitUntilReady(const CallControl& control) const {
     if (time - begin < absl::Microseconds(50)) {
       std::this_thread::yield();
     } else {
-      pause = std::min(pause + std::chrono::microseconds(10), std::chrono::microseconds(1000));
+      // A part of what it has taken already. What is sent ahead waits for as long as a step takes.
+      pause = std::clamp(std::chrono::microseconds((time - begin) / absl::Microseconds(32)),
+                         std::chrono::microseconds(10), std::chrono::microseconds(1000));
       std::this_thread::sleep_for(pause);
     }
   }
@@ -158,6 +172,14 @@ void EngineImpl::Fail(const absl::Status& why) {
   }
   failed_.store(true, std::memory_order_release);
   metrics_->SetServing(false);
+}
+
+// Once the device has failed nothing that was left is known to be whole, whatever its marks say.
+absl::Status EngineImpl::Ended(const absl::Status& status) {
+  if (!status.ok()) Fail(status);
+  if (!failed_.load(std::memory_order_acquire)) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat("the device failed before the call had ended: ", health().message()));
 }
 
 absl::Status EngineImpl::health() const {
@@ -392,6 +414,7 @@ void EngineImpl::EndSession(SessionKey session) {
   // Not through Run: contexts go on a failed device too. Only running out of memory can stop it,
   // and then the session's contexts stay until their stack goes.
   (void)queue_.Run({}, Admission::kAlways, [&](Clock::time_point) {
+    in_flight_.Settle();
     contexts_.SessionEnded(session);
     PublishUses();
     for (const auto& [name, entry] : stacks_) Publish(name, *entry);
@@ -403,6 +426,10 @@ void EngineImpl::Drain() {
   draining_.store(true, std::memory_order_release);
   metrics_->SetServing(false);
   queue_.Drain();
+  (void)queue_.Run({}, Admission::kAlways, [this](Clock::time_point) {
+    in_flight_.Settle();
+    return absl::OkStatus();
+  });
 }
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Backend> backend,

@@ -5,7 +5,9 @@
 // whole of its work to the device thread.
 // The queue between is bounded: a full one answers RESOURCE_EXHAUSTED at once. A call whose
 // deadline passes or that is cancelled while it waits in the queue is dropped with nothing changed;
-// once the device thread has begun it, it runs to its end.
+// once the device thread has begun it, it runs to its end. On a device that works beside its thread
+// a step may be enqueued while the one before it runs (CallControl::left), by whoever's turn it is:
+// others that wait for the turn go first.
 //
 // All checks of a call against its stack (dtype, shape, ranges) happen before anything is changed;
 // the messages name the field as the proto does. Ids of sessions and regions never reach this
@@ -33,7 +35,8 @@
 
 namespace lamina {
 
-class MetricSet;  // server/metrics/metrics.h
+class MetricSet;    // server/metrics/metrics.h
+class MutationLog;  // server/engine/mutation_log.h
 
 // A session as the engine knows it: a number that is never used twice and is no secret.
 using SessionKey = uint64_t;
@@ -72,6 +75,26 @@ struct NextInput {
   CallTensor input;
 };
 
+struct StepTimes {
+  double queue_seconds = 0, input_seconds = 0, compute_seconds = 0, output_seconds = 0;
+};
+
+// A step that the device still runs although its call has returned. Threads: any.
+class RunningStep {
+ public:
+  virtual ~RunningStep() = default;  // waits for it
+  // Waits: its results are there then. Where its time went. INTERNAL: the device failed.
+  virtual absl::StatusOr<StepTimes> Wait() = 0;
+};
+
+// What a call has left to be done. Its answer is its client's once `step` is over, with the times
+// that this says, and so is the place of its sequence in the log.
+struct Left {
+  std::shared_ptr<RunningStep> step;  // null: nothing; the call has ended
+  std::shared_ptr<MutationLog> log;   // null: the call was no mutation
+  uint64_t sequence = 0;
+};
+
 // What a call waits for, and how long it may wait for the device thread.
 struct CallControl {
   absl::Time deadline = absl::InfiniteFuture();
@@ -86,7 +109,11 @@ struct CallControl {
   // the call that comes with this ticket is the next to look for it.
   NextInput next;
   uint64_t ticket = 0;  // this call's, if it was the next of another
-  std::string caller;   // who makes the call, as Caller::identity; the engine does not care
+  // If it is not null, a Forward or Backward may return once all of it has been enqueued, with its
+  // outcome but for the times, and leave here what is to be waited for. Only a device that fails
+  // can spoil it then. One that waits for the next to be enqueued behind it is what this is for.
+  Left* left = nullptr;
+  std::string caller;  // who makes the call, as Caller::identity; the engine does not care
   // What the call is called, for the log of steps and for the daemon's own. They outlive the call.
   absl::string_view request_id;  // empty: none
   uint64_t request_item = 0;     // the message's id in an Execute stream; 0: a call of its own
@@ -120,10 +147,6 @@ enum class Effort : uint8_t {
   kBackward,    // through all layers, at most
   kParameters,  // a pass over all parameters
   kNone,        // it only gives something back
-};
-
-struct StepTimes {
-  double queue_seconds = 0, input_seconds = 0, compute_seconds = 0, output_seconds = 0;
 };
 
 struct ForwardCall {
@@ -267,8 +290,8 @@ class Engine {
   virtual bool TryPost(std::function<void()> task) = 0;
   // Whether other calls wait for whoever has the turn.
   virtual bool TurnIsWanted() const = 0;
-  // Whether CallControl::next is any use.
-  virtual bool CopiesAhead() const = 0;
+  // Whether CallControl's `next` and `left` are any use: the device works beside its thread.
+  virtual bool WorksBeside() const = 0;
 
   // --- steps ---
   virtual absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
@@ -321,10 +344,12 @@ class Engine {
   virtual absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
                                                                        SharingKind kind) = 0;
 
-  // Frees a session's contexts once the calls it already queued are done. Returns when that is so.
+  // Frees a session's contexts once the calls it already queued, and what they left, are done.
+  // Returns when that is so.
   virtual void EndSession(SessionKey session) = 0;
 
-  // Refuses new calls with UNAVAILABLE; returns when the queue is empty. Idempotent.
+  // Refuses new calls with UNAVAILABLE; returns when the queue is empty and the device is still.
+  // Idempotent.
   virtual void Drain() = 0;
   // OK, or the device failure that made the engine refuse everything.
   virtual absl::Status health() const = 0;

@@ -16,6 +16,7 @@
 #include "server/engine/context_table.h"
 #include "server/engine/device_queue.h"
 #include "server/engine/engine.h"
+#include "server/engine/steps_in_flight.h"
 #include "server/metrics/metrics.h"
 
 namespace lamina {
@@ -43,7 +44,7 @@ class EngineImpl final : public Engine {
   DeviceTurn TryTurn() override { return queue_.TryTurn(); }
   bool TryPost(std::function<void()> task) override { return queue_.TryPost(std::move(task)); }
   bool TurnIsWanted() const override { return queue_.TurnIsWanted(); }
-  bool CopiesAhead() const override { return !backend_->info().host_memory; }
+  bool WorksBeside() const override { return !backend_->info().host_memory; }
 
   absl::StatusOr<ForwardOutcome> Forward(const ForwardCall& call,
                                          const CallControl& control) override;
@@ -87,9 +88,13 @@ class EngineImpl final : public Engine {
     StackInfo info;                // guarded by mutex_: what GetStack shows
   };
 
-  // Runs `work` in its turn unless the device has failed.
+  // Runs `work` in its turn unless the device has failed, once the device is still.
   absl::Status Run(const CallControl& control, Admission admission,
                    absl::FunctionRef<absl::Status(Clock::time_point admitted)> work);
+  // The same for work that is enqueued behind what still runs, and changes nothing else that this
+  // uses.
+  absl::Status RunBehind(const CallControl& control, Admission admission,
+                         absl::FunctionRef<absl::Status(Clock::time_point admitted)> work);
   // Waits until control.ready is reached: see Run's statuses, and FAILED_PRECONDITION: the cap on
   // such waits. NotNow: it would have to wait, and the caller has the turn.
   absl::Status WaitUntilReady(const CallControl& control) const;
@@ -104,6 +109,8 @@ class EngineImpl final : public Engine {
   // fails: the caller's memory may go once this returns.
   absl::Status OnDevice(absl::FunctionRef<absl::Status()> work);
   void Fail(const absl::Status& why);
+  // What to say of a step that was left, after what came of it. Any thread.
+  absl::Status Ended(const absl::Status& status);
 
   absl::StatusOr<Entry*> Find(const std::string& name);
   absl::StatusOr<StackInfo> AddStack(const std::string& name, const StackConfig& resolved);
@@ -131,14 +138,19 @@ class EngineImpl final : public Engine {
   // The same of a call's main input, which may have been copied ahead.
   absl::StatusOr<TensorView> MainInputView(Stack& stack, const CallTensor& tensor,
                                            const Shape& shape, uint64_t ticket);
-  // Begins to copy the next call's input, unless `output`, where this one's result goes, is there.
-  absl::Status CopyAhead(const NextInput& next, const CallTensor& output);
+  // Begins to copy the next call's input, unless `output`, where this one's result goes, is there,
+  // or a step that still runs writes there. Whether it did; `mark` remembers the end.
+  absl::StatusOr<bool> CopyAhead(const NextInput& next, const CallTensor& output, int mark);
   // Where kernels write what is to come to `target`: there, or in the stack's staging.
   absl::StatusOr<TensorView> OutputView(Stack& stack, const CallTensor& target);
   // Brings it there, if it is not.
   absl::Status Deliver(const TensorView& view, const CallTensor& target);
-  // Seconds between the marks 0 to 3 of a step into `times`; after Synchronize.
-  absl::Status ReadMarks(StepTimes& times);
+  // Marks for a step that begins (StepsInFlight::TakeMarks). UNAVAILABLE as CheckDevice.
+  absl::StatusOr<int> NewMarks();
+  // Whether a step that has been enqueued is to be left, rather than waited for here.
+  bool IsLeft(int marks) const;
+  // Of one that is not: waits for it, and reads its times.
+  absl::Status FinishStep(int marks, Clock::time_point admitted, StepTimes& times);
   void CountTensor(const CallTensor& tensor, TensorRole role);
   void CountInline(size_t bytes);
 
@@ -164,6 +176,8 @@ class EngineImpl final : public Engine {
   ContextTable contexts_;
   // The running call's lengths or cumulative lengths, checked.
   std::vector<int32_t> lengths_;
+
+  StepsInFlight in_flight_;  // whoever's turn it is
 
   std::timed_mutex
       checkpoint_mutex_;  // one save at a time: they appear in the order of their steps

@@ -7,16 +7,10 @@
 #include "server/engine/device_peak.h"
 #include "server/engine/engine_impl.h"
 #include "server/engine/status_macros.h"
+#include "server/engine/steps_in_flight.h"
 
 namespace lamina {
 namespace {
-
-// Marks of a step on the backend's stream.
-enum Mark : int { kBegin = 0, kInputDone = 1, kComputeDone = 2, kOutputDone = 3 };
-
-double Seconds(std::chrono::steady_clock::duration d) {
-  return std::chrono::duration<double>(d).count();
-}
 
 // As Backend::Allocate aligns, which is what kernels are written for.
 constexpr size_t kKernelAlignment = 256;
@@ -26,6 +20,12 @@ bool InPlace(const Backend& backend, const CallTensor& tensor) {
   if (backend.info().host_memory) return true;
   return tensor.memory == Memory::kDevice &&
          reinterpret_cast<uintptr_t>(tensor.data) % kKernelAlignment == 0;
+}
+
+// Whether the memory outlives the call for whoever keeps it. So does what is absent.
+bool CanStay(const CallTensor& tensor) {
+  return !tensor || tensor.transport == TensorTransport::kMemfd ||
+         tensor.transport == TensorTransport::kDevice;
 }
 
 TensorCarrier CarrierOf(TensorTransport transport) {
@@ -91,12 +91,31 @@ void EngineImpl::CountInline(size_t bytes) {
   metrics_->TensorMoved(TensorCarrier::kInline, TensorRole::kOutput, bytes);
 }
 
-absl::Status EngineImpl::ReadMarks(StepTimes& times) {
-  ENGINE_ASSIGN_OR_RETURN(times.input_seconds, backend_->SecondsBetween(kBegin, kInputDone));
-  ENGINE_ASSIGN_OR_RETURN(times.compute_seconds,
-                          backend_->SecondsBetween(kInputDone, kComputeDone));
-  ENGINE_ASSIGN_OR_RETURN(times.output_seconds,
-                          backend_->SecondsBetween(kComputeDone, kOutputDone));
+// A step of microseconds is over sooner than another thread hears of it.
+constexpr std::chrono::microseconds kSoon{200};
+
+absl::StatusOr<int> EngineImpl::NewMarks() {
+  const int marks = in_flight_.TakeMarks();
+  ENGINE_RETURN_IF_ERROR(CheckDevice());  // it may have failed in a step before
+  return marks;
+}
+
+bool EngineImpl::IsLeft(int marks) const {
+  if (!in_flight_.empty()) return true;  // it is behind others
+  const Clock::time_point until = Clock::now() + kSoon;
+  do {
+    const absl::StatusOr<bool> passed = backend_->MarkPassed(marks + kOutputDone);
+    if (!passed.ok() || *passed) return false;  // who waits for it says what is wrong
+    if (queue_.TurnIsWanted()) return true;
+  } while (Clock::now() < until);
+  return true;
+}
+
+absl::Status EngineImpl::FinishStep(int marks, Clock::time_point admitted, StepTimes& times) {
+  const bool behind_others = !in_flight_.empty();
+  ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
+  ENGINE_RETURN_IF_ERROR(ReadMarks(*backend_, marks, times));
+  if (behind_others) CountWait(Seconds(Clock::now() - admitted), times);
   return absl::OkStatus();
 }
 
@@ -131,18 +150,21 @@ absl::StatusOr<TensorView> EngineImpl::MainInputView(Stack& stack, const CallTen
   return view;
 }
 
-absl::Status EngineImpl::CopyAhead(const NextInput& next, const CallTensor& output) {
-  if (next.ticket == 0 || backend_->info().host_memory || Overlap(next.input, output))
-    return absl::OkStatus();
+absl::StatusOr<bool> EngineImpl::CopyAhead(const NextInput& next, const CallTensor& output,
+                                           int mark) {
+  if (next.ticket == 0 || backend_->info().host_memory || Overlap(next.input, output) ||
+      in_flight_.Writes(next.input))
+    return false;
   // The call itself says what is wrong with it.
   const absl::StatusOr<Entry*> entry = Find(next.stack);
-  if (!entry.ok()) return absl::OkStatus();
+  if (!entry.ok()) return false;
   Stack& stack = *(*entry)->stack;
   const absl::StatusOr<TensorView> to =
       stack.StagingView(Stack::Staging::kInputAhead, next.input.dtype, next.input.shape);
-  if (!to.ok()) return absl::OkStatus();
+  if (!to.ok()) return false;
   ahead_ = {.ticket = next.ticket, .stack = &stack, .bytes = to->bytes()};
-  return backend_->CopyInAhead(to->data, next.input.data, to->bytes());
+  ENGINE_RETURN_IF_ERROR(backend_->CopyInAhead(to->data, next.input.data, to->bytes(), mark));
+  return true;
 }
 
 absl::StatusOr<TensorView> EngineImpl::OutputView(Stack& stack, const CallTensor& target) {
@@ -163,7 +185,7 @@ absl::StatusOr<ForwardOutcome> EngineImpl::Forward(const ForwardCall& call,
                                                    const CallControl& control) {
   ForwardOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
-      Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
+      RunBehind(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
         return RunForward(call, control, admitted, outcome);
       }));
   return outcome;
@@ -244,12 +266,18 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   const Shape mask_shape{size.sequences, seq};
   const Shape lengths_shape{static_cast<int64_t>(lengths_.size())};
   std::unique_ptr<Context> context;
+  std::shared_ptr<StepsInFlight::Step> step;
+  if (control.left != nullptr && WorksBeside() && CanStay(call.input) && call.output &&
+      CanStay(call.output) && CanStay(call.mask))
+    step = in_flight_.Prepare(control, call.stack);
+  bool is_left = false, copies_ahead = false;
+  ENGINE_ASSIGN_OR_RETURN(const int marks, NewMarks());
   const absl::Status done = OnDevice([&]() -> absl::Status {
     const ProfilerRange range(*backend_, training ? "forward_training" : "forward_eval");
     ProfilerRange phase(*backend_, "input");
     ForwardArgs args{.layers = layers};
     if (packed) args.longest = seq;
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kBegin));
     using S = Stack::Staging;
     ENGINE_ASSIGN_OR_RETURN(args.input, MainInputView(stack, call.input, shape, control.ticket));
     if (call.mask) {
@@ -265,26 +293,43 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
                               InputView(stack, S::kCuSeqlens, lengths, lengths_shape));
     }
     ENGINE_ASSIGN_OR_RETURN(args.output, OutputView(stack, output));
-    ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, output));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    ENGINE_ASSIGN_OR_RETURN(copies_ahead, CopyAhead(control.next, output, marks + kNextInputDone));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kInputDone));
     phase.Next("compute");
     if (training) {
       ENGINE_ASSIGN_OR_RETURN(context, stack.ForwardTraining(args));
     } else {
       ENGINE_RETURN_IF_ERROR(stack.ForwardEval(args));
     }
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kComputeDone));
     phase.Next("output");
     ENGINE_RETURN_IF_ERROR(Deliver(args.output, output));
     if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kOutputDone));
     if (call.mask) size.padding = Padding(call.mask);  // while a card still works
-    ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
-    return ReadMarks(outcome.times);
+    is_left = step != nullptr && IsLeft(marks);
+    return is_left ? absl::OkStatus() : FinishStep(marks, admitted, outcome.times);
   });
   if (absl::IsResourceExhausted(done)) metrics_->Rejected(Rejection::kContextMemory);
   ENGINE_RETURN_IF_ERROR(done);
 
+  const StepDirection direction =
+      training ? StepDirection::kForwardTraining : StepDirection::kForwardEval;
+  StepSample sample = Sample(outcome.times, admitted, size, entry->info, call.session, control);
+  sample.flops = ForwardFlops(config, layers, size);
+  if (is_left) {
+    in_flight_.Leave(step,
+                     {.marks = marks,
+                      .times = outcome.times,
+                      .direction = direction,
+                      .sample = sample,
+                      .admitted = admitted,
+                      .result = call.output,
+                      .keep = {call.input.keep, call.mask.keep, call.output.keep, call.done.keep,
+                               control.next.input.keep},
+                      .reads_ahead = copies_ahead},
+                     *control.left);
+  }
   if (training)
     outcome.context_id = contexts_.Add(call.session, call.stack, std::move(context), size);
   outcome.output_shape = shape;
@@ -297,10 +342,7 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
   CountTensor(call.cumulative_lengths, TensorRole::kInput);
   CountTensor(call.output, TensorRole::kOutput);
   if (!call.output) CountInline(bytes);
-  StepSample sample = Sample(outcome.times, admitted, size, entry->info, call.session, control);
-  sample.flops = ForwardFlops(config, layers, size);
-  metrics_->StepDone(training ? StepDirection::kForwardTraining : StepDirection::kForwardEval,
-                     sample);
+  if (!is_left) metrics_->StepDone(direction, sample);
   return absl::OkStatus();
 }
 
@@ -310,7 +352,7 @@ absl::StatusOr<BackwardOutcome> EngineImpl::Backward(const BackwardCall& call,
                                                      const CallControl& control) {
   BackwardOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
-      Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
+      RunBehind(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
         return RunBackward(call, control, admitted, outcome);
       }));
   return outcome;
@@ -344,32 +386,53 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
     target = {.data = outcome.inline_input_grad.data(), .dtype = config.dtype, .shape = shape};
   }
 
+  std::shared_ptr<StepsInFlight::Step> step;
+  if (control.left != nullptr && WorksBeside() && CanStay(call.output_grad) &&
+      (!wanted || call.input_grad) && CanStay(call.input_grad))
+    step = in_flight_.Prepare(control, call.stack);
+  bool is_left = false, copies_ahead = false;
+  ENGINE_ASSIGN_OR_RETURN(const int marks, NewMarks());
   ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
     const ProfilerRange range(*backend_, "backward");
     ProfilerRange phase(*backend_, "input");
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kBegin));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kBegin));
     ENGINE_ASSIGN_OR_RETURN(const TensorView output_grad,
                             MainInputView(stack, call.output_grad, shape, control.ticket));
     TensorView input_grad;
     if (wanted) {
       ENGINE_ASSIGN_OR_RETURN(input_grad, OutputView(stack, target));
     }
-    ENGINE_RETURN_IF_ERROR(CopyAhead(control.next, target));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kInputDone));
+    ENGINE_ASSIGN_OR_RETURN(copies_ahead, CopyAhead(control.next, target, marks + kNextInputDone));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kInputDone));
     phase.Next("compute");
     ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kComputeDone));
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kComputeDone));
     phase.Next("output");
     if (wanted) ENGINE_RETURN_IF_ERROR(Deliver(input_grad, target));
     if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(kOutputDone));
-    ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
-    return ReadMarks(outcome.times);
+    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kOutputDone));
+    is_left = step != nullptr && IsLeft(marks);
+    return is_left ? absl::OkStatus() : FinishStep(marks, admitted, outcome.times);
   }));
 
   const LayerRange layers = context.layers();
   const CallSize size = (*found)->size;
-  contexts_.Erase(call.session, call.context_id);
+  StepSample sample = Sample(outcome.times, admitted, size, entry->info, call.session, control);
+  sample.flops = 2 * ForwardFlops(config, layers, size);
+  if (is_left) {
+    in_flight_.Leave(step,
+                     {.marks = marks,
+                      .times = outcome.times,
+                      .direction = StepDirection::kBackward,
+                      .sample = sample,
+                      .admitted = admitted,
+                      .result = call.input_grad,
+                      .keep = {call.output_grad.keep, call.input_grad.keep, call.done.keep,
+                               control.next.input.keep},
+                      .reads_ahead = copies_ahead},
+                     *control.left);
+  }
+  contexts_.Erase(call.session, call.context_id);  // what is enqueued next may have its memory
   if (wanted) {
     outcome.shape = shape;
     outcome.dtype = config.dtype;
@@ -378,16 +441,14 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
   CountTensor(call.output_grad, TensorRole::kInput);
   CountTensor(call.input_grad, TensorRole::kOutput);
   if (wanted && !call.input_grad) CountInline(bytes);
-  StepSample sample = Sample(outcome.times, admitted, size, entry->info, call.session, control);
-  sample.flops = 2 * ForwardFlops(config, layers, size);
-  metrics_->StepDone(StepDirection::kBackward, sample);
+  if (!is_left) metrics_->StepDone(StepDirection::kBackward, sample);
   return absl::OkStatus();
 }
 
 absl::Status EngineImpl::ReleaseContext(const std::string& stack, SessionKey session,
                                         const std::string& context_id, const CallControl& control) {
   const CallControl own{.has_turn = control.has_turn};
-  return Run(own, Admission::kRelease, [&](Clock::time_point) -> absl::Status {
+  return RunBehind(own, Admission::kRelease, [&](Clock::time_point) -> absl::Status {
     const absl::Status found = contexts_.Find(session, stack, context_id).status();
     if (absl::IsFailedPrecondition(found) && !context_id.empty()) return found;
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
@@ -406,7 +467,7 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
                                                         const CallControl& control) {
   ApplyOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
-      Run(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
+      RunBehind(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
         const Clock::time_point begin = Clock::now();
         outcome.times.queue_seconds = Seconds(begin - admitted);
         ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
@@ -433,7 +494,7 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
 }
 
 absl::Status EngineImpl::ZeroGradients(const std::string& stack, const CallControl& control) {
-  return Run(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
+  return RunBehind(control, Admission::kCall, [&](Clock::time_point) -> absl::Status {
     ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
     return OnDevice([&]() -> absl::Status {
       ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());

@@ -10,6 +10,10 @@
 // repeat of n that arrives while n runs waits too and gets n's answer, or, with another body,
 // ALREADY_EXISTS once n is committed. An aborted sequence was not used up.
 //
+// A mutation of which the rest is the device's to do is left (Leave) between Begin and its Commit
+// or Abort: n + 1 may then begin. It is applied, for whoever asks, once it is committed, and not
+// before all that came before it are. Where the device fails, each of those left is aborted.
+//
 // Threads: all methods from any thread.
 #pragma once
 
@@ -53,6 +57,8 @@ class MutationLog {
   // the next one yet.
   absl::StatusOr<Ticket> Begin(uint64_t sequence, const BodyDigest& digest,
                                const CallControl& control);
+  // What is left of the running one happens by itself, in the order in which they are left.
+  void Leave(uint64_t sequence);
   void Commit(uint64_t sequence, std::string answer);
   void Abort(uint64_t sequence);
 
@@ -64,17 +70,28 @@ class MutationLog {
     BodyDigest digest;
     std::shared_ptr<const std::string> answer;  // null: it was long, and is no longer kept
   };
+  // Of those that have begun and are neither committed nor aborted.
+  struct Begun {
+    uint64_t sequence;
+    BodyDigest digest;
+    std::shared_ptr<const std::string> answer;  // null: not there yet
+  };
   // Begin after `sequence` was entered into waiting_. `lock` holds mutex_.
   absl::StatusOr<Ticket> Wait(std::unique_lock<std::mutex>& lock, uint64_t sequence,
                               const BodyDigest& digest, const CallControl& control);
   // Whether each sequence between the last committed one and this one runs or waits. Needs mutex_.
   bool AllBeforeUnderWay(uint64_t sequence) const;
+  // Whether it is the one that may begin now. Needs mutex_.
+  bool MayBegin(uint64_t sequence) const;
+  std::deque<Begun>::iterator FindBegun(uint64_t sequence);  // needs mutex_
+  // Into answers_. Needs mutex_.
+  void Keep(Begun applied);
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   uint64_t applied_ = 0;             // guarded by mutex_
-  std::optional<uint64_t> running_;  // guarded by mutex_: the sequence in flight
-  BodyDigest running_digest_{};      // guarded by mutex_
+  std::deque<Begun> begun_;          // guarded by mutex_: ascending
+  bool running_ = false;             // guarded by mutex_: the last of begun_ was not left
   std::multiset<uint64_t> waiting_;  // guarded by mutex_: sequences inside Begin
   std::deque<Entry> answers_;        // guarded by mutex_: at most kReplayWindow, ascending
 };

@@ -1,5 +1,5 @@
-// What calls do around their own work: whose session it is, running a mutation once, memory that
-// runs out.
+// What calls do around their own work: whose session it is, running a mutation once, what the
+// device does after it, memory that runs out.
 #pragma once
 
 #include <memory>
@@ -12,6 +12,7 @@
 #include "google/protobuf/io/coded_stream.h"
 #include "google/protobuf/io/zero_copy_stream_impl_lite.h"
 #include "lamina/v1/tensor.pb.h"
+#include "server/service/conversions.h"
 #include "server/service/shared_state.h"
 
 namespace lamina {
@@ -54,7 +55,8 @@ inline absl::StatusOr<std::shared_ptr<Session>> MutatingSession(SharedState& sta
 }
 
 // Runs `run` (absl::Status()) once for the request's (session, sequence), or answers as the first
-// run did. `run` fills `response`.
+// run did. `run` fills `response`. Where it leaves work to the device (CallControl::left), the
+// sequence's place in the log is EndLeft's to settle.
 template <typename Request, typename Response, typename Run>
 absl::Status RunOnce(SharedState& state, const Session& session, const Request& request,
                      const CallControl& control, Response* response, Run run) {
@@ -83,9 +85,34 @@ absl::Status RunOnce(SharedState& state, const Session& session, const Request& 
   } slot{*log, sequence};
   const absl::Status status = run();
   if (!status.ok()) return status;
-  log->Commit(sequence, response->SerializeAsString());
+  if (control.left != nullptr && control.left->step != nullptr) {
+    control.left->log = log;
+    control.left->sequence = sequence;
+    log->Leave(sequence);
+  } else {
+    log->Commit(sequence, response->SerializeAsString());
+  }
   slot.committed = true;
   return status;
+}
+
+// Waits for what a call has left, and completes `response`, with which it has succeeded so far.
+// INTERNAL: the device failed, and the call's mutation is not applied.
+template <typename Response>
+absl::Status EndLeft(const Left& left, Response* response) {
+  struct Slot {
+    const Left& left;
+    bool committed = false;
+    ~Slot() {
+      if (left.log != nullptr && !committed) left.log->Abort(left.sequence);
+    }
+  } slot{left};
+  const auto times = left.step->Wait();
+  if (!times.ok()) return times.status();
+  *response->mutable_timing() = ToProto(*times);
+  if (left.log != nullptr) left.log->Commit(left.sequence, response->SerializeAsString());
+  slot.committed = true;
+  return absl::OkStatus();
 }
 
 }  // namespace lamina

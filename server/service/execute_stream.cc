@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "server/service/calls.h"
 #include "server/service/layer_calls.h"
 #include "server/service/serve.h"
 #include "server/service/tensors.h"
@@ -64,12 +65,22 @@ struct Item {
   std::atomic<bool> cancelled{false};
 };
 
+// A call that was run, or of which the device still runs what it left, and its answer so far.
+struct Flying {
+  v1::ExecuteResponse response;
+  Left left;
+  std::unique_ptr<Gate::Pass> pass;  // a daemon that ends waits for it
+};
+
 // One stream. Its calls are run one after another, by one thread at a time: by gRPC's own where a
-// call takes no time to speak of, else by one that may wait.
+// call takes no time to speak of, else by one that may wait. Where the device works beside its
+// thread, a call may leave work to it, and the next is run meanwhile: it is enqueued behind. What
+// is left is waited for by a thread of its own, the lander, which gives the answers on their way,
+// in order.
 //
-// Threads: gRPC runs OnReadDone's one after another, and so OnWriteDone's, but both and a runner at
-// a time. What is to be done next is decided with mutex_ held, in Decide, and done without it: an
-// operation of gRPC's may call back before it returns.
+// Threads: gRPC runs OnReadDone's one after another, and so OnWriteDone's, but both, a runner and
+// the lander at a time. What is to be done next is decided with mutex_ held, in Decide, and done
+// without it: an operation of gRPC's may call back before it returns.
 class ExecuteStream final
     : public grpc::ServerBidiReactor<v1::ExecuteRequest, v1::ExecuteResponse> {
  public:
@@ -143,18 +154,23 @@ class ExecuteStream final
   // What is to be done in the state that the stream is in; marks it as begun. Needs mutex_.
   Next Decide() {
     Next next;
-    if (!running_ && !waiting_.empty() && unsent_.size() < kExecuteUnsentAnswers)
-      next.run = running_ = true;
+    if (!running_ && MayRun()) next.run = running_ = true;
     // Who is about to run a call reads on when it knows how long that takes.
     if (!next.run && !reading_ && !all_read_ && waiting_.size() < kExecuteStreamDepth) {
       read_ = std::make_unique<Item>();
       next.read = reading_ = true;
     }
     if (!writing_ && !unsent_.empty()) next.write = writing_ = true;
-    if (!finished_ && all_read_ && !reading_ && !writing_ && !running_ && waiting_.empty() &&
-        unsent_.empty())
+    if (!finished_ && all_read_ && !reading_ && !writing_ && !running_ && !landing_ &&
+        waiting_.empty() && unsent_.empty())
       next.finish = finished_ = true;
     return next;
+  }
+
+  // Whether there is a call to run, and it may be. Needs mutex_.
+  bool MayRun() const {
+    return !waiting_.empty() && flying_.size() < kExecuteInFlight &&
+           unsent_.size() + flying_.size() < kExecuteUnsentAnswers;
   }
 
   // Does it. Whatever it begins may end on another thread before this returns, and the stream with
@@ -174,7 +190,7 @@ class ExecuteStream final
   // thread's. It goes on on another one where a call may not be run on this.
   void RunCalls(Place place) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (now_ != nullptr || (!waiting_.empty() && unsent_.size() < kExecuteUnsentAnswers)) {
+    while (now_ != nullptr || MayRun()) {
       if (now_ == nullptr) {
         now_ = std::move(waiting_.front());
         waiting_.pop_front();
@@ -186,28 +202,73 @@ class ExecuteStream final
       } else {
         Do(lock, Decide());
       }
-      v1::ExecuteResponse response;
-      response.set_id(now_->request.id());
-      const absl::Status status = Guarded([&] { return Run(*now_, place, &response); });
+      Flying call;
+      call.response.set_id(now_->request.id());
+      absl::Status status = Guarded([&] {
+        if (place != Place::kGrpc && state_.engine.WorksBeside())
+          call.pass = std::make_unique<Gate::Pass>(state_.gate);
+        return Run(*now_, place, call);
+      });
       if (IsNotNow(status)) {
         GoOnElsewhere(place);
         return;
       }
       if (!status.ok()) {
-        response.clear_result();
-        response.set_code(static_cast<int32_t>(status.code()));
-        response.set_message(std::string(status.message()));
-        CallControl whose = control_;
-        whose.request_item = now_->request.id();
-        response.set_request_id(RequestIdOf(whose));
-        LogFailure("/lamina.v1.LayerService/Execute", status.code(), status.message(), whose);
+        // It may have failed when the device had its work already.
+        if (call.left.step != nullptr) (void)call.left.step->Wait();
+        call.left = {};
+        SetError(status, call.response);
       }
       lock.lock();
       now_ = nullptr;
-      if (!broken_) unsent_.push_back(std::move(response));
+      if (call.left.step != nullptr || landing_) {
+        flying_.push_back(std::move(call));
+        if (!landing_) {
+          landing_ = true;
+          workers_.Run([this] { Land(); });
+        }
+      } else if (!broken_) {
+        unsent_.push_back(std::move(call.response));
+      }
     }
     running_ = false;
     Do(lock, Decide());
+  }
+
+  // Waits for what calls have left, one after another, and answers them; landing_ is this thread's.
+  void Land() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!flying_.empty()) {
+      Flying& call = flying_.front();
+      if (call.left.step != nullptr) {
+        lock.unlock();
+        const absl::Status status = Guarded([&] { return End(call); });
+        if (!status.ok()) SetError(status, call.response);
+        lock.lock();
+      }
+      if (!broken_) unsent_.push_back(std::move(call.response));
+      flying_.pop_front();
+      if (flying_.empty()) break;
+      Do(lock, Decide());
+      lock.lock();
+    }
+    landing_ = false;
+    Do(lock, Decide());
+  }
+
+  static absl::Status End(Flying& call) {
+    return call.response.has_forward() ? EndLeft(call.left, call.response.mutable_forward())
+                                       : EndLeft(call.left, call.response.mutable_backward());
+  }
+
+  void SetError(const absl::Status& status, v1::ExecuteResponse& response) const {
+    response.clear_result();
+    response.set_code(static_cast<int32_t>(status.code()));
+    response.set_message(std::string(status.message()));
+    CallControl whose = control_;
+    whose.request_item = response.id();
+    response.set_request_id(RequestIdOf(whose));
+    LogFailure("/lamina.v1.LayerService/Execute", status.code(), status.message(), whose);
   }
 
   // Has now_ run where it can be: on the device's own thread, if that is idle, else on a worker.
@@ -230,15 +291,17 @@ class ExecuteStream final
   }
 
   // NotNow: it can't be run in this place. Nothing has changed then.
-  absl::Status Run(Item& item, Place place, v1::ExecuteResponse* response) {
+  absl::Status Run(Item& item, Place place, Flying& call) {
     v1::ExecuteRequest& request = item.request;
+    v1::ExecuteResponse* const response = &call.response;
     const uint64_t id = request.id();
     CallControl control;
     control.deadline = item.deadline;
     control.has_turn = place == Place::kDevice;
-    if (place != Place::kGrpc && state_.engine.CopiesAhead()) {
+    if (place != Place::kGrpc && state_.engine.WorksBeside()) {
       control.ticket = item.ticket;
       control.next = InputOfNext();
+      control.left = &call.left;
     }
     control.caller = control_.caller;
     control.request_id = control_.request_id;
@@ -371,12 +434,14 @@ class ExecuteStream final
   std::unique_ptr<Item> read_;                 // guarded by mutex_: what is being read
   std::deque<std::unique_ptr<Item>> waiting_;  // guarded by mutex_
   std::unique_ptr<Item> now_;                  // set with mutex_ held, by the runner, whose it is
+  std::deque<Flying> flying_;                  // guarded by mutex_; the first is the lander's
   std::deque<v1::ExecuteResponse> unsent_;     // guarded by mutex_; the first is being written
   uint64_t last_id_ = 0;                       // guarded by mutex_
   absl::Status end_;                           // guarded by mutex_: the stream's own
   bool reading_ = false;                       // guarded by mutex_
   bool writing_ = false;                       // guarded by mutex_
   bool running_ = false;                       // guarded by mutex_: some thread runs calls
+  bool landing_ = false;                       // guarded by mutex_: some thread waits for flying_
   bool all_read_ = false;                      // guarded by mutex_
   bool broken_ = false;                        // guarded by mutex_: nobody hears answers any more
   bool finished_ = false;                      // guarded by mutex_

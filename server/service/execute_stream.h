@@ -17,6 +17,8 @@ constexpr size_t kExecuteStreamDepth = 64;
 // Answers of a stream that wait until the client takes them; no more calls are run until there are
 // fewer.
 constexpr size_t kExecuteUnsentAnswers = 4;
+// Calls of a stream that the device may have at a time: one runs, one is enqueued behind it.
+constexpr size_t kExecuteInFlight = 2;
 
 // Serves a stream to its end and deletes itself then. The stream's deadline, or its client's going,
 // lets no call begin. INVALID_ARGUMENT: an id that is not above the one before.

@@ -267,6 +267,33 @@ def test_remote_stack_stays_on_the_device_by_itself(client, daemon):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_parameters_stay_on_the_device(client, dtype):
+    stack = client.create_stack("s", dtype=dtype, **CONFIG)
+    names = ["layers.1.inter_w", "layers.0.attn_kw", "layers.2.norm_b"]
+    for part in ("fp32", dtype):
+        host, there = stack.parameters(names, part), stack.parameters(names, part, device=True)
+        assert list(there) == names and all(np.array_equal(there[n].numpy(), host[n]) for n in names)
+    y, context = stack.forward(np.ones((4, 16, 64), np.float32))
+    stack.backward(context, y)
+    gradients = stack.gradients(device=True)
+    assert list(gradients) == list(stack.shapes())
+    assert all(np.array_equal(g.numpy(), stack.gradients([n])[n]) for n, g in gradients.items())
+    # One step of plain SGD, by PyTorch, on the daemon's own device.
+    weights = {n: torch.from_dlpack(w) for n, w in stack.parameters(device=True).items()}
+    for name, weight in weights.items():
+        spin(1)
+        weight.sub_(torch.from_dlpack(gradients[name]), alpha=0.1)
+    stack.set_parameters(weights)
+    after = stack.parameters()
+    assert all(np.array_equal(after[n], w.cpu().numpy()) for n, w in weights.items())
+    with pytest.raises(lamina.NotFound, match="layers.9.norm_b"):
+        stack.parameters(["layers.9.norm_b"], device=True)
+    with pytest.raises(TypeError, match="host memory"):
+        stack.set_parameters({names[0]: weights[names[0]], names[2]: np.zeros(64, np.float32)})
+
+
+@on_a_gpu
 def test_memory_is_used_again_and_given_back(client, daemon):
     stack = client.create_stack("s", **CONFIG)
     x = torch.from_dlpack(client.empty((4, 16, 64), device=True)).normal_()

@@ -10,7 +10,7 @@ import torch
 from daemon import ROOT
 
 
-@pytest.mark.parametrize("module", ["lamina", "lamina.client", "lamina.config", "lamina.dtypes", "lamina.packing", "lamina.pipeline", "lamina.stack", "lamina.torch"])
+@pytest.mark.parametrize("module", ["lamina", "lamina.async_pipeline", "lamina.client", "lamina.config", "lamina.dtypes", "lamina.packing", "lamina.pipeline", "lamina.stack", "lamina.torch"])
 def test_docstrings(daemon, monkeypatch, module):
     monkeypatch.setenv("LAMINA_TARGET", daemon.target)
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -38,6 +38,7 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> host_copies{0};       // so far: CopyIn and CopyOut
   std::atomic<int64_t> ahead_copies{0};      // so far: CopyInAhead
   std::atomic<int64_t> ahead_taken{0};       // so far: TakeAhead
+  std::atomic<int64_t> mark_waits{0};        // so far: WaitMark
   std::atomic<size_t> shared_bytes{0};       // of AllocateShared, not freed
   std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
   std::atomic<int64_t> steps{0};             // so far
@@ -51,10 +52,14 @@ class CountingBackend final : public Backend {
   std::atomic<size_t> free_bytes{kAsItIs};      // what FreeBytes answers; kAsItIs: the inner one's
   std::atomic<int64_t> fail_allocation{-1};     // this Allocate from now on fails; 0 is the next
   std::atomic<int64_t> failing_allocations{1};  // so many from that one on
-  std::atomic<bool> fail_shared{false};         // AllocateShared
-  std::atomic<int64_t> fail_op{-1};             // this op from now on fails; 0 is the next
-  std::atomic<int64_t> hold_op{-1};             // this op from now on waits; 0 is the next
-  std::atomic<bool> holding{false};             // it does, until a test makes this false
+  // What was enqueued is done at once, but a test may have it look as if the device was slow:
+  std::atomic<bool> late_marks{false};  // none has passed yet; who waits for one does not wait long
+  std::atomic<bool> hold_marks{false};  // none passes until a test makes this false
+  std::atomic<bool> fail_marks{false};  // the device fails instead
+  std::atomic<bool> fail_shared{false};  // AllocateShared
+  std::atomic<int64_t> fail_op{-1};      // this op from now on fails; 0 is the next
+  std::atomic<int64_t> hold_op{-1};      // this op from now on waits; 0 is the next
+  std::atomic<bool> holding{false};      // it does, until a test makes this false
   void set_host_memory(bool host_memory) {
     info_.host_memory = host_memory;
     op_sizes_.claimed_host_memory = host_memory;
@@ -110,9 +115,9 @@ class CountingBackend final : public Backend {
     if (log_ != nullptr) log_->Copy(dst, src, bytes);
     return inner_->CopyWithin(dst, src, bytes);
   }
-  absl::Status CopyInAhead(void* ahead, const void* src, size_t bytes) override {
+  absl::Status CopyInAhead(void* ahead, const void* src, size_t bytes, int mark) override {
     ++ahead_copies;
-    return inner_->CopyInAhead(ahead, src, bytes);
+    return inner_->CopyInAhead(ahead, src, bytes, mark);
   }
   absl::Status TakeAhead(void* dst, const void* ahead, size_t bytes) override {
     ++ahead_taken;
@@ -126,6 +131,16 @@ class CountingBackend final : public Backend {
   absl::Status RecordMark(int mark) override { return inner_->RecordMark(mark); }
   absl::StatusOr<double> SecondsBetween(int begin, int end) override {
     return inner_->SecondsBetween(begin, end);
+  }
+  absl::Status WaitMark(int mark) override {
+    ++mark_waits;
+    while (hold_marks) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (fail_marks) return absl::InternalError("a mark failed on demand");
+    return inner_->WaitMark(mark);
+  }
+  absl::StatusOr<bool> MarkPassed(int mark) override {
+    if (late_marks || hold_marks) return false;
+    return inner_->MarkPassed(mark);
   }
   // Ranges as a profiler would see them, "(name:index" and ")"; looked at only while no call is on
   // its way.

@@ -13,11 +13,12 @@
 True
 
 Client: stacks, plans, checkpoints, shared arrays. Stack: forward, backward, the optimizer, parameters.
-Pipeline: the same steps without waiting for each other (Client.pipeline).
+Pipeline: the same steps without waiting for each other (Client.pipeline; in coroutines Client.apipeline).
 StackConfig: what a stack is. packing: batches without padding. LaminaError: what can go wrong. `lamina.torch.RemoteStack` wraps a stack as an nn.Module.
 """
 
 from lamina import packing
+from lamina.async_pipeline import AsyncPipeline
 from lamina.client import Client, MemoryPlan, PlanEntry, ServerInfo, StackInfo, connect, default_target
 from lamina.config import StackConfig
 from lamina.dtypes import from_float32, to_float32
@@ -30,7 +31,7 @@ from lamina.stack import Applied, Context, Stack, StepTiming
 
 __version__ = "0.1.0"
 __all__ = [
-    "AlreadyExists", "Applied", "Cancelled", "Client", "Context", "DataLoss", "DeadlineExceeded", "FailedPrecondition",
+    "AlreadyExists", "Applied", "AsyncPipeline", "Cancelled", "Client", "Context", "DataLoss", "DeadlineExceeded", "FailedPrecondition",
     "Internal", "InvalidArgument", "LaminaError", "MemoryPlan", "NotFound", "Pending", "PendingForward", "PermissionDenied",
     "Pipeline", "PlanEntry", "ResourceExhausted", "ServerInfo", "Stack", "StackConfig", "StackInfo", "StepTiming", "Tls",
     "Unauthenticated", "Unavailable", "Unimplemented",

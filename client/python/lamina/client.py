@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
 import grpc
 import numpy as np
 
+from lamina.async_pipeline import AsyncPipeline
 from lamina.config import StackConfig
 from lamina.errors import translated
 from lamina.lease import call_with_retries
@@ -255,6 +256,10 @@ class Client:
         Unavailable: no daemon. Unimplemented comes from the calls where the daemon is too old.
         """
         return Pipeline(self, timeout, depth)
+
+    def apipeline(self, timeout: Optional[float] = None, depth: int = 32) -> AsyncPipeline:
+        """The same for coroutines, `async with client.apipeline() as p`; see lamina.async_pipeline."""
+        return AsyncPipeline(self, timeout, depth)
 
     def ping(self) -> None:
         """A round trip that does nothing. Unavailable."""

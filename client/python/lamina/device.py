@@ -79,6 +79,13 @@ class DeviceArray:
             raise BufferError("a DeviceArray is handed out as it is: no copy, no other device")
         return dlpack_capsule(self, self.address, self.shape, self.dtype, (_CUDA, self.device))
 
+    def part(self, begin: int, shape: Sequence[int]) -> DeviceArray:
+        """An array of that shape over the elements from `begin` on. ValueError: beyond the end."""
+        if begin < 0 or begin + math.prod(shape) > self.size:
+            raise ValueError(f"part: elements {begin} to {begin + math.prod(shape)} of {self.size}")
+        itemsize = dtypes.numpy_type(self.dtype).itemsize
+        return DeviceArray(self._owner, self.address + begin * itemsize, shape, self.dtype, self._device)
+
     def fill_from(self, values: Any, stream: int = LEGACY_STREAM) -> DeviceArray:
         """Copies an array of this shape in, from the host; float32 is rounded to bf16 or fp16. Done when this returns."""
         array = np.ascontiguousarray(dtypes.as_stack_type(values, self.dtype) if self.dtype != "int32"

@@ -18,8 +18,8 @@ A synchronous step waits a round trip between its calls; on a pipeline the next 
 >>> step.result().applied
 True
 
-In a coroutine, `y, context = await p.forward(stack, x)`. A call blocks while `depth` others are under way, or while it
-waits for its turn to change something: coroutines keep fewer under way, or make their calls in a thread.
+In a coroutine a call can be awaited, `y, context = await p.forward(stack, x)`, but making it blocks while `depth` others are
+under way, or while it waits for its turn to change something: lamina.async_pipeline does not.
 """
 
 from __future__ import annotations

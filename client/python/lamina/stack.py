@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple,
                     Union)
@@ -10,6 +11,7 @@ from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List
 import numpy as np
 
 from lamina import device, dtypes
+from lamina.cuda import LEGACY_STREAM
 from lamina.errors import InvalidArgument, NotFound, translated
 from lamina.session import Session
 from lamina.v1 import config_service_pb2 as config_pb
@@ -372,20 +374,54 @@ class Stack:
         answer = self._client._read(self._client._stubs.config.GetStack, request)
         return {p.name: tuple(p.shape) for p in answer.parameters}
 
-    def parameters(self, names: Optional[Sequence[str]] = None, dtype: Any = "fp32") -> Dict[str, np.ndarray]:
+    def parameters(self, names: Optional[Sequence[str]] = None, dtype: Any = "fp32",
+                   device: bool = False) -> Dict[str, Any]:
         """{name: array}, by default all stored ones as float32 master weights; dtype may be the stack's own.
 
         Names are "layers.<i>.<name>" with DeepSpeed's names: attn_qkvw [3H, H], attn_qkvb [3H], attn_ow [H, H],
         attn_ob [H], attn_nw and attn_nb [H], inter_w [I, H], inter_b [I], output_w [H, I], output_b [H], norm_w and
         norm_b [H]; attn_qw, attn_kw, attn_vw [H, H] and attn_qb, attn_kb, attn_vb [H] are the parts of the fused ones.
         The arrays are the caller's own. Any size: they come as a stream. NotFound: a name.
+
+        device: DeviceArrays instead, in one piece of device memory that the daemon maps too (see lamina.device): they
+        never leave the device. Unavailable: no device regions. ResourceExhausted: the session's cap.
         """
+        if device:
+            return self._on_device(names, dtype, gradients=False)
         return self._stream(names, dtype, gradients=False)
 
-    def gradients(self, names: Optional[Sequence[str]] = None) -> Dict[str, np.ndarray]:
-        """{name: float32 array} of the accumulated gradients; names as for parameters. FailedPrecondition where training
-        is off."""
+    def gradients(self, names: Optional[Sequence[str]] = None, device: bool = False) -> Dict[str, Any]:
+        """{name: float32 array} of the accumulated gradients; names and device as for parameters. FailedPrecondition where
+        training is off."""
+        if device:
+            return self._on_device(names, "fp32", gradients=True)
         return self._stream(names, "fp32", gradients=True)
+
+    def _on_device(self, names: Optional[Sequence[str]], dtype: Any, gradients: bool) -> Dict[str, Any]:
+        session = self._client.session
+        stored = self.shapes()
+        shapes = stored if names is None else {name: _shape_of(name, stored) for name in names}
+        missing = [name for name, shape in shapes.items() if shape is None]
+        if missing:
+            raise NotFound(f"stack '{self.name}' has no parameter '{missing[0]}'")
+        sizes = [math.prod(shape or ()) for shape in shapes.values()]
+        whole = session.empty_on_device((sum(sizes),), dtype)
+        if gradients:
+            call: Callable = self._client._stubs.config.GetGradients
+            request: Any = config_pb.GetGradientsRequest(stack=self.name, names=list(shapes), session_id=session.id)
+        else:
+            call = self._client._stubs.config.GetParameters
+            request = config_pb.GetParametersRequest(stack=self.name, names=list(shapes), session_id=session.id,
+                                                     dtype=dtypes.to_proto(dtype))
+        session.device_target(whole.shape, whole.dtype, whole, request.target)
+        # What was in this memory may still be read by kernels that were enqueued.
+        session.mark_ready(LEGACY_STREAM, request.ready)
+        session.read(call, request, [whole])
+        arrays, begin = {}, 0
+        for (name, shape), size in zip(shapes.items(), sizes):
+            arrays[name] = whole.part(begin, shape or ())
+            begin += size
+        return arrays
 
     def _stream(self, names: Optional[Sequence[str]], dtype: Any, gradients: bool) -> Dict[str, np.ndarray]:
         request = config_pb.StreamParametersRequest(stack=self.name, names=list(names or ()),
@@ -409,8 +445,14 @@ class Stack:
         All or none for values up to 256 MiB through shared memory, or up to the daemon's inline cap without. More goes
         in several calls, after every name and shape was checked. InvalidArgument: a shape or type, or without shared
         memory a tensor above the inline cap. NotFound: a name.
+
+        Values in device memory are taken as forward takes x: float32 or the stack's type, all or none of any size.
         """
         session = self._client.session
+        on_device = {name: device.given(name, value, None) for name, value in values.items()}
+        if any(given is not None for given in on_device.values()):
+            self._set_on_device(on_device)
+            return
         arrays = {name: self._parameter_array(name, value) for name, value in values.items()}
         limit = session.inline_cap if session.pool is None else _SET_BYTES
         batches = list(_batches(arrays, limit))
@@ -428,6 +470,23 @@ class Stack:
             del keep
             session.pool.trim()
 
+    def _set_on_device(self, values: Mapping[str, Optional[device.Given]]) -> None:
+        session = self._client.session
+        request = config_pb.SetParametersRequest(stack=self.name)
+        keep: List[Any] = []
+        stream = LEGACY_STREAM
+        for name, given in values.items():
+            if given is None:
+                raise TypeError(f"{name}: is in host memory, others are in the device's: give one kind")
+            if given.dtype not in ("fp32", self.dtype):
+                raise TypeError(f"{name}: a tensor of {given.dtype} can't stand for {self.dtype}: give fp32")
+            if keep and given.stream != stream:
+                raise ValueError(f"{name}: is in another stream's order than the others")
+            stream = given.stream
+            keep.append(session.device_tensor(given, given.dtype, request.tensors.add(name=name).tensor))
+        session.mark_ready(stream, request.ready)
+        session.mutate(self._client._stubs.config.SetParameters, request, keep)
+
     def _parameter_array(self, name: str, value: Any) -> Tuple[np.ndarray, str]:
         value = np.asarray(value)
         if value.dtype == dtypes.numpy_type(self.dtype) or (self.dtype == "bf16" and value.dtype.name == "bfloat16"):
@@ -439,9 +498,7 @@ class Stack:
     def _check_shapes(self, arrays: Mapping[str, Tuple[np.ndarray, str]]) -> None:
         stored = self.shapes()
         for name, (array, _) in arrays.items():
-            layer, _, part = name.rpartition(".")
-            whole = stored.get(f"{layer}.{_PARTS[part]}") if part in _PARTS else None
-            shape = (whole[0] // 3, *whole[1:]) if whole else stored.get(name)
+            shape = _shape_of(name, stored)
             if shape is None:
                 raise NotFound(f"stack '{self.name}' has no parameter '{name}'")
             if array.shape != shape:
@@ -477,6 +534,13 @@ class Stack:
         request = config_pb.LoadCheckpointRequest(stack=self.name, name=name or "")
         answer = self._client._read(self._client._stubs.config.LoadCheckpoint, request)
         self.loss_scale = answer.stack.loss_scale
+
+
+def _shape_of(name: str, stored: Mapping[str, Tuple[int, ...]]) -> Optional[Tuple[int, ...]]:
+    """A parameter's shape, also of a part of a fused one; None: there is none."""
+    layer, _, part = name.rpartition(".")
+    whole = stored.get(f"{layer}.{_PARTS[part]}") if part in _PARTS else None
+    return (whole[0] // 3, *whole[1:]) if whole else stored.get(name)
 
 
 def _integers(name: str, given: Any) -> np.ndarray:

@@ -241,5 +241,74 @@ TEST_F(MutationLogTest, ManyThreadsWithOneSequenceRunItOnce) {
   EXPECT_EQ(replays, 60);
 }
 
+// --- mutations of which the rest is the device's ---
+
+TEST_F(MutationLogTest, BehindOneThatIsLeftTheNextBegins) {
+  const CallControl here{.has_turn = true};
+  ASSERT_TRUE(Begin(1, "one").ok());
+  EXPECT_TRUE(IsNotNow(Begin(2, "two", here).status()));
+  log_.Leave(1);
+  auto two = Begin(2, "two", here);
+  ASSERT_TRUE(two.ok()) << two.status();
+  EXPECT_EQ(two->replay, nullptr);
+  EXPECT_EQ(log_.applied(), 0u);
+  EXPECT_TRUE(IsNotNow(Begin(1, "one", here).status())) << "its answer isn't there yet";
+  EXPECT_THAT(Begin(4, "four").status(), IsStatus(absl::StatusCode::kFailedPrecondition, "gap"));
+  Waiter repeat;
+  BeginLater(repeat, 1, "one");
+  ExpectWaits(repeat);
+  log_.Leave(2);
+  log_.Commit(1, "answer 1");
+  repeat.thread.join();
+  ASSERT_TRUE(repeat.ticket.ok());
+  EXPECT_EQ(*repeat.ticket->replay, "answer 1");
+  EXPECT_EQ(log_.applied(), 1u);
+  log_.Commit(2, "answer 2");
+  EXPECT_EQ(log_.applied(), 2u);
+  RunOne(3);
+}
+
+TEST_F(MutationLogTest, NewsOfThoseThatWereLeftMayComeInAnyOrder) {
+  for (const uint64_t n : {1, 2, 3}) {
+    ASSERT_TRUE(Begin(n, absl::StrCat("body ", n)).ok());
+    log_.Leave(n);
+  }
+  log_.Commit(3, "answer 3");
+  EXPECT_EQ(log_.applied(), 0u);
+  Waiter repeat;
+  BeginLater(repeat, 3, "body 3");
+  ExpectWaits(repeat);
+  log_.Commit(1, "answer 1");
+  EXPECT_EQ(log_.applied(), 1u);
+  log_.Commit(2, "answer 2");
+  EXPECT_EQ(log_.applied(), 3u);
+  repeat.thread.join();
+  ASSERT_TRUE(repeat.ticket.ok());
+  EXPECT_EQ(*repeat.ticket->replay, "answer 3");
+}
+
+TEST_F(MutationLogTest, NothingIsAppliedBehindOneThatWasAborted) {
+  for (const uint64_t n : {1, 2, 3, 4}) {
+    ASSERT_TRUE(Begin(n, absl::StrCat("body ", n)).ok());
+    log_.Leave(n);
+  }
+  log_.Commit(3, "answer 3");  // before the news of 2
+  log_.Commit(1, "answer 1");
+  log_.Abort(2);
+  EXPECT_EQ(log_.applied(), 1u);
+  EXPECT_THAT(Begin(5, "five").status(),
+              IsStatus(absl::StatusCode::kFailedPrecondition, "the next is 2"));
+  Waiter again;
+  BeginLater(again, 2, "another body");
+  ExpectWaits(again);  // for the end of 4, which is under way
+  log_.Commit(4, "answer 4");
+  again.thread.join();
+  ASSERT_TRUE(again.ticket.ok()) << again.ticket.status();
+  EXPECT_EQ(again.ticket->replay, nullptr);
+  log_.Commit(2, "answer 2");
+  RunOne(3);
+  EXPECT_EQ(log_.applied(), 3u);
+}
+
 }  // namespace
 }  // namespace lamina::testing

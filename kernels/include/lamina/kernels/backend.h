@@ -390,7 +390,8 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<SharedMemory>> AllocateShared(size_t bytes,
                                                                        SharingKind kind);
 
-  // --- copies, in stream order ---
+  // --- copies, in stream order. Host memory that was not given to RegisterHost may be changed once
+  // CopyIn has returned; what was, and what CopyOut fills, is the device's until Synchronize ---
   virtual absl::Status CopyIn(void* device_dst, const void* host_src, size_t bytes) = 0;
   virtual absl::Status CopyOut(void* host_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) = 0;
@@ -400,9 +401,11 @@ class Backend {
 
   // --- a copy ahead of its turn, beside what runs: for the input of a step that is to come ---
   // Begins to fill `ahead`, a buffer of the device's for nothing else, without waiting for what was
-  // enqueued before, but for the last TakeAhead. host_src stays as it is until Synchronize.
-  virtual absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes) {
-    return CopyIn(ahead, host_src, bytes);
+  // enqueued before, but for the last TakeAhead. host_src stays as it is until Synchronize, or
+  // until `mark` has passed, which remembers the copy's end.
+  virtual absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes, int mark) {
+    const absl::Status status = CopyIn(ahead, host_src, bytes);
+    return status.ok() ? RecordMark(mark) : status;
   }
   // In stream order: copies what the last CopyInAhead brought from `ahead` to where it is needed.
   virtual absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
@@ -417,10 +420,14 @@ class Backend {
   // --- time, in stream order: what lets a step be split into input, compute and output without a
   // wait --- Remembers the moment at which everything enqueued so far is done. `mark` is in [0,
   // kMarks).
-  static constexpr int kMarks = 8;
+  static constexpr int kMarks = 15;
   virtual absl::Status RecordMark(int mark) = 0;
   // Seconds from one recorded mark to another; both must have passed (call Synchronize first).
   virtual absl::StatusOr<double> SecondsBetween(int begin, int end) = 0;
+  // Waits until a recorded mark has passed, and not for what was enqueued behind it; or tells
+  // whether it has. These two and SecondsBetween from any thread, while nobody records these marks.
+  virtual absl::Status WaitMark(int /*mark*/) { return absl::OkStatus(); }
+  virtual absl::StatusOr<bool> MarkPassed(int /*mark*/) { return true; }
 
   // --- for a profiler that looks on (NVTX on CUDA): what the calling thread does until EndRange;
   // ranges nest. `name` lives for ever; `index` is a layer's, or -1. A few nanoseconds where none
