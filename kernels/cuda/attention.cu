@@ -98,8 +98,9 @@ bool FitsWarpgroups(const AttentionParams& p) {
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
-  if (FitsWarpgroups(params) && params.seq >= kWgmmaMinSeq) {
-    return LaunchAttentionWgmma(params, stream);
+  if (UseTensorCores(params) && params.seq >= kWgmmaMinSeq) {
+    return params.head_dim <= kWgmmaHeadDim ? LaunchAttentionWgmma(params, stream)
+                                            : LaunchAttentionWgmmaWide(params, stream);
   }
   if (UseTensorCores(params)) return LaunchAttentionMma(params, stream);
   return LaunchAttentionAny(params, stream);

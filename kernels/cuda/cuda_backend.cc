@@ -632,7 +632,9 @@ AttentionParams AttentionParamsOf(const Args& args) {
 absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   if (absl::Status status = CheckSaved(args.saved, "Attention"); !status.ok()) return status;
-  return Check(cuda::LaunchAttention(AttentionParamsOf(args), stream_), "Attention");
+  AttentionParams p = AttentionParamsOf(args);
+  p.multiprocessors = info_.threads;
+  return Check(cuda::LaunchAttention(p, stream_), "Attention");
 }
 
 absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
