@@ -90,8 +90,9 @@ bool UseTensorCores(const AttentionParams& p) {
   return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
+// Whether a backward of attention_wgmma does it.
 bool FitsWarpgroups(const AttentionParams& p) {
-  return UseTensorCores(p) && p.head_dim <= kWgmmaHeadDim;
+  return UseTensorCores(p) && (p.head_dim <= kWgmmaHeadDim || p.seq > kWholeHeadRows);
 }
 
 }  // namespace
@@ -113,6 +114,7 @@ bool BackwardAddsToBias(const AttentionParams& params) {
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
   if (FitsWarpgroups(params)) {
+    if (params.head_dim > kWgmmaHeadDim) return LaunchAttentionWgmmaWideBackward(params, stream);
     return params.seq <= kWgmmaHeadRows ? LaunchAttentionWgmmaHeadBackward(params, stream)
                                         : LaunchAttentionWgmmaBackward(params, stream);
   }

@@ -21,9 +21,9 @@ constexpr int kWideComputing = kWideGroups * kWarpgroup;
 constexpr int kWideThreads = kWideComputing + kWarpgroup;
 constexpr int kWideRows = kWideGroups * kTile;  // of a block
 static_assert(kWideRows == kWgmmaQueryRows, "what the dropout's bits are laid out by");
-// Registers of a thread that copies, and of one that computes; of 65536: 128 * 40 + 256 * 232.
-constexpr int kCopyRegisters = 40;
-constexpr int kComputeRegisters = 232;
+// Registers of a thread that copies, and of one that computes; of 65536: 128 * 56 + 256 * 224.
+constexpr int kCopyRegisters = 56;
+constexpr int kComputeRegisters = 224;
 
 // 64 rows of a head: its first 64 columns, and the others.
 template <typename T>
