@@ -22,5 +22,7 @@ constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would hav
 // The same for sequences of up to kWgmmaHeadRows tokens, however short, without params.delta.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaHeadBackward(const AttentionParams& params,
                                                            cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaWideHeadBackward(const AttentionParams& params,
+                                                               cudaStream_t stream);
 
 }  // namespace lamina::cuda

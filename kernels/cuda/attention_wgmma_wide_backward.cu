@@ -283,7 +283,7 @@ struct KeyGradShared {
   };
   Slot slots[kKeySlots];
   SoftmaxRow softmax[kKeySlots][kTile];
-  float shift[kKeySlots][kTile];  // max * log2 e - log2 inverse_sum
+  float shift[kKeySlots][kTile];
   float delta[kKeySlots][kTile];
   union {
     uint32_t kept[kKeySlots][kWideRows / 32][kTile];  // [word of the block's keys][query]
@@ -347,7 +347,7 @@ __device__ __forceinline__ void CopyForKeys(const AttentionParams& p, KeyGradSha
       shared.ring.Fill(place);
       if (tid < kTile) {
         shared.softmax[place.slot][tid] = softmax;
-        shared.shift[place.slot][tid] = softmax.max * kLog2E - __log2f(softmax.inverse_sum);
+        shared.shift[place.slot][tid] = ShiftOf(softmax);
         shared.delta[place.slot][tid] = delta;
         __syncwarp();
         if (tid % 32 == 0) Arrive(&shared.ring.full[place.slot]);
@@ -370,36 +370,6 @@ __device__ __forceinline__ void CopyForKeys(const AttentionParams& p, KeyGradSha
   }
 }
 
-// Draws the bits of a warp's 16 keys from `key` on, for the tile of queries whose first row is
-// `row`: of query i bits 16 * (warp % 2) and on of words[i].
-__device__ __forceinline__ void DrawKeyRows(const DropoutParams& dropout, const RngState& rng,
-                                            int64_t row, int key, uint32_t (&words)[kTile]) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  __syncwarp();
-#pragma unroll 1
-  for (int i = lane; i < 2 * kTile; i += 32) {
-    const KeptKeys kept = DrawKeys(dropout, rng, row + i / 2, key + 8 * (i % 2));
-    uint32_t byte = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) byte |= (kept[j] ? 1u : 0u) << j;
-    reinterpret_cast<uint8_t*>(&words[i / 2])[warp % 2 * 2 + i % 2] = static_cast<uint8_t>(byte);
-  }
-  __syncwarp();
-}
-
-// Two elements as PackPair, 0 where they are negative.
-template <typename T>
-__device__ __forceinline__ uint32_t PackPositive(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  }
-  return pair;
-}
-
 template <typename T, KeysFrom kFrom>
 __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGradShared<T>& shared,
                                                 WideBlocks blocks) {
@@ -408,13 +378,9 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGra
   const int64_t stride = 3 * p.width;
   const int tid = static_cast<int>(threadIdx.x);
   const int lane = tid & 31;
-  const int t2 = (lane & 3) * 2;
   const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
   const int warp = __shfl_sync(0xFFFFFFFFu, tid / 32, 0);
   const int warp_row = warp % 4 * 16;  // within the group's tile
-  const float scale_log2 = p.scale * kLog2E;
-  // Of row g; that of row g + 8 is the eighth after it.
-  [[maybe_unused]] const uint32_t bit = 1u << (warp % 2 * 16 + (lane >> 2));
   RngState rng{};
   if (kFrom == KeysFrom::kDrawn) rng = UniformState(p.dropout.rng);
   const uint64_t k_tile = DescribeTile(&shared.k[group]);
@@ -437,17 +403,10 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGra
       continue;
     }
     const SeenQueries seen(p, h);
-    const int key0 = h.first + group * kTile;       // of this warpgroup
-    const int key = key0 + warp_row + (lane >> 2);  // of row g
+    const int key0 = h.first + group * kTile;  // of this warpgroup
     // A warpgroup whose keys are cut off, or not seen by the first queries.
     const int skipped = key0 < h.keys ? min(p.causal ? group : 0, seen.tiles) : seen.tiles;
-    float bias[2];
-    if (p.mask != nullptr || key0 + kTile > h.keys) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) bias[half] = KeyBias(p, h, key + 8 * half);
-    } else {
-      bias[0] = bias[1] = 0.0f;
-    }
+    const KeyTile keys(p, h, key0, warp_row);
     float dk[16][4] = {};
     float dv[16][4] = {};
     float s[8][4];
@@ -456,59 +415,16 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGra
     const auto step = [&](int tile, auto last) {
       const int query0 = seen.first + tile * kTile;
       auto& slot = shared.slots[place.slot];
-      [[maybe_unused]] const uint32_t* words = nullptr;
+      QueryTile queries{shared.softmax[place.slot], shared.shift[place.slot],
+                        shared.delta[place.slot], nullptr};
       if constexpr (kFrom == KeysFrom::kKept) {
-        words = shared.kept[place.slot][warp / 2];
+        queries.kept = shared.kept[place.slot][warp / 2];
       } else if constexpr (kFrom == KeysFrom::kDrawn) {
-        words = shared.drawn[warp];
+        queries.kept = shared.drawn[warp];
         DrawKeyRows(p.dropout, rng, h.row + query0, key0 + warp_row, shared.drawn[warp]);
       }
-      const bool cut = p.causal && query0 < key0 + warp_row + 15;
-      const bool plain = p.mask == nullptr && key0 + kTile <= h.keys && !cut;
-      if (plain) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const float2 shift =
-              *reinterpret_cast<const float2*>(&shared.shift[place.slot][8 * n + t2]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            s[n][i] = Exp2(fmaf(s[n][i], scale_log2, (i & 1) == 0 ? -shift.x : -shift.y));
-          }
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const float4 rows =
-              *reinterpret_cast<const float4*>(&shared.softmax[place.slot][8 * n + t2]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float score = s[n][i] * p.scale + bias[i >> 1];
-            if (cut && key + 8 * (i >> 1) > query0 + 8 * n + t2 + (i & 1)) score = -INFINITY;
-            // The difference first: a score near the lowest fp32 number has no multiple.
-            s[n][i] = (i & 1) == 0 ? Exp2((score - rows.x) * kLog2E) * rows.y
-                                   : Exp2((score - rows.z) * kLog2E) * rows.w;
-          }
-        }
-      }
-      // A dropped probability is negative from here on.
       uint32_t probs[4][4];
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        if constexpr (kDropout) {
-          const uint2 kept = *reinterpret_cast<const uint2*>(&words[8 * n + t2]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const bool keep = (((i & 1) == 0 ? kept.x : kept.y) & bit << 8 * (i >> 1)) != 0;
-            s[n][i] = keep ? s[n][i] : -s[n][i];
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          probs[n / 2][half + 2 * (n & 1)] =
-              kDropout ? PackPositive<T>(s[n][2 * half], s[n][2 * half + 1])
-                       : PackPair<T>(s[n][2 * half], s[n][2 * half + 1]);
-        }
-      }
+      keys.Probabilities<T, kDropout>(s, probs, p, queries, query0);
       float dp[8][4];
       BeginProducts();
       MultiplyTile<T>(dv, probs, DescribeColumns(slot.dout));
@@ -522,25 +438,7 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGra
         if (lane == 0) Arrive(&shared.keys_empty);
       }
       uint32_t ds[4][4];
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float2 delta =
-            *reinterpret_cast<const float2*>(&shared.delta[place.slot][8 * n + t2]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float row_delta = (i & 1) == 0 ? delta.x : delta.y;
-          if constexpr (kDropout) {
-            const float difference = fmaf(dp[n][i], p.dropout.scale, -row_delta);
-            dp[n][i] = fabsf(s[n][i]) * (s[n][i] < 0.0f ? -row_delta : difference);
-          } else {
-            dp[n][i] = s[n][i] * (dp[n][i] - row_delta);
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          ds[n / 2][half + 2 * (n & 1)] = PackPair<T>(dp[n][2 * half], dp[n][2 * half + 1]);
-        }
-      }
+      keys.ScoreGrads<T, kDropout>(s, dp, ds, p, queries);
       const int now = place.slot;
       place.Advance();
       if constexpr (!last) shared.ring.WaitFull(place);
@@ -584,7 +482,7 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGra
     int row[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] = key + 8 * half < h.length ? key + 8 * half : -1;
+      row[half] = keys.Row(half) < h.length ? keys.Row(half) : -1;
     }
     T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
     StoreWideRows(dst + p.width, stride, row, head_dim, dk, p.scale, p.scale);

@@ -104,6 +104,9 @@ __device__ __forceinline__ void DoFirst(uint32_t value) {
 __device__ __forceinline__ const float (&HalfOf(const float (&c)[16][4], int half))[8][4] {
   return reinterpret_cast<const float(&)[8][4]>(c[8 * half]);
 }
+__device__ __forceinline__ float (&HalfOf(float (&c)[16][4], int half))[8][4] {
+  return reinterpret_cast<float(&)[8][4]>(c[8 * half]);
+}
 
 // StoreRows of 128 columns.
 template <typename T>
@@ -140,6 +143,150 @@ struct WideCopies {
       const int r = row + 8 * i;
       CopyAsync16(dst + Swizzled(kOrder == TileOrder::kKeys ? Reordered(r) : r, chunk % 8),
                   from + i * 8 * stride, inside && r < rows);
+    }
+  }
+};
+
+// Draws the bits of a warp's 16 keys from `key` on, for the tile of queries whose first row is
+// `row`: of query i bits 16 * (warp % 2) and on of words[i].
+__device__ __forceinline__ void DrawKeyRows(const DropoutParams& dropout, const RngState& rng,
+                                            int64_t row, int key, uint32_t (&words)[kTile]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < 2 * kTile; i += 32) {
+    const KeptKeys kept = DrawKeys(dropout, rng, row + i / 2, key + 8 * (i % 2));
+    uint32_t byte = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) byte |= (kept[j] ? 1u : 0u) << j;
+    reinterpret_cast<uint8_t*>(&words[i / 2])[warp % 2 * 2 + i % 2] = static_cast<uint8_t>(byte);
+  }
+  __syncwarp();
+}
+
+// Two elements as PackPair, 0 where they are negative.
+template <typename T>
+__device__ __forceinline__ uint32_t PackPositive(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// What shared memory has of a tile of queries beside their rows.
+struct QueryTile {
+  const SoftmaxRow* softmax;
+  const float* shift;  // max * log2 e - log2 inverse_sum
+  const float* delta;
+  const uint32_t* kept;  // as DrawKeyRows leaves them; null: no dropout
+};
+
+__device__ __forceinline__ float ShiftOf(const SoftmaxRow& row) {
+  return row.max * kLog2E - __log2f(row.inverse_sum);
+}
+
+// A warp's part of a tile of keys that are the rows of score tiles: 16 keys, of which a thread has
+// those of its rows g and g + 8. Columns are 64 queries.
+struct KeyTile {
+  int first;      // of the warp
+  bool whole;     // no key of the tile is cut off
+  float bias[2];  // of a thread's keys
+
+  // `row`: of the warp in the tile, whose first key is `key0`.
+  __device__ __forceinline__ KeyTile(const AttentionParams& p, const Head& h, int key0, int row)
+      : first(key0 + row), whole(key0 + kTile <= h.keys) {
+    bias[0] = bias[1] = 0.0f;
+    if (p.mask == nullptr && whole) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) bias[half] = KeyBias(p, h, Row(half));
+  }
+  __device__ __forceinline__ int Row(int half) const {
+    return first + (static_cast<int>(threadIdx.x) & 31) / 4 + 8 * half;
+  }
+
+  // The probabilities of products `s` with queries `query0` and on, in s, and after dropout,
+  // without its scale, as left operands of products over the queries. One that is dropped is
+  // negative in s.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void Probabilities(float (&s)[8][4], uint32_t (&probs)[4][4],
+                                                const AttentionParams& p, const QueryTile& queries,
+                                                int query0) const {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    const int t2 = lane % 4 * 2;
+    const bool cut = p.causal && query0 < first + 15;
+    if (p.mask == nullptr && whole && !cut) {
+      const float scale_log2 = p.scale * kLog2E;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 shift = *reinterpret_cast<const float2*>(&queries.shift[8 * n + t2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[n][i] = Exp2(fmaf(s[n][i], scale_log2, (i & 1) == 0 ? -shift.x : -shift.y));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float4 rows = *reinterpret_cast<const float4*>(&queries.softmax[8 * n + t2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float score = s[n][i] * p.scale + bias[i >> 1];
+          if (cut && Row(i >> 1) > query0 + 8 * n + t2 + (i & 1)) score = -INFINITY;
+          // The difference first: a score near the lowest fp32 number has no multiple.
+          s[n][i] = (i & 1) == 0 ? Exp2((score - rows.x) * kLog2E) * rows.y
+                                 : Exp2((score - rows.z) * kLog2E) * rows.w;
+        }
+      }
+    }
+    // Of row g; that of row g + 8 is the eighth after it.
+    [[maybe_unused]] const uint32_t bit = 1u << (first % 32 + lane / 4);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if constexpr (kDropout) {
+        const uint2 kept = *reinterpret_cast<const uint2*>(&queries.kept[8 * n + t2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool keep = (((i & 1) == 0 ? kept.x : kept.y) & bit << 8 * (i >> 1)) != 0;
+          s[n][i] = keep ? s[n][i] : -s[n][i];
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        probs[n / 2][half + 2 * (n & 1)] = kDropout
+                                               ? PackPositive<T>(s[n][2 * half], s[n][2 * half + 1])
+                                               : PackPair<T>(s[n][2 * half], s[n][2 * half + 1]);
+      }
+    }
+  }
+
+  // From these and the gradients `dp` of the probabilities those of the scores, without their
+  // scale, as left operands of products over the queries. dp is used up.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void ScoreGrads(const float (&s)[8][4], float (&dp)[8][4],
+                                             uint32_t (&ds)[4][4], const AttentionParams& p,
+                                             const QueryTile& queries) const {
+    const int t2 = (static_cast<int>(threadIdx.x) & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(&queries.delta[8 * n + t2]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float row_delta = (i & 1) == 0 ? delta.x : delta.y;
+        if constexpr (kDropout) {
+          const float difference = fmaf(dp[n][i], p.dropout.scale, -row_delta);
+          dp[n][i] = fabsf(s[n][i]) * (s[n][i] < 0.0f ? -row_delta : difference);
+        } else {
+          dp[n][i] = s[n][i] * (dp[n][i] - row_delta);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        ds[n / 2][half + 2 * (n & 1)] = PackPair<T>(dp[n][2 * half], dp[n][2 * half + 1]);
+      }
     }
   }
 };
