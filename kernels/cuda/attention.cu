@@ -90,16 +90,16 @@ bool UseTensorCores(const AttentionParams& p) {
   return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
-bool FitsWarpgroups(const AttentionParams& p) {
-  return UseTensorCores(p) && p.head_dim <= kWgmmaHeadDim;
-}
+// Whether a backward of attention_wgmma does it.
+bool FitsWarpgroups(const AttentionParams& p) { return UseTensorCores(p); }
 
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
-  if (FitsWarpgroups(params) && params.seq >= kWgmmaMinSeq) {
-    return LaunchAttentionWgmma(params, stream);
+  if (UseTensorCores(params) && params.seq >= kWgmmaMinSeq) {
+    return params.head_dim <= kWgmmaHeadDim ? LaunchAttentionWgmma(params, stream)
+                                            : LaunchAttentionWgmmaWide(params, stream);
   }
   if (UseTensorCores(params)) return LaunchAttentionMma(params, stream);
   return LaunchAttentionAny(params, stream);
@@ -112,14 +112,16 @@ bool BackwardAddsToBias(const AttentionParams& params) {
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
   if (FitsWarpgroups(params)) {
-    return params.seq <= kWgmmaHeadRows ? LaunchAttentionWgmmaHeadBackward(params, stream)
-                                        : LaunchAttentionWgmmaBackward(params, stream);
+    const bool head = params.seq <= kWgmmaHeadRows;
+    if (params.head_dim > kWgmmaHeadDim) {
+      return head ? LaunchAttentionWgmmaWideHeadBackward(params, stream)
+                  : LaunchAttentionWgmmaWideBackward(params, stream);
+    }
+    return head ? LaunchAttentionWgmmaHeadBackward(params, stream)
+                : LaunchAttentionWgmmaBackward(params, stream);
   }
-  if (UseTensorCores(params) && params.seq <= kWholeHeadRows) {
-    return LaunchAttentionHeadBackward(params, stream);
-  }
+  if (UseTensorCores(params)) return LaunchAttentionHeadBackward(params, stream);
   if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
-  if (UseTensorCores(params)) return LaunchAttentionMmaBackward(params, stream);
   return LaunchAttentionAnyBackward(params, stream);
 }
 

@@ -43,8 +43,8 @@ struct AttentionParams {
   int64_t tokens = 0, batch = 0, seq = 0, heads = 0, head_dim = 0;
   int64_t width = 0;  // H = heads * head_dim
   DType dtype = DType::kF32;
+  int multiprocessors = 1;  // the device's
   // Backward only.
-  int multiprocessors = 1;     // the device's
   const void* dout = nullptr;  // act [T, H]
   void* dqkv = nullptr;        // act [T, 3H]
   float* dbias = nullptr;      // fp32 [3H], accumulated: column sums of dqkv; null: none

@@ -45,21 +45,15 @@ struct Head {
                    // causality
 };
 
-// Of block `grid_block` of a grid with one for every kRows rows of a head. `first` may be at or
-// beyond the sequence's end: the grid is as wide as the longest one, and such a block has nothing
-// to do.
+// Block `block` of kRows rows of the launch's head `index`, which is head `head` of sequence
+// `batch`. `first` may be at or beyond the sequence's end: there are as many blocks as the longest
+// one has, and such a block has nothing to do.
 template <int kRows, BlockRows kBlockRows>
-__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p, unsigned grid_block) {
-  const int64_t blocks = (p.seq + kRows - 1) / kRows;
-  const int64_t index = grid_block / blocks;
-  int64_t block = grid_block - index * blocks;
-  // The last queries see the most keys: the longest blocks start first. Of keys, the first ones are
-  // seen by the most queries, and start first anyway.
-  if (kBlockRows == BlockRows::kQueries && p.causal) block = blocks - 1 - block;
+__device__ __forceinline__ Head HeadAt(const AttentionParams& p, int64_t index, int64_t batch,
+                                       int64_t head, int64_t block) {
   Head h;
   h.index = index;
-  h.batch = (p.first_head + index) / p.heads;
-  const int64_t head = p.first_head + index - h.batch * p.heads;
+  h.batch = batch;
   const Sequence sequence = SequenceOf(p, h.batch);
   h.token = sequence.token;
   h.length = sequence.length;
@@ -70,6 +64,20 @@ __device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p, unsigned g
   if (p.lengths != nullptr) h.keys = max(0, min(h.keys, p.lengths[h.batch]));
   if (kBlockRows == BlockRows::kQueries && p.causal) h.keys = min(h.keys, h.first + kRows);
   return h;
+}
+
+// Of block `grid_block` of a grid with one for every kRows rows of a head.
+template <int kRows, BlockRows kBlockRows>
+__device__ __forceinline__ Head HeadOfBlock(const AttentionParams& p, unsigned grid_block) {
+  const int64_t blocks = (p.seq + kRows - 1) / kRows;
+  const int64_t index = grid_block / blocks;
+  int64_t block = grid_block - index * blocks;
+  // The last queries see the most keys: the longest blocks start first. Of keys, the first ones are
+  // seen by the most queries, and start first anyway.
+  if (kBlockRows == BlockRows::kQueries && p.causal) block = blocks - 1 - block;
+  const int64_t batch = (p.first_head + index) / p.heads;
+  const int64_t head = p.first_head + index - batch * p.heads;
+  return HeadAt<kRows, kBlockRows>(p, index, batch, head, block);
 }
 
 template <int kRows, BlockRows kBlockRows>

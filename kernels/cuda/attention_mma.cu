@@ -1,11 +1,8 @@
-// Purpose: attention in the manner of FlashAttention-2 (Dao, 2023) with mma.sync;
+// Purpose: the forward of attention in the manner of FlashAttention-2 (Dao, 2023) with mma.sync;
 // attention_mma.cuh.
 //
-// A block is 4 warps and 64 rows, 16 a warp: queries in the forward and in the dQ kernel, keys in
-// the dK/dV kernel. It walks over the other side in tiles through shared memory. No two blocks
-// write the same element: no atomics, deterministic. Head dims are padded with zeros to kDim = 32,
-// 64 or 128. The dK/dV kernel computes the transposed scores k q^T, so that its fragments are at
-// once the left operands of dV = p^T dout and dK = ds^T q.
+// A block is 4 warps and 64 queries, 16 a warp. It walks over the keys in tiles through shared
+// memory. Head dims are padded with zeros to kDim = 32, 64 or 128.
 #include "attention_head.cuh"
 #include "attention_mma.cuh"
 #include "attention_tiles.cuh"
@@ -148,193 +145,6 @@ __global__ void __launch_bounds__(kThreads) AttentionMmaKernel(AttentionParams p
   StoreFragments<T, kDim>(out, p.width, warp_row, h.length - h.first, head_dim, o, factor);
 }
 
-// Keys of a tile of the dQ kernel; queries of a tile of the dK/dV kernel: what registers allow.
-constexpr int kBackwardTile = 32;
-// Blocks that a multiprocessor is to hold at once, for the same reason.
-constexpr int BackwardBlocks(int dim) { return dim <= 64 ? 3 : 2; }
-
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
-    AttentionMmaQueryGradKernel(AttentionParams p) {
-  constexpr int kKeys = kBackwardTile;
-  constexpr int kTiles = kKeys / 8;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& tiles = *reinterpret_cast<KeyTiles<T, kDim, kKeys>*>(shared_bytes);
-  const Head h = HeadOfBlock<kRows, BlockRows::kQueries>(p);
-  if (h.first >= h.length) return;
-  const int head_dim = static_cast<int>(p.head_dim);
-  const int64_t stride = 3 * p.width;
-  const int64_t offset = h.token * stride + h.column;
-  const T* qkv = static_cast<const T*>(p.qkv) + offset;
-  const T* dout = static_cast<const T*>(p.dout) + (h.token + h.first) * p.width + h.column;
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const int t = lane & 3;
-  const int query0 = h.first + warp_row;
-  const int64_t row0 = h.row + query0 + (lane >> 2);
-  RngState rng{};
-  if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
-
-  // The queries pass through the tiles of k into registers, dout through those of v.
-  static_assert(kRows <= 2 * kKeys, "queries must fit two tiles of keys");
-  uint32_t q[kDim / 16][4];
-  uint32_t d_out[kDim / 16][4];
-  const int queries = h.length - h.first;
-  StartTile<kDim, kRows, kThreads>(&tiles.k[0][0], qkv + h.first * stride, stride, queries,
-                                   head_dim);
-  StartTile<kDim, kRows, kThreads>(&tiles.v[0][0], dout, p.width, queries, head_dim);
-  CommitCopies();
-  WaitForCopies<0>();
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) {
-    LoadA<Stride(kDim)>(q[k], &tiles.k[0][0], warp_row, k * 16);
-    LoadA<Stride(kDim)>(d_out[k], &tiles.v[0][0], warp_row, k * 16);
-  }
-  __syncthreads();
-  if (h.keys > 0) tiles.Start(p, h, qkv, 0, 0);
-  CommitCopies();
-
-  float row_max[2], inverse_sum[2], delta[2];  // rows g and g + 8
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool inside = query0 + (lane >> 2) + 8 * half < h.length;
-    row_max[half] = inside ? p.softmax[row0 + 8 * half].max : INFINITY;
-    inverse_sum[half] = inside ? p.softmax[row0 + 8 * half].inverse_sum : 0.0f;
-    delta[half] = inside ? p.delta[row0 + 8 * half] : 0.0f;
-  }
-
-  float dq[kDim / 8][4] = {};
-  int slot = 0;
-  for (int k0 = 0; k0 < h.keys; k0 += kKeys, slot ^= 1) {
-    // After the barrier this tile is there for all, and none reads the other slot any more.
-    WaitForCopies<0>();
-    __syncthreads();
-    if (k0 + kKeys < h.keys) tiles.Start(p, h, qkv, k0 + kKeys, slot ^ 1);
-    CommitCopies();
-    // No query of this warp sees a key of this tile.
-    if (p.causal && k0 > query0 + 15) continue;
-    const float* key_bias = tiles.bias[slot];
-    float s[kTiles][4];
-    float dp[kTiles][4];
-    MultiplyRows<T, kDim, kTiles>(s, q, tiles.k[slot]);
-    MultiplyRows<T, kDim, kTiles>(dp, d_out, tiles.v[slot]);
-    if (p.dropout.rng != nullptr) {
-      DropQueryRows<kTiles>(p.dropout, rng, row0, k0, p.dropout.scale, dp);
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = s[n][i] * p.scale + key_bias[n * 8 + 2 * t + (i & 1)];
-      }
-    }
-    if (p.causal && k0 + kKeys - 1 > query0) CutQueryRows<kTiles>(query0 + (lane >> 2), k0, s);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float prob = Exp2((s[n][i] - row_max[i >> 1]) * kLog2E) * inverse_sum[i >> 1];
-        s[n][i] = prob * (dp[n][i] - delta[i >> 1]);
-      }
-    }
-    MultiplyRounded<T, kDim, kTiles>(dq, s, tiles.k[slot]);
-  }
-  T* dst = static_cast<T*>(p.dqkv) + offset + h.first * stride;
-  const float factor[2] = {p.scale, p.scale};
-  StoreFragments<T, kDim>(dst, stride, warp_row, h.length - h.first, head_dim, dq, factor);
-}
-
-// What a block of keys keeps, and tiles of queries in pairs.
-template <typename T, int kDim>
-struct KeyGradTiles {
-  static constexpr int kQueries = kBackwardTile;
-  T k[kRows * Stride(kDim)];
-  T v[kRows * Stride(kDim)];
-  T q[2][kQueries * Stride(kDim)];
-  T dout[2][kQueries * Stride(kDim)];
-  ScoreRow rows[2][kQueries];
-
-  // Queries from `query0`, below h.length, into pair `slot`. `all_dout`: that of the sequence's
-  // first token.
-  __device__ __forceinline__ void Start(const AttentionParams& p, const Head& h, const T* qkv,
-                                        const T* all_dout, int query0, int slot) {
-    const int64_t stride = 3 * p.width;
-    const int head_dim = static_cast<int>(p.head_dim);
-    const int rows = h.length - query0;
-    StartTile<kDim, kQueries, kThreads>(q[slot], qkv + query0 * stride, stride, rows, head_dim);
-    StartTile<kDim, kQueries, kThreads>(dout[slot], all_dout + query0 * p.width, p.width, rows,
-                                        head_dim);
-    const int i = static_cast<int>(threadIdx.x);
-    if (i >= kQueries) return;
-    this->rows[slot][i] =
-        ScoreRowOf(p, h, query0 + i, i < rows ? p.delta[h.row + query0 + i] : 0.0f);
-  }
-};
-
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, BackwardBlocks(kDim))
-    AttentionMmaKeyGradKernel(AttentionParams p) {
-  constexpr int kQueries = kBackwardTile;
-  constexpr int kTiles = kQueries / 8;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& tiles = *reinterpret_cast<KeyGradTiles<T, kDim>*>(shared_bytes);
-  const Head h = HeadOfBlock<kRows, BlockRows::kKeys>(p);
-  if (h.first >= h.length) return;
-  const int head_dim = static_cast<int>(p.head_dim);
-  const int64_t stride = 3 * p.width;
-  const int64_t offset = h.token * stride + h.column;
-  const T* qkv = static_cast<const T*>(p.qkv) + offset;
-  const T* dout = static_cast<const T*>(p.dout) + h.token * p.width + h.column;
-  const int tid = static_cast<int>(threadIdx.x);
-  const int lane = tid & 31;
-  const int warp_row = tid / 32 * 16;
-  const int g = lane >> 2;
-  const int key0 = h.first + warp_row;
-  RngState rng{};
-  if (p.dropout.rng != nullptr) rng = *p.dropout.rng;
-
-  float dk[kDim / 8][4] = {};
-  float dv[kDim / 8][4] = {};
-  // A block whose keys are all cut off has zero gradients.
-  if (h.first < h.keys) {
-    const int keys = h.keys - h.first;
-    StartTile<kDim, kRows, kThreads>(tiles.k, qkv + p.width + h.first * stride, stride, keys,
-                                     head_dim);
-    StartTile<kDim, kRows, kThreads>(tiles.v, qkv + 2 * p.width + h.first * stride, stride, keys,
-                                     head_dim);
-    // Queries before the block's first key see none of its keys. That is where a tile begins.
-    static_assert(kRows % kQueries == 0, "a block of keys begins where a tile of queries does");
-    const int q_first = p.causal ? h.first : 0;
-    tiles.Start(p, h, qkv, dout, q_first, 0);
-    CommitCopies();
-    const float bias[2] = {KeyBias(p, h, key0 + g), KeyBias(p, h, key0 + g + 8)};
-
-    int slot = 0;
-    for (int q0 = q_first; q0 < h.length; q0 += kQueries, slot ^= 1) {
-      WaitForCopies<0>();
-      __syncthreads();
-      if (q0 + kQueries < h.length) tiles.Start(p, h, qkv, dout, q0 + kQueries, slot ^ 1);
-      CommitCopies();
-      // No query of this tile sees a key of this warp.
-      if (p.causal && q0 + kQueries - 1 < key0) continue;
-      float probs[kTiles][4];
-      float ds[kTiles][4];
-      ScoreGradsOfKeys<T, kDim, kTiles>(
-          p, h, rng, {tiles.k, tiles.v, tiles.q[slot], tiles.dout[slot], tiles.rows[slot]},
-          warp_row, key0, q0, bias, probs, ds);
-      MultiplyRounded<T, kDim, kTiles>(dv, probs, tiles.dout[slot]);
-      MultiplyRounded<T, kDim, kTiles>(dk, ds, tiles.q[slot]);
-    }
-  }
-  T* dst = static_cast<T*>(p.dqkv) + offset + h.first * stride;
-  const float k_factor[2] = {p.scale, p.scale};
-  const float v_factor[2] = {p.dropout.scale, p.dropout.scale};
-  const int rows = h.length - h.first;
-  StoreFragments<T, kDim>(dst + p.width, stride, warp_row, rows, head_dim, dk, k_factor);
-  StoreFragments<T, kDim>(dst + 2 * p.width, stride, warp_row, rows, head_dim, dv, v_factor);
-}
-
 bool Blocks(const AttentionParams& p, unsigned* blocks) {
   const int64_t n = p.batch * p.heads * ((p.seq + kRows - 1) / kRows);
   *blocks = static_cast<unsigned>(n);
@@ -359,14 +169,6 @@ cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
   return Launch(AttentionMmaKernel<T, kDim>, sizeof(KeyTiles<T, kDim, kForwardKeys>), p, stream);
 }
 
-template <typename T, int kDim>
-cudaError_t Backward(const AttentionParams& p, cudaStream_t stream) {
-  const cudaError_t error = Launch(AttentionMmaQueryGradKernel<T, kDim>,
-                                   sizeof(KeyTiles<T, kDim, kBackwardTile>), p, stream);
-  if (error != cudaSuccess) return error;
-  return Launch(AttentionMmaKeyGradKernel<T, kDim>, sizeof(KeyGradTiles<T, kDim>), p, stream);
-}
-
 template <typename T>
 cudaError_t ForwardOfDim(const AttentionParams& p, cudaStream_t stream) {
   if (p.head_dim <= 32) return Forward<T, 32>(p, stream);
@@ -380,13 +182,6 @@ cudaError_t LaunchAttentionMma(const AttentionParams& p, cudaStream_t stream) {
   if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
   return DispatchHalf(
       p.dtype, [&](auto tag) { return ForwardOfDim<typename decltype(tag)::type>(p, stream); });
-}
-
-cudaError_t LaunchAttentionMmaBackward(const AttentionParams& p, cudaStream_t stream) {
-  if (!HasTensorCoreAttention(p.dtype, p.head_dim)) return cudaErrorInvalidValue;
-  constexpr int kDim = 128;  // attention_wgmma has head dims up to 64
-  return DispatchHalf(
-      p.dtype, [&](auto tag) { return Backward<typename decltype(tag)::type, kDim>(p, stream); });
 }
 
 }  // namespace lamina::cuda

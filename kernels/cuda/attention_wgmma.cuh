@@ -8,15 +8,21 @@
 
 namespace lamina::cuda {
 
-constexpr int kWgmmaHeadDim = 64;
 constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would have nothing to do
 
+// LaunchAttentionWgmma's for head dims above kWgmmaHeadDim. Needs params.multiprocessors.
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaWide(const AttentionParams& params,
+                                                   cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
 // Fills params.delta itself, and adds to params.dbias where there is params.sums.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
                                                        cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaWideBackward(const AttentionParams& params,
+                                                           cudaStream_t stream);
 // The same for sequences of up to kWgmmaHeadRows tokens, however short, without params.delta.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaHeadBackward(const AttentionParams& params,
                                                            cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaWideHeadBackward(const AttentionParams& params,
+                                                               cudaStream_t stream);
 
 }  // namespace lamina::cuda

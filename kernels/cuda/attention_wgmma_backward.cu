@@ -504,7 +504,7 @@ cudaError_t Backward(AttentionParams p, cudaStream_t stream) {
     }
   }
   if (error != cudaSuccess || p.sums == nullptr) return error;
-  const BiasSlices slices = BiasSlicesOf(p.tokens, p.batch, p.seq);
+  const BiasSlices slices = BiasSlicesOf(p.tokens, p.batch, p.seq, p.head_dim);
   error = LaunchFinishColumnSum({p.sums, slices.q, p.width, {p.dbias}}, stream);
   if (error != cudaSuccess) return error;
   return LaunchFinishColumnSum(

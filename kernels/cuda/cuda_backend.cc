@@ -655,7 +655,9 @@ AttentionParams AttentionParamsOf(const Args& args) {
 absl::Status CudaBackend::DoAttention(const Workspace& /*ws*/, const AttentionArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   if (absl::Status status = CheckSaved(args.saved, "Attention"); !status.ok()) return status;
-  return Check(cuda::LaunchAttention(AttentionParamsOf(args), stream_), "Attention");
+  AttentionParams p = AttentionParamsOf(args);
+  p.multiprocessors = info_.threads;
+  return Check(cuda::LaunchAttention(p, stream_), "Attention");
 }
 
 absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
@@ -673,7 +675,8 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   const int64_t cols = 3 * p.width;
   const size_t delta_bytes = static_cast<size_t>(rows) * sizeof(float);
   size_t sums_bytes = 0;
-  if (args.dbias) sums_bytes = cuda::BiasSlicesOf(p.tokens, p.batch, p.seq).Bytes(p.width);
+  if (args.dbias)
+    sums_bytes = cuda::BiasSlicesOf(p.tokens, p.batch, p.seq, p.head_dim).Bytes(p.width);
   const size_t column_bytes = args.dbias ? static_cast<size_t>(cols) * sizeof(float) : 0;
   absl::Status status =
       NeedWorkspace(ws, std::max(delta_bytes + sums_bytes, column_bytes), "AttentionBackward");

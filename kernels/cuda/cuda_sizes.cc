@@ -19,8 +19,11 @@ static_assert([] {
   for (int64_t batch = 1; batch < 40; ++batch) {
     for (const int64_t seq : {1, 31, 32, 33, 128, 129, 192, 193, 384, 385, 1000}) {
       for (const int64_t tokens : {batch, batch * 32 - 1, batch * 32, batch * seq}) {
-        if (cuda::BiasSlicesOf(tokens, batch, seq).Bytes(8) > cuda::MostBiasSliceBytes(tokens, 8))
-          return false;
+        for (const int64_t head_dim : {64, 128}) {
+          if (cuda::BiasSlicesOf(tokens, batch, seq, head_dim).Bytes(8) >
+              cuda::MostBiasSliceBytes(tokens, 8))
+            return false;
+        }
       }
     }
   }

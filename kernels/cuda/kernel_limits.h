@@ -42,6 +42,10 @@ constexpr size_t GeluProductWorkspaceBytes(int64_t rows, int64_t cols) {
 constexpr int64_t kWgmmaHeadRows = 128;
 constexpr int64_t kWgmmaQueryRows = 128;
 constexpr int64_t kWgmmaKeyRows = 192;
+// Head dims up to this have these kernels; wider ones, up to HasTensorCoreAttention's, have their
+// own, whose blocks have 128 keys too.
+constexpr int64_t kWgmmaHeadDim = 64;
+constexpr int64_t kWgmmaWideKeyRows = 128;
 
 // How many sums of each column of dq, and of dk and dv, the blocks of those backwards leave for
 // dbias. None where a block has fewer than kBiasSliceRows tokens on average: a pass over dqkv then
@@ -54,11 +58,12 @@ struct BiasSlices {
   int64_t q = 0, kv = 0;
   constexpr size_t Bytes(int64_t hidden) const { return BiasSliceBytes(q, kv, hidden); }
 };
-constexpr BiasSlices BiasSlicesOf(int64_t tokens, int64_t batch, int64_t seq) {
+constexpr BiasSlices BiasSlicesOf(int64_t tokens, int64_t batch, int64_t seq, int64_t head_dim) {
   BiasSlices slices{batch, batch};
   if (seq > kWgmmaHeadRows) {
+    const int64_t key_rows = head_dim <= kWgmmaHeadDim ? kWgmmaKeyRows : kWgmmaWideKeyRows;
     slices.q *= (seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows;
-    slices.kv *= (seq + kWgmmaKeyRows - 1) / kWgmmaKeyRows;
+    slices.kv *= (seq + key_rows - 1) / key_rows;
   }
   return slices.q * kBiasSliceRows <= tokens ? slices : BiasSlices{};
 }

@@ -130,6 +130,18 @@ std::vector<AttentionCase> AttentionCases() {
   for (int32_t b = 0; b < 300; ++b) many.lengths.push_back(b * 37 % 128 + 1);
   add_many_blocks(Packed(many, 1, 16, 0.1f, false));
   add_many_blocks(Packed(many, 3, 8, 0.0f, true));
+  // The same for heads wider than 64.
+  constexpr int64_t kWideDims[] = {128, 80, 112, 96, 72};
+  for (const int64_t seq : {66, 128, 130, 192, 257, 300, 512}) {
+    for (const bool causal : {false, true}) {
+      add_many_blocks({{2, seq, 256, 2, 8}, kKinds[i++ % 6], 0.1f, 0, causal});
+      add_many_blocks({{2, seq, kWideDims[i % 5], 1, 8}, kKinds[i++ % 6], 0.0f, 0, causal});
+    }
+  }
+  for (const KeyKind kind : kKinds) add_many_blocks({{3, 190, 128, 1, 8}, kind, 0.1f, 0, true});
+  add_many_blocks({{70, 130, 72, 1, 8}, KeyKind::kLengths, 0.1f, 0, false});
+  add_many_blocks({{67, 130, 80, 1, 8}, KeyKind::kBias, 0.1f, 0, true});
+  add_many_blocks(Packed(many, 1, 72, 0.1f, true));
   // Packed batches.
   const Packing mixed{"mixed", {1, 2, 7, 64, 65, 130}};
   for (const Packing& packing :
@@ -140,6 +152,7 @@ std::vector<AttentionCase> AttentionCases() {
       cases.push_back(Packed(packing, 1, 64, 0.0f, causal));
       cases.push_back(Packed(packing, 2, 40, 0.1f, causal));
       cases.push_back(Packed(packing, 3, 5, 0.5f, causal, 1));
+      add_many_blocks(Packed(packing, 2, 128, 0.1f, causal));
     }
   for (const int64_t d : kHeadDims) {
     cases.push_back(Packed({"tiles", {31, 1, 33, 64, 66}}, 2, d, 0.1f, d % 16 != 0));
@@ -443,9 +456,10 @@ std::vector<AttentionCase> EqualLengths() {
   std::vector<AttentionCase> cases;
   for (const bool causal : {false, true})
     for (const float ratio : {0.0f, 0.1f})
-      for (const LayerShape& s : {LayerShape{3, 33, 64, 1, 8}, LayerShape{2, 130, 128, 2, 8},
-                                  LayerShape{4, 64, 160, 2, 8}, LayerShape{5, 7, 15, 3, 8},
-                                  LayerShape{40, 1, 16, 2, 8}, LayerShape{1, 300, 256, 2, 8}})
+      for (const LayerShape& s :
+           {LayerShape{3, 33, 64, 1, 8}, LayerShape{2, 130, 128, 2, 8},
+            LayerShape{4, 64, 160, 2, 8}, LayerShape{5, 7, 15, 3, 8}, LayerShape{40, 1, 16, 2, 8},
+            LayerShape{1, 300, 256, 2, 8}, LayerShape{2, 140, 112, 1, 8}})
         cases.push_back({s, KeyKind::kNone, ratio, 0, causal});
   return cases;
 }
@@ -480,7 +494,8 @@ TEST_P(WorkspaceTest, AnyThatIsEnoughGivesTheSameBits) {
 std::vector<AttentionCase> OfSeveralHeads() {
   std::vector<AttentionCase> cases;
   for (const bool causal : {false, true})
-    cases.push_back({LayerShape{2, 300, 128, 2, 8}, KeyKind::kLengths, 0.1f, 0, causal});
+    for (const int64_t hidden : {128, 256})
+      cases.push_back({LayerShape{2, 300, hidden, 2, 8}, KeyKind::kLengths, 0.1f, 0, causal});
   return cases;
 }
 

@@ -162,43 +162,65 @@ __device__ __forceinline__ void ProductStep(float (&c)[8][4], uint64_t a, uint64
 #undef LAMINA_PRODUCT_ADD
 #undef LAMINA_PRODUCT_NEW
 
+// 128 columns wide: the 64 registers of c, which a product adds to.
+#define LAMINA_PRODUCT_128_ADD(c)                                                                 \
+  "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),       \
+      "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),   \
+      "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),   \
+      "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),   \
+      "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),   \
+      "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),   \
+      "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]), \
+      "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]),             \
+      "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),             \
+      "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),             \
+      "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),             \
+      "+f"(c[15][2]), "+f"(c[15][3])
+// With the operands a, b and b's order, and a condition for the sum.
+#define LAMINA_PRODUCT_128(type, add, a, b, tail)                                              \
+  "{\n.reg .pred adds;\n"                                                                      \
+  "setp.ne.b32 adds, " add                                                                     \
+  ", 0;\n"                                                                                     \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                 \
+  " {"                                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
+  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63}, " a ", " b ", adds, 1, 1, " tail ";\n}"
+
 // One step of 16 of c = a b, or with `adds` of c += a b, 128 columns wide, both operands from
 // tiles: a's columns are its tile's, b's are its tiles' with kColumns, otherwise their rows.
-#define LAMINA_PRODUCT_128(type)                                                                  \
-  asm volatile(                                                                                   \
-      "{\n.reg .pred adds;\n"                                                                     \
-      "setp.ne.b32 adds, %66, 0;\n"                                                               \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                \
-      " {"                                                                                        \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "     \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                     \
-      "}, %64, %65, adds, 1, 1, 0, %67;\n}"                                                       \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), \
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), \
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]),               \
-        "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]),           \
-        "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]),           \
-        "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),           \
-        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]),           \
-        "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                                            \
-      : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kColumns))
-
 template <typename T, bool kColumns>
 __device__ __forceinline__ void ProductStep(float (&c)[16][4], uint64_t a, uint64_t b, bool adds) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    LAMINA_PRODUCT_128("bf16");
+    asm volatile(LAMINA_PRODUCT_128("bf16", "%66", "%64", "%65", "0, %67")
+                 : LAMINA_PRODUCT_128_ADD(c)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kColumns));
   } else {
     static_assert(std::is_same_v<T, __half>, "16-bit operands");
-    LAMINA_PRODUCT_128("f16");
+    asm volatile(LAMINA_PRODUCT_128("f16", "%66", "%64", "%65", "0, %67")
+                 : LAMINA_PRODUCT_128_ADD(c)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(adds)), "n"(kColumns));
+  }
+}
+
+// One step of 16 of c += a b, 128 columns wide: a from registers, as PackA makes it; b's columns
+// are those of two tiles.
+template <typename T>
+__device__ __forceinline__ void ProductStep(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(LAMINA_PRODUCT_128("bf16", "1", "{%64, %65, %66, %67}", "%68", "1")
+                 : LAMINA_PRODUCT_128_ADD(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    static_assert(std::is_same_v<T, __half>, "16-bit operands");
+    asm volatile(LAMINA_PRODUCT_128("f16", "1", "{%64, %65, %66, %67}", "%68", "1")
+                 : LAMINA_PRODUCT_128_ADD(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 }
 #undef LAMINA_PRODUCT_128
+#undef LAMINA_PRODUCT_128_ADD
 
 // c = a b^T over a depth of 64: both tiles' rows are 64 long.
 template <typename T>

@@ -1,0 +1,276 @@
+// Purpose: the forward of attention with wgmma for wide heads; attention_wgmma.cuh.
+//
+// As attention_wgmma.cu, by blocks that stay (attention_wgmma_wide_tiles.cuh). The queries pass
+// through the ring too, into registers. Dropout's bits are drawn while a tile's products run.
+#include "attention_wgmma.cuh"
+#include "attention_wgmma_wide_tiles.cuh"
+#include "common/dispatch.cuh"
+
+namespace lamina::cuda {
+namespace {
+
+constexpr int kSlots = 6;
+
+// The row maximum that probabilities are taken against lags behind by up to this: they stay below
+// 2^8, and the sums so far need not be scaled for every tile.
+constexpr float kMaxLag = 5.5f;
+
+template <typename T>
+struct ForwardShared {
+  WideTile<T> slots[kSlots][2];  // two tiles of queries; or keys and their values
+  float bias[kSlots][kTile];
+  Ring<kSlots> ring;
+};
+
+template <typename T>
+__device__ __forceinline__ void Copy(const AttentionParams& p, ForwardShared<T>& shared,
+                                     WideBlocks blocks) {
+  const int64_t stride = 3 * p.width;
+  const WideCopies copies(static_cast<int>(p.head_dim));
+  const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
+  RingPlace<kSlots> place;
+  for (; blocks.Any(); blocks.Next()) {
+    const Head h = blocks.At<BlockRows::kQueries>(p);
+    if (h.first >= h.length) continue;
+    const T* next = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
+    shared.ring.WaitEmpty(place);
+#pragma unroll
+    for (int i = 0; i < kWideGroups; ++i) {
+      const int first = h.first + i * kTile;
+      copies.Start<TileOrder::kPlain>(shared.slots[place.slot][i],
+                                      next + min(first, h.length - 1) * stride, stride,
+                                      h.length - first);
+    }
+    shared.ring.Fill(place);
+    place.Advance();
+    next += p.width;
+    for (int key0 = 0; key0 < h.keys; key0 += kTile) {
+      shared.ring.WaitEmpty(place);
+      auto& slot = shared.slots[place.slot];
+      copies.Start<TileOrder::kKeys>(slot[0], next, stride, h.keys - key0);
+      copies.Start<TileOrder::kKeys>(slot[1], next + p.width, stride, h.keys - key0);
+      if (p.mask != nullptr && tid < kTile) {
+        const bool inside = key0 + tid < h.keys;
+        CopyAsyncSmall<4>(&shared.bias[place.slot][tid],
+                          p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
+      }
+      shared.ring.Fill(place);
+      place.Advance();
+      next += kTile * stride;
+    }
+  }
+}
+
+template <typename T, bool kDropout>
+__device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<T>& shared,
+                                        WideBlocks blocks) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
+  const int warp_row = (tid & (kWarpgroup - 1)) / 32 * 16;  // within the group's tile
+  const float scale_log2 = p.scale * kLog2E;
+  RngState rng{};
+  if (kDropout) rng = UniformState(p.dropout.rng);
+  RingPlace<kSlots> place;
+
+  for (; blocks.Any(); blocks.Next()) {
+    const Head h = blocks.At<BlockRows::kQueries>(p);
+    if (h.first >= h.length) continue;
+    const int group_query = h.first + group * kTile;
+    const int query = group_query + warp_row + (lane >> 2);  // of row g
+    uint32_t q[8][4];
+    shared.ring.WaitFull(place);
+    LoadRowFragments(q, shared.slots[place.slot][group], warp_row);
+    shared.ring.Release(place.slot);
+    place.Advance();
+
+    float o[16][4] = {};
+    uint32_t probs[4][4];                         // of the tile before
+    float reference[2] = {-INFINITY, -INFINITY};  // rows g and g + 8
+    float row_sum[2] = {0.0f, 0.0f};              // this lane's columns only, until the end
+    const int tiles = (h.keys + kTile - 1) / kTile;
+    // Of this warpgroup: what a causal block's first queries do not see is left out.
+    const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
+    const int group_tiles = (keys + kTile - 1) / kTile;
+    int before = 0;  // the slot of the tile before
+
+    const auto step = [&](int tile, auto first) {
+      const int key0 = tile * kTile;
+      shared.ring.WaitFull(place);
+      auto& slot = shared.slots[place.slot];
+      float s[8][4];
+      BeginProducts();
+      MultiplyRowsOfTile<T>(s, q, DescribeTile(&slot[0]));
+      CommitProducts();
+      if constexpr (!first) {
+        MultiplyTile<T>(o, probs, DescribeColumns(shared.slots[before][1]));
+        CommitProducts();
+      }
+      KeptKeys kept[2][2];
+      if (kDropout) {
+        uint32_t together = 0;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            kept[part][half] = DrawKeys(p.dropout, rng, h.row + query + 8 * half,
+                                        key0 + 32 * part + 8 * (lane & 3));
+            together ^= kept[part][half].bits.word[0] ^ kept[part][half].bits.word[1] ^
+                        kept[part][half].bits.word[2] ^ kept[part][half].bits.word[3];
+          }
+        }
+        DoFirst(together);
+      }
+      WaitForProducts<first ? 0 : 1>();
+      PinProduct(s);
+
+      const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
+      const bool plain = p.mask == nullptr && p.scale > 0.0f && key0 + kTile <= h.keys && !cut;
+      if (!plain) {
+        MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[place.slot] : nullptr, h.keys - key0,
+                   cut, query - key0);
+      }
+      float tile_max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
+      }
+      float factor[2];
+      bool above = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float m = tile_max[half];
+        m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 2));
+        m = plain ? m * p.scale : m;
+        factor[half] = 1.0f;
+        if (m > reference[half] + kMaxLag) {
+          above = true;
+          factor[half] = Exp2((reference[half] - m) * kLog2E);
+          reference[half] = m;
+          row_sum[half] *= factor[half];
+        }
+      }
+      // Nothing seen but -inf: any finite reference gives exp(-inf) = 0 rather than NaN.
+      float shift[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        shift[half] = reference[half] == -INFINITY ? 0.0f : reference[half];
+      }
+      if (plain) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) shift[half] *= kLog2E;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
+        }
+      } else {
+        // The difference first: a score near the lowest fp32 number has no multiple.
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][i] = Exp2((s[n][i] - shift[i >> 1]) * kLog2E);
+        }
+      }
+      if constexpr (!first) {
+        WaitForProducts<0>();
+        PinProduct(o);
+        shared.ring.Release(before);
+        if (__any_sync(0xFFFFFFFFu, above)) {
+#pragma unroll
+          for (int n = 0; n < 16; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
+          }
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
+            row_sum[half] += prob;
+            // The scale of the kept ones goes into the last factor.
+            if (kDropout) prob = kept[part][half][i] ? prob : 0.0f;
+          }
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            const float* pair = &s[4 * part + m][2 * half];
+            probs[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
+          }
+        }
+      }
+      before = place.slot;
+      place.Advance();
+    };
+    if (group_tiles > 0) {
+      step(0, std::true_type{});
+#pragma unroll 1
+      for (int tile = 1; tile < group_tiles; ++tile) step(tile, std::false_type{});
+      BeginProducts();
+      MultiplyTile<T>(o, probs, DescribeColumns(shared.slots[before][1]));
+      CommitProducts();
+      WaitForProducts<0>();
+      PinProduct(o);
+      shared.ring.Release(before);
+    }
+    for (int tile = group_tiles; tile < tiles; ++tile) {
+      shared.ring.WaitFull(place);
+      shared.ring.Release(place.slot);
+      place.Advance();
+    }
+
+    float factor[2];
+    int row[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = row_sum[half];
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      factor[half] = inverse * p.dropout.scale;
+      const bool inside = query + 8 * half < h.length;
+      row[half] = inside ? query + 8 * half : -1;
+      if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
+        p.softmax[h.row + query + 8 * half] =
+            SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
+      }
+    }
+    StoreWideRows(static_cast<T*>(p.out) + h.token * p.width + h.column, p.width, row, head_dim, o,
+                  factor[0], factor[1]);
+  }
+}
+
+template <typename T, bool kDropout>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    AttentionWgmmaWideKernel(const AttentionParams p, unsigned number, unsigned per_head) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<ForwardShared<T>*>(shared_bytes);
+  if (threadIdx.x == 0) shared.ring.Start();
+  __syncthreads();
+  const WideBlocks blocks(number, per_head);
+  if (threadIdx.x >= kWideComputing) {
+    GiveRegisters<kCopyRegisters>();
+    Copy(p, shared, blocks);
+  } else {
+    TakeRegisters<kComputeRegisters>();
+    Compute<T, kDropout>(p, shared, blocks);
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchAttentionWgmmaWide(const AttentionParams& p, cudaStream_t stream) {
+  return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
+    using T = typename decltype(tag)::type;
+    return LaunchWide(AttentionWgmmaWideKernel<T, dropout.value>, sizeof(ForwardShared<T>), p,
+                      stream);
+  });
+}
+
+}  // namespace lamina::cuda

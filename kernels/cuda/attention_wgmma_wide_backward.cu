@@ -1,0 +1,600 @@
+// Purpose: the backward of attention with wgmma for wide heads; attention_wgmma.cuh.
+//
+// Two kernels, which both compute the scores again: dQ, and delta, for 128 queries at a time, dK
+// and dV for 128 keys, by blocks that stay (attention_wgmma_wide_tiles.cuh). In the first a
+// warpgroup's score tiles have queries as rows, in the second keys, so that in both the gradients
+// of the scores, and the probabilities, are left operands in registers of the products that they
+// go into. No two blocks write the same element. Where there is room the dropout's bits are drawn
+// for both by a kernel before them.
+#include "attention_wgmma.cuh"
+#include "attention_wgmma_wide_tiles.cuh"
+#include "column_sum.cuh"
+#include "common/dispatch.cuh"
+
+namespace lamina::cuda {
+namespace {
+
+// Which of a launch's probabilities are kept: a row of bits a query, a word for every 32 keys. As
+// many as in attention_wgmma_tiles.cuh's order.
+struct KeptRows {
+  uint32_t* words;  // of the head's first query; where p.kept is
+  int row_words;
+
+  __device__ __forceinline__ KeptRows(const AttentionParams& p, const Head& h)
+      : words(p.kept), row_words(2 * static_cast<int>((p.seq + kTile - 1) / kTile)) {
+    const int64_t rows = (p.seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows * kWgmmaQueryRows;
+    words += h.index * rows * row_words;
+  }
+  __device__ __forceinline__ uint32_t* Row(int query) const {
+    return words + static_cast<int64_t>(query) * row_words;
+  }
+};
+
+constexpr int kQuerySlots = 6;
+
+template <typename T>
+struct QueryGradShared {
+  // Two tiles of queries, of dout or of out; or keys and their values.
+  WideTile<T> slots[kQuerySlots][2];
+  float bias[kQuerySlots][kTile];
+  WarpSums sums[2][kWideComputing / 32];  // of dq, each half of its columns
+  Ring<kQuerySlots> ring;
+};
+
+template <typename T>
+__device__ __forceinline__ void CopyForQueries(const AttentionParams& p, QueryGradShared<T>& shared,
+                                               WideBlocks blocks) {
+  const int64_t stride = 3 * p.width;
+  const WideCopies copies(static_cast<int>(p.head_dim));
+  const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
+  RingPlace<kQuerySlots> place;
+  for (; blocks.Any(); blocks.Next()) {
+    const Head h = blocks.At<BlockRows::kQueries>(p);
+    if (h.first >= h.length) continue;
+    const auto start_rows = [&](const void* src, int64_t step) {
+      const T* from = static_cast<const T*>(src) + h.token * step + h.column;
+      shared.ring.WaitEmpty(place);
+#pragma unroll
+      for (int i = 0; i < kWideGroups; ++i) {
+        const int first = h.first + i * kTile;
+        copies.Start<TileOrder::kPlain>(shared.slots[place.slot][i],
+                                        from + min(first, h.length - 1) * step, step,
+                                        h.length - first);
+      }
+      shared.ring.Fill(place);
+      place.Advance();
+    };
+    start_rows(p.qkv, stride);
+    start_rows(p.dout, p.width);
+    start_rows(p.out, p.width);
+    const T* next = static_cast<const T*>(p.qkv) + h.token * stride + h.column + p.width;
+    for (int key0 = 0; key0 < h.keys; key0 += kTile) {
+      shared.ring.WaitEmpty(place);
+      auto& slot = shared.slots[place.slot];
+      copies.Start<TileOrder::kKeys>(slot[0], next, stride, h.keys - key0);
+      copies.Start<TileOrder::kKeys>(slot[1], next + p.width, stride, h.keys - key0);
+      if (p.mask != nullptr && tid < kTile) {
+        const bool inside = key0 + tid < h.keys;
+        CopyAsyncSmall<4>(&shared.bias[place.slot][tid],
+                          p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
+      }
+      shared.ring.Fill(place);
+      place.Advance();
+      next += kTile * stride;
+    }
+  }
+}
+
+template <typename T, KeysFrom kFrom>
+__device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
+                                                  QueryGradShared<T>& shared, WideBlocks blocks) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t stride = 3 * p.width;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
+  const int warp_row = (tid & (kWarpgroup - 1)) / 32 * 16;  // within the group's tile
+  RngState rng{};
+  if (kFrom == KeysFrom::kDrawn) rng = UniformState(p.dropout.rng);
+  RingPlace<kQuerySlots> place;
+
+  for (; blocks.Any(); blocks.Next()) {
+    const Head h = blocks.At<BlockRows::kQueries>(p);
+    const auto block_sums = [&] {
+      const int64_t slice = h.batch * blocks.per_head + h.first / kWideRows;
+      return p.sums + slice * p.width + h.column;
+    };
+    if (h.first >= h.length) {
+      if (p.sums != nullptr && tid < head_dim) block_sums()[tid] = 0.0f;
+      continue;
+    }
+    const int group_query = h.first + group * kTile;
+    const int query = group_query + warp_row + (lane >> 2);  // of row g
+    RowPair rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = query + 8 * half;
+      rows.softmax[half] = i < h.length ? p.softmax[h.row + i] : SoftmaxRow{INFINITY, 0.0f};
+    }
+    uint32_t q[8][4], dout[8][4];
+    shared.ring.WaitFull(place);
+    LoadRowFragments(q, shared.slots[place.slot][group], warp_row);
+    shared.ring.Release(place.slot);
+    place.Advance();
+    shared.ring.WaitFull(place);
+    LoadRowFragments(dout, shared.slots[place.slot][group], warp_row);
+    shared.ring.Release(place.slot);
+    place.Advance();
+    shared.ring.WaitFull(place);
+    rows.delta[0] = rows.delta[1] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      uint32_t out[4];
+      LoadRowFragment(out, shared.slots[place.slot][group], warp_row, k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = UnpackPair<T>(out[i]), y = UnpackPair<T>(dout[k][i]);
+        rows.delta[i & 1] += x.x * y.x + x.y * y.y;
+      }
+    }
+    shared.ring.Release(place.slot);
+    place.Advance();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = rows.delta[half];
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+      const int i = query + 8 * half;
+      if ((lane & 3) == 0 && i < h.length) p.delta[h.row + i] = sum;
+    }
+
+    const KeptRows kept_rows(p, h);
+    float dq[16][4] = {};
+    float s[8][4];
+    const int tiles = (h.keys + kTile - 1) / kTile;
+    // Of this warpgroup: what a causal block's first queries do not see is left out.
+    const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
+    const int group_tiles = (keys + kTile - 1) / kTile;
+
+    // The scores' products are there.
+    const auto step = [&](int tile, auto last) {
+      const int key0 = tile * kTile;
+      auto& slot = shared.slots[place.slot];
+      float dp[8][4];
+      BeginProducts();
+      MultiplyRowsOfTile<T>(dp, dout, DescribeTile(&slot[1]));
+      CommitProducts();
+      uint32_t word = 0;
+      if constexpr (kFrom == KeysFrom::kKept) {
+        // Of each row's 64 bits a thread's are bytes t and 4 + t.
+        const auto at = [&](int half) {
+          return *reinterpret_cast<const uint2*>(kept_rows.Row(query + 8 * half) + 2 * tile);
+        };
+        const uint2 low = at(0), high = at(1);
+        const uint32_t bytes = (lane & 3) | (4 + (lane & 3)) << 4;
+        word = __byte_perm(__byte_perm(low.x, high.x, bytes), __byte_perm(low.y, high.y, bytes),
+                           0x5410);
+      }
+      const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
+      const bool plain = p.mask == nullptr && key0 + kTile <= h.keys && !cut;
+      if (!plain) {
+        MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[place.slot] : nullptr, h.keys - key0,
+                   cut, query - key0);
+      }
+      Probabilities(s, plain, p.scale, rows.softmax);
+      WaitForProducts<0>();
+      PinProduct(dp);
+      uint32_t ds[4][4];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          DropGradsOf<kFrom>(s, dp, part, half, word, p.dropout, rng, h.row + query + 8 * half,
+                             key0 + 32 * part + 8 * (lane & 3), rows.delta[half]);
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            const float* pair = &dp[4 * part + m][2 * half];
+            ds[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
+          }
+        }
+      }
+      const int now = place.slot;
+      place.Advance();
+      if constexpr (!last) shared.ring.WaitFull(place);
+      BeginProducts();
+      MultiplyTile<T>(dq, ds, DescribeColumns(slot[0]));
+      if constexpr (!last) {
+        MultiplyRowsOfTile<T>(s, q, DescribeTile(&shared.slots[place.slot][0]));
+      }
+      CommitProducts();
+      WaitForProducts<0>();
+      PinProduct(dq);
+      if constexpr (!last) PinProduct(s);
+      shared.ring.Release(now);
+    };
+    if (group_tiles > 0) {
+      shared.ring.WaitFull(place);
+      BeginProducts();
+      MultiplyRowsOfTile<T>(s, q, DescribeTile(&shared.slots[place.slot][0]));
+      CommitProducts();
+      WaitForProducts<0>();
+      PinProduct(s);
+#pragma unroll 1
+      for (int tile = 0; tile < group_tiles - 1; ++tile) step(tile, std::false_type{});
+      step(group_tiles - 1, std::true_type{});
+    }
+#pragma unroll 1
+    for (int tile = group_tiles; tile < tiles; ++tile) {
+      shared.ring.WaitFull(place);
+      shared.ring.Release(place.slot);
+      place.Advance();
+    }
+
+    int row[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row[half] = query + 8 * half < h.length ? query + 8 * half : -1;
+    }
+    StoreWideRows(static_cast<T*>(p.dqkv) + h.token * stride + h.column, stride, row, head_dim, dq,
+                  p.scale, p.scale);
+    if (p.sums == nullptr) continue;
+    // The sums of the block before have been read.
+    ComputingBarrier();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shared.sums[half][tid / 32].pairs[lane] = ColumnSums(HalfOf(dq, half));
+    }
+    ComputingBarrier();
+    if (tid < head_dim) {
+      block_sums()[tid] =
+          AddWarpSums(shared.sums[tid / 64], kWideComputing / 32, p.scale, tid % 64);
+    }
+  }
+}
+
+template <typename T, KeysFrom kFrom>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    WideQueryGradKernel(const AttentionParams p, unsigned number, unsigned per_head) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<QueryGradShared<T>*>(shared_bytes);
+  if (threadIdx.x == 0) shared.ring.Start();
+  __syncthreads();
+  const WideBlocks blocks(number, per_head);
+  if (threadIdx.x >= kWideComputing) {
+    GiveRegisters<kCopyRegisters>();
+    CopyForQueries(p, shared, blocks);
+  } else {
+    TakeRegisters<kComputeRegisters>();
+    ComputeQueryGrads<T, kFrom>(p, shared, blocks);
+  }
+}
+
+constexpr int kKeySlots = 4;
+// Tiles of queries on their way before the keys, which wait for those before them to be done with.
+constexpr int kEarlyTiles = 2;
+static_assert(kEarlyTiles < kKeySlots, "or the slots wait for the keys");
+constexpr int kStatWarps = kTile / 32;  // that copy what a query has beside its rows
+
+template <typename T>
+struct KeyGradShared {
+  WideTile<T> k[kWideGroups], v[kWideGroups];
+  struct Slot {
+    WideTile<T> q, dout;
+  };
+  Slot slots[kKeySlots];
+  SoftmaxRow softmax[kKeySlots][kTile];
+  float shift[kKeySlots][kTile];
+  float delta[kKeySlots][kTile];
+  union {
+    uint32_t kept[kKeySlots][kWideRows / 32][kTile];  // [word of the block's keys][query]
+    uint32_t drawn[kWideComputing / 32][kTile];       // the same, of each warp's keys
+  };
+  WarpSums sums[2][2][kWideComputing / 32];  // of dk and dv, each half of their columns
+  Ring<kKeySlots> ring;
+  uint64_t keys_full, keys_empty;
+};
+
+// The first query that a block of keys is to see, and how many tiles of them there are.
+struct SeenQueries {
+  int first, tiles;
+
+  __device__ __forceinline__ SeenQueries(const AttentionParams& p, const Head& h)
+      // Queries before the block's first key see none of its keys; those of a block whose keys are
+      // all cut off see none at all.
+      : first(p.causal ? h.first : 0),
+        tiles(h.first < h.keys ? (h.length - first + kTile - 1) / kTile : 0) {}
+};
+
+template <typename T, KeysFrom kFrom>
+__device__ __forceinline__ void CopyForKeys(const AttentionParams& p, KeyGradShared<T>& shared,
+                                            WideBlocks blocks) {
+  const int64_t stride = 3 * p.width;
+  const WideCopies copies(static_cast<int>(p.head_dim));
+  const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
+  RingPlace<kKeySlots> place;
+  RingPlace<1> keys_place;
+  for (; blocks.Any(); blocks.Next()) {
+    const Head h = blocks.At<BlockRows::kKeys>(p);
+    if (h.first >= h.length) continue;
+    const SeenQueries seen(p, h);
+    const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
+    const T* next_q = qkv + seen.first * stride;
+    const T* next_dout =
+        static_cast<const T*>(p.dout) + (h.token + seen.first) * p.width + h.column;
+    for (int tile = 0; tile < seen.tiles; ++tile) {
+      const int query0 = seen.first + tile * kTile;
+      const int rows = h.length - query0;
+      SoftmaxRow softmax{INFINITY, 0.0f};
+      float delta = 0.0f;
+      if (tid < min(rows, kTile)) {
+        softmax = p.softmax[h.row + query0 + tid];
+        delta = p.delta[h.row + query0 + tid];
+      }
+      shared.ring.WaitEmpty(place);
+      auto& slot = shared.slots[place.slot];
+      copies.Start<TileOrder::kPlain>(slot.q, next_q, stride, rows);
+      copies.Start<TileOrder::kPlain>(slot.dout, next_dout, p.width, rows);
+      if constexpr (kFrom == KeysFrom::kKept) {
+        const KeptRows kept(p, h);
+        const int word = tid % 4;
+        const bool inside = h.first / 32 + word < kept.row_words;
+#pragma unroll
+        for (int i = tid / 4; i < kTile; i += kWarpgroup / 4) {
+          CopyAsyncSmall<4>(&shared.kept[place.slot][word][i],
+                            kept.Row(query0 + i) + (inside ? h.first / 32 + word : 0), inside);
+        }
+      }
+      shared.ring.Fill(place);
+      if (tid < kTile) {
+        shared.softmax[place.slot][tid] = softmax;
+        shared.shift[place.slot][tid] = ShiftOf(softmax);
+        shared.delta[place.slot][tid] = delta;
+        __syncwarp();
+        if (tid % 32 == 0) Arrive(&shared.ring.full[place.slot]);
+      }
+      place.Advance();
+      next_q += kTile * stride;
+      next_dout += kTile * p.width;
+      if (tile != min(kEarlyTiles, seen.tiles) - 1) continue;
+      WaitForPhase(&shared.keys_empty, keys_place.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kWideGroups; ++i) {
+        const int first = h.first + i * kTile;
+        const T* keys = qkv + p.width + min(first, h.length - 1) * stride;
+        copies.Start<TileOrder::kPlain>(shared.k[i], keys, stride, h.keys - first);
+        copies.Start<TileOrder::kPlain>(shared.v[i], keys + p.width, stride, h.keys - first);
+      }
+      ArriveAfterCopies(&shared.keys_full);
+      keys_place.Advance();
+    }
+  }
+}
+
+template <typename T, KeysFrom kFrom>
+__device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGradShared<T>& shared,
+                                                WideBlocks blocks) {
+  constexpr bool kDropout = kFrom != KeysFrom::kNone;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t stride = 3 * p.width;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  const int group = __shfl_sync(0xFFFFFFFFu, tid / kWarpgroup, 0);
+  const int warp = __shfl_sync(0xFFFFFFFFu, tid / 32, 0);
+  const int warp_row = warp % 4 * 16;  // within the group's tile
+  RngState rng{};
+  if (kFrom == KeysFrom::kDrawn) rng = UniformState(p.dropout.rng);
+  const uint64_t k_tile = DescribeTile(&shared.k[group]);
+  const uint64_t v_tile = DescribeTile(&shared.v[group]);
+  RingPlace<kKeySlots> place;
+  RingPlace<1> keys_place;
+
+  for (; blocks.Any(); blocks.Next()) {
+    const Head h = blocks.At<BlockRows::kKeys>(p);
+    const auto block_sums = [&] {
+      // After those of dq.
+      const int64_t slices = p.batch * blocks.per_head;
+      const int64_t slice = h.batch * blocks.per_head + h.first / kWideRows;
+      return p.sums + (slices + 2 * slice) * p.width + h.column;
+    };
+    const int part = tid / 128;
+    const int column = tid % 128;
+    if (h.first >= h.length) {
+      if (p.sums != nullptr && column < head_dim) block_sums()[part * p.width + column] = 0.0f;
+      continue;
+    }
+    const SeenQueries seen(p, h);
+    const int key0 = h.first + group * kTile;  // of this warpgroup
+    // A warpgroup whose keys are cut off, or not seen by the first queries.
+    const int skipped = key0 < h.keys ? min(p.causal ? group : 0, seen.tiles) : seen.tiles;
+    const KeyTile keys(p, h, key0, warp_row);
+    float dk[16][4] = {};
+    float dv[16][4] = {};
+    float s[8][4];
+
+    // The scores' products are there.
+    const auto step = [&](int tile, auto last) {
+      const int query0 = seen.first + tile * kTile;
+      auto& slot = shared.slots[place.slot];
+      QueryTile queries{shared.softmax[place.slot], shared.shift[place.slot],
+                        shared.delta[place.slot], nullptr};
+      if constexpr (kFrom == KeysFrom::kKept) {
+        queries.kept = shared.kept[place.slot][warp / 2];
+      } else if constexpr (kFrom == KeysFrom::kDrawn) {
+        queries.kept = shared.drawn[warp];
+        DrawKeyRows(p.dropout, rng, h.row + query0, key0 + warp_row, shared.drawn[warp]);
+      }
+      uint32_t probs[4][4];
+      keys.Probabilities<T, kDropout>(s, probs, p, queries, query0);
+      float dp[8][4];
+      BeginProducts();
+      MultiplyTile<T>(dv, probs, DescribeColumns(slot.dout));
+      MultiplyRowsOfWideTiles<T>(dp, v_tile, DescribeTile(&slot.dout));
+      CommitProducts();
+      WaitForProducts<0>();
+      PinProduct(dv);
+      PinProduct(dp);
+      if constexpr (last) {
+        __syncwarp();
+        if (lane == 0) Arrive(&shared.keys_empty);
+      }
+      uint32_t ds[4][4];
+      keys.ScoreGrads<T, kDropout>(s, dp, ds, p, queries);
+      const int now = place.slot;
+      place.Advance();
+      if constexpr (!last) shared.ring.WaitFull(place);
+      BeginProducts();
+      MultiplyTile<T>(dk, ds, DescribeColumns(slot.q));
+      if constexpr (!last) {
+        MultiplyRowsOfWideTiles<T>(s, k_tile, DescribeTile(&shared.slots[place.slot].q));
+      }
+      CommitProducts();
+      WaitForProducts<0>();
+      PinProduct(dv);
+      PinProduct(dk);
+      if constexpr (!last) PinProduct(s);
+      shared.ring.Release(now);
+    };
+    if (seen.tiles > 0) {
+#pragma unroll 1
+      for (int tile = 0; tile < skipped; ++tile) {
+        shared.ring.WaitFull(place);
+        shared.ring.Release(place.slot);
+        place.Advance();
+      }
+      WaitForPhase(&shared.keys_full, keys_place.parity);
+      keys_place.Advance();
+      if (skipped < seen.tiles) {
+        shared.ring.WaitFull(place);
+        BeginProducts();
+        MultiplyRowsOfWideTiles<T>(s, k_tile, DescribeTile(&shared.slots[place.slot].q));
+        CommitProducts();
+        WaitForProducts<0>();
+        PinProduct(s);
+#pragma unroll 1
+        for (int tile = skipped; tile < seen.tiles - 1; ++tile) step(tile, std::false_type{});
+        step(seen.tiles - 1, std::true_type{});
+      } else {
+        __syncwarp();
+        if (lane == 0) Arrive(&shared.keys_empty);
+      }
+    }
+
+    int row[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row[half] = keys.Row(half) < h.length ? keys.Row(half) : -1;
+    }
+    T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
+    StoreWideRows(dst + p.width, stride, row, head_dim, dk, p.scale, p.scale);
+    StoreWideRows(dst + 2 * p.width, stride, row, head_dim, dv, p.dropout.scale, p.dropout.scale);
+    if (p.sums == nullptr) continue;
+    // The sums of the block before have been read.
+    ComputingBarrier();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shared.sums[0][half][warp].pairs[lane] = ColumnSums(HalfOf(dk, half));
+      shared.sums[1][half][warp].pairs[lane] = ColumnSums(HalfOf(dv, half));
+    }
+    ComputingBarrier();
+    if (column < head_dim) {
+      block_sums()[part * p.width + column] =
+          AddWarpSums(shared.sums[part][column / 64], kWideComputing / 32,
+                      part == 0 ? p.scale : p.dropout.scale, column % 64);
+    }
+  }
+}
+
+template <typename T, KeysFrom kFrom>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    WideKeyGradKernel(const AttentionParams p, unsigned number, unsigned per_head) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<KeyGradShared<T>*>(shared_bytes);
+  if (threadIdx.x == 0) {
+    shared.ring.Start(kStatWarps);
+    StartBarrier(&shared.keys_full, kWarpgroup);
+    StartBarrier(&shared.keys_empty, kWideComputing / 32);
+  }
+  __syncthreads();
+  const WideBlocks blocks(number, per_head);
+  if (threadIdx.x >= kWideComputing) {
+    GiveRegisters<kCopyRegisters>();
+    CopyForKeys<T, kFrom>(p, shared, blocks);
+  } else {
+    TakeRegisters<kComputeRegisters>();
+    ComputeKeyGrads<T, kFrom>(p, shared, blocks);
+  }
+}
+
+constexpr int kDrawThreads = kWarpgroup;
+constexpr int kDrawWords = 16;  // neighbouring ones, of neighbouring threads
+
+// The bits of a tile of queries.
+__global__ void __launch_bounds__(kDrawThreads) DrawRowsKernel(const AttentionParams p) {
+  const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
+  if (h.first >= h.length) return;
+  const RngState rng = UniformState(p.dropout.rng);
+  const KeptRows kept_rows(p, h);
+  const int words = (h.keys + 31) / 32;
+  for (int i = static_cast<int>(threadIdx.x) / kDrawWords; i < kTile;
+       i += kDrawThreads / kDrawWords) {
+    const int query = h.first + i;
+    uint32_t* row = kept_rows.Row(query);
+    for (int w = static_cast<int>(threadIdx.x) % kDrawWords; w < words; w += kDrawWords) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const KeptKeys kept = DrawKeys(p.dropout, rng, h.row + query, 32 * w + 8 * part);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) word |= (kept[j] ? 1u : 0u) << (8 * part + j);
+      }
+      row[w] = word;
+    }
+  }
+}
+
+// Both kernels over heads [p.first_head, + p.head_count).
+template <typename T, KeysFrom kFrom>
+cudaError_t OverHeads(const AttentionParams& p, cudaStream_t stream) {
+  const cudaError_t error =
+      LaunchWide(WideQueryGradKernel<T, kFrom>, sizeof(QueryGradShared<T>), p, stream);
+  if (error != cudaSuccess) return error;
+  return LaunchWide(WideKeyGradKernel<T, kFrom>, sizeof(KeyGradShared<T>), p, stream);
+}
+
+template <typename T, bool kDropout>
+cudaError_t Backward(AttentionParams p, cudaStream_t stream) {
+  const int64_t heads = p.batch * p.heads;
+  const size_t head_bytes = KeptBitsBytes(p.seq);
+  const int64_t at_once = p.kept != nullptr ? static_cast<int64_t>(p.kept_bytes / head_bytes) : 0;
+  cudaError_t error = cudaSuccess;
+  if (!kDropout) {
+    error = OverHeads<T, KeysFrom::kNone>(p, stream);
+  } else if (at_once == 0) {
+    error = OverHeads<T, KeysFrom::kDrawn>(p, stream);
+  } else {
+    // Parts of one size, so that none is a small rest.
+    const int64_t parts = (heads + at_once - 1) / at_once;
+    for (int64_t part = 0; part < parts && error == cudaSuccess; ++part) {
+      p.first_head = heads * part / parts;
+      p.head_count = heads * (part + 1) / parts - p.first_head;
+      error = LaunchRows<kTile>(DrawRowsKernel, kDrawThreads, 0, p, stream);
+      if (error == cudaSuccess) error = OverHeads<T, KeysFrom::kKept>(p, stream);
+    }
+  }
+  if (error != cudaSuccess || p.sums == nullptr) return error;
+  const BiasSlices slices = BiasSlicesOf(p.tokens, p.batch, p.seq, p.head_dim);
+  error = LaunchFinishColumnSum({p.sums, slices.q, p.width, {p.dbias}}, stream);
+  if (error != cudaSuccess) return error;
+  return LaunchFinishColumnSum(
+      {p.sums + slices.q * p.width, slices.kv, 2 * p.width, {p.dbias + p.width}}, stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchAttentionWgmmaWideBackward(const AttentionParams& p, cudaStream_t stream) {
+  return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
+    return Backward<typename decltype(tag)::type, dropout.value>(p, stream);
+  });
+}
+
+}  // namespace lamina::cuda

@@ -1,0 +1,387 @@
+// Purpose: what the warpgroup kernels for wide heads (head dims above 64) have in common: tiles of
+// 128 columns, the ring that they pass through, the blocks of rows that a block does in turn.
+//
+// A thread's share of a sum over 128 columns is 64 registers, so that a multiprocessor has room for
+// one block: two warpgroups, which compute, and one which copies. The block stays and does one
+// block of rows after another, and what copies is ahead of what computes, across their bounds.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_head.cuh"
+#include "attention_wgmma_tiles.cuh"
+#include "common/copy_async.cuh"
+#include "common/mbarrier.cuh"
+#include "common/wgmma.cuh"
+
+namespace lamina::cuda {
+
+constexpr int kWideGroups = 2;  // that compute
+constexpr int kWideComputing = kWideGroups * kWarpgroup;
+constexpr int kWideThreads = kWideComputing + kWarpgroup;
+constexpr int kWideRows = kWideGroups * kTile;  // of a block
+static_assert(kWideRows == kWgmmaQueryRows, "what the dropout's bits are laid out by");
+// Registers of a thread that copies, and of one that computes; of 65536: 128 * 56 + 256 * 224.
+constexpr int kCopyRegisters = 56;
+constexpr int kComputeRegisters = 224;
+
+// 64 rows of a head: its first 64 columns, and the others.
+template <typename T>
+struct WideTile {
+  SwizzledTile<T> halves[2];
+};
+
+constexpr uint64_t kNextHalf = kSwizzledBytes >> 4;  // in a description
+
+// A wide tile whose columns are those of an operand.
+template <typename T>
+__device__ __forceinline__ uint64_t DescribeColumns(const WideTile<T>& tile) {
+  return DescribeTile(&tile, kSwizzledBytes);
+}
+
+// c = a b^T over a depth of 128, a in registers.
+template <typename T>
+__device__ __forceinline__ void MultiplyRowsOfTile(float (&c)[8][4], const uint32_t (&a)[8][4],
+                                                   uint64_t b) {
+  ProductStep<T, false, false>(c, a[0], b);
+#pragma unroll
+  for (int k = 1; k < 8; ++k) {
+    ProductStep<T, true, false>(c, a[k], b + k / 4 * kNextHalf + k % 4 * kStepAlongRow);
+  }
+}
+
+// The same, both tiles.
+template <typename T>
+__device__ __forceinline__ void MultiplyRowsOfWideTiles(float (&c)[8][4], uint64_t a, uint64_t b) {
+  ProductStep<T, false, false, false>(c, a, b);
+#pragma unroll
+  for (int k = 1; k < 8; ++k) {
+    const uint64_t step = k / 4 * kNextHalf + k % 4 * kStepAlongRow;
+    ProductStep<T, true, false, false>(c, a + step, b + step);
+  }
+}
+
+// c += a b, a in registers, its columns the tile's rows; b as of DescribeColumns.
+template <typename T>
+__device__ __forceinline__ void MultiplyTile(float (&c)[16][4], const uint32_t (&a)[4][4],
+                                             uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) ProductStep<T>(c, a[k], b + k * kStepAlongColumn);
+}
+
+// A of products over a tile's columns: rows [row, row + 16), columns [16 k, 16 k + 16).
+template <typename T>
+__device__ __forceinline__ void LoadRowFragment(uint32_t (&a)[4], const WideTile<T>& tile, int row,
+                                                int k) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  LoadMatrices(a, reinterpret_cast<const char*>(tile.halves[k / 4].rows) +
+                      Swizzled(row + (lane & 15), 2 * (k % 4) + (lane >> 4)));
+}
+// All columns.
+template <typename T>
+__device__ __forceinline__ void LoadRowFragments(uint32_t (&a)[8][4], const WideTile<T>& tile,
+                                                 int row) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) LoadRowFragment(a[k], tile, row, k);
+}
+
+// A barrier of the threads that compute.
+__device__ __forceinline__ void ComputingBarrier() {
+  asm volatile("bar.sync 3, %0;" ::"n"(kWideComputing) : "memory");
+}
+
+// Has `value` computed here. Left to itself ptxas moves what does not depend on products to behind
+// the wait for them, across branches too; a sleep that may depend on it it leaves where it is.
+__device__ __forceinline__ void DoFirst(uint32_t value) {
+  asm volatile(
+      "{\n.reg .pred never;\n"
+      "setp.eq.u32 never, %0, 0x5A17C3E9;\n"
+      "@never nanosleep.u32 0;\n}" ::"r"(value)
+      : "memory");
+}
+
+// Half `half` of 128 columns.
+__device__ __forceinline__ const float (&HalfOf(const float (&c)[16][4], int half))[8][4] {
+  return reinterpret_cast<const float(&)[8][4]>(c[8 * half]);
+}
+__device__ __forceinline__ float (&HalfOf(float (&c)[16][4], int half))[8][4] {
+  return reinterpret_cast<float(&)[8][4]>(c[8 * half]);
+}
+
+// StoreRows of 128 columns.
+template <typename T>
+__device__ __forceinline__ void StoreWideRows(T* dst, int64_t stride, const int (&row)[2],
+                                              int head_dim, const float (&c)[16][4], float factor0,
+                                              float factor1) {
+  const float factor[2] = {factor0, factor1};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    StoreRows(dst + 64 * half, stride, row, head_dim - 64 * half, HalfOf(c, half), factor);
+  }
+}
+
+// The part in copying tiles that a thread of the copying warpgroup has: a chunk of eight columns,
+// and every eighth row.
+struct WideCopies {
+  int row, chunk;
+  bool inside;  // of the head's columns
+
+  __device__ __forceinline__ explicit WideCopies(int head_dim)
+      : row(static_cast<int>(threadIdx.x) % kWarpgroup / 16),
+        chunk(static_cast<int>(threadIdx.x) % 16),
+        inside(chunk * 8 < head_dim) {}
+
+  // Starts to copy `rows` rows from `src` on, the head's first column of the first one, and writes
+  // zeros where the tile has more. Where there is no row at all `src` may be anything.
+  template <TileOrder kOrder, typename T>
+  __device__ __forceinline__ void Start(WideTile<T>& tile, const T* src, int64_t stride,
+                                        int rows) const {
+    char* dst = reinterpret_cast<char*>(tile.halves[chunk / 8].rows);
+    const T* from = src + row * stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kTile / 8; ++i) {
+      const int r = row + 8 * i;
+      CopyAsync16(dst + Swizzled(kOrder == TileOrder::kKeys ? Reordered(r) : r, chunk % 8),
+                  from + i * 8 * stride, inside && r < rows);
+    }
+  }
+};
+
+// Draws the bits of a warp's 16 keys from `key` on, for the tile of queries whose first row is
+// `row`: of query i bits 16 * (warp % 2) and on of words[i].
+__device__ __forceinline__ void DrawKeyRows(const DropoutParams& dropout, const RngState& rng,
+                                            int64_t row, int key, uint32_t (&words)[kTile]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < 2 * kTile; i += 32) {
+    const KeptKeys kept = DrawKeys(dropout, rng, row + i / 2, key + 8 * (i % 2));
+    uint32_t byte = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) byte |= (kept[j] ? 1u : 0u) << j;
+    reinterpret_cast<uint8_t*>(&words[i / 2])[warp % 2 * 2 + i % 2] = static_cast<uint8_t>(byte);
+  }
+  __syncwarp();
+}
+
+// Two elements as PackPair, 0 where they are negative.
+template <typename T>
+__device__ __forceinline__ uint32_t PackPositive(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// What shared memory has of a tile of queries beside their rows.
+struct QueryTile {
+  const SoftmaxRow* softmax;
+  const float* shift;  // max * log2 e - log2 inverse_sum
+  const float* delta;
+  const uint32_t* kept;  // as DrawKeyRows leaves them; null: no dropout
+};
+
+__device__ __forceinline__ float ShiftOf(const SoftmaxRow& row) {
+  return row.max * kLog2E - __log2f(row.inverse_sum);
+}
+
+// A warp's part of a tile of keys that are the rows of score tiles: 16 keys, of which a thread has
+// those of its rows g and g + 8. Columns are 64 queries.
+struct KeyTile {
+  int first;      // of the warp
+  bool whole;     // no key of the tile is cut off
+  float bias[2];  // of a thread's keys
+
+  // `row`: of the warp in the tile, whose first key is `key0`.
+  __device__ __forceinline__ KeyTile(const AttentionParams& p, const Head& h, int key0, int row)
+      : first(key0 + row), whole(key0 + kTile <= h.keys) {
+    bias[0] = bias[1] = 0.0f;
+    if (p.mask == nullptr && whole) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) bias[half] = KeyBias(p, h, Row(half));
+  }
+  __device__ __forceinline__ int Row(int half) const {
+    return first + (static_cast<int>(threadIdx.x) & 31) / 4 + 8 * half;
+  }
+
+  // The probabilities of products `s` with queries `query0` and on, in s, and after dropout,
+  // without its scale, as left operands of products over the queries. One that is dropped is
+  // negative in s.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void Probabilities(float (&s)[8][4], uint32_t (&probs)[4][4],
+                                                const AttentionParams& p, const QueryTile& queries,
+                                                int query0) const {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    const int t2 = lane % 4 * 2;
+    const bool cut = p.causal && query0 < first + 15;
+    if (p.mask == nullptr && whole && !cut) {
+      const float scale_log2 = p.scale * kLog2E;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 shift = *reinterpret_cast<const float2*>(&queries.shift[8 * n + t2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[n][i] = Exp2(fmaf(s[n][i], scale_log2, (i & 1) == 0 ? -shift.x : -shift.y));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float4 rows = *reinterpret_cast<const float4*>(&queries.softmax[8 * n + t2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float score = s[n][i] * p.scale + bias[i >> 1];
+          if (cut && Row(i >> 1) > query0 + 8 * n + t2 + (i & 1)) score = -INFINITY;
+          // The difference first: a score near the lowest fp32 number has no multiple.
+          s[n][i] = (i & 1) == 0 ? Exp2((score - rows.x) * kLog2E) * rows.y
+                                 : Exp2((score - rows.z) * kLog2E) * rows.w;
+        }
+      }
+    }
+    // Of row g; that of row g + 8 is the eighth after it.
+    [[maybe_unused]] const uint32_t bit = 1u << (first % 32 + lane / 4);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if constexpr (kDropout) {
+        const uint2 kept = *reinterpret_cast<const uint2*>(&queries.kept[8 * n + t2]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool keep = (((i & 1) == 0 ? kept.x : kept.y) & bit << 8 * (i >> 1)) != 0;
+          s[n][i] = keep ? s[n][i] : -s[n][i];
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        probs[n / 2][half + 2 * (n & 1)] = kDropout
+                                               ? PackPositive<T>(s[n][2 * half], s[n][2 * half + 1])
+                                               : PackPair<T>(s[n][2 * half], s[n][2 * half + 1]);
+      }
+    }
+  }
+
+  // From these and the gradients `dp` of the probabilities those of the scores, without their
+  // scale, as left operands of products over the queries. dp is used up.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void ScoreGrads(const float (&s)[8][4], float (&dp)[8][4],
+                                             uint32_t (&ds)[4][4], const AttentionParams& p,
+                                             const QueryTile& queries) const {
+    const int t2 = (static_cast<int>(threadIdx.x) & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(&queries.delta[8 * n + t2]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float row_delta = (i & 1) == 0 ? delta.x : delta.y;
+        if constexpr (kDropout) {
+          const float difference = fmaf(dp[n][i], p.dropout.scale, -row_delta);
+          dp[n][i] = fabsf(s[n][i]) * (s[n][i] < 0.0f ? -row_delta : difference);
+        } else {
+          dp[n][i] = s[n][i] * (dp[n][i] - row_delta);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        ds[n / 2][half + 2 * (n & 1)] = PackPair<T>(dp[n][2 * half], dp[n][2 * half + 1]);
+      }
+    }
+  }
+};
+
+// Where in a ring of slots a warpgroup is.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void Advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What the copying warpgroup fills and the warps of the others empty.
+template <int kSlots>
+struct Ring {
+  uint64_t full[kSlots], empty[kSlots];
+
+  // One thread calls this; a block's barrier makes it known to the others. `others`: how often a
+  // slot is arrived at beside each copying thread's copies.
+  __device__ __forceinline__ void Start(int others = 0) {
+    for (int i = 0; i < kSlots; ++i) {
+      StartBarrier(&full[i], kWarpgroup + others);
+      StartBarrier(&empty[i], kWideComputing / 32);
+    }
+  }
+  // Until the slot may be filled. What has been copied into it is told by Fill.
+  __device__ __forceinline__ void WaitEmpty(const RingPlace<kSlots>& place) {
+    WaitForPhase(&empty[place.slot], place.parity ^ 1);
+  }
+  __device__ __forceinline__ void Fill(const RingPlace<kSlots>& place) {
+    ArriveAfterCopies(&full[place.slot]);
+  }
+  // Until the slot has been filled, for products too.
+  __device__ __forceinline__ void WaitFull(const RingPlace<kSlots>& place) {
+    WaitForPhase(&full[place.slot], place.parity);
+    ShareWithEngines();
+  }
+  // Of a warp that needs it no more.
+  __device__ __forceinline__ void Release(int slot) {
+    __syncwarp();
+    if ((threadIdx.x & 31u) == 0) Arrive(&empty[slot]);
+  }
+};
+
+// The blocks of rows of a launch, `number` in all and `per_head` a head, that one block does: every
+// gridDim.x-th, there and back, so that long and short ones come in turn.
+struct WideBlocks {
+  unsigned number, per_head;
+  unsigned first = 0;  // of the round
+
+  __device__ __forceinline__ WideBlocks(unsigned number, unsigned per_head)
+      : number(number), per_head(per_head) {}
+  __device__ __forceinline__ unsigned Index() const {
+    const bool back = (first / gridDim.x & 1u) != 0;
+    return first + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
+  __device__ __forceinline__ bool Any() const { return Index() < number; }
+  __device__ __forceinline__ void Next() { first += gridDim.x; }
+
+  template <BlockRows kBlockRows>
+  __device__ __forceinline__ Head At(const AttentionParams& p) const {
+    const unsigned block_index = Index();
+    const unsigned index = block_index / per_head;
+    unsigned block = block_index - index * per_head;
+    // As HeadOfBlock has them.
+    if (kBlockRows == BlockRows::kQueries && p.causal) block = per_head - 1 - block;
+    const unsigned all = static_cast<unsigned>(p.first_head) + index;
+    const unsigned heads = static_cast<unsigned>(p.heads);
+    const unsigned batch = all / heads;
+    return HeadAt<kWideRows, kBlockRows>(p, index, batch, all - batch * heads, block);
+  }
+};
+
+// Launches `kernel`(p, number of blocks of rows, of a head) over the heads of the launch.
+template <typename Kernel>
+cudaError_t LaunchWide(Kernel kernel, size_t shared, const AttentionParams& p,
+                       cudaStream_t stream) {
+  const int64_t heads = p.head_count > 0 ? p.head_count : p.batch * p.heads;
+  const int64_t per_head = (p.seq + kWideRows - 1) / kWideRows;
+  const int64_t number = heads * per_head;
+  // Half of what an index may be, as the last round goes beyond it.
+  if (number > 0x7FFFFFFF || p.batch * p.heads > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = number < p.multiprocessors ? number : p.multiprocessors;
+  kernel<<<static_cast<unsigned>(blocks), kWideThreads, shared, stream>>>(
+      p, static_cast<unsigned>(number), static_cast<unsigned>(per_head));
+  return cudaGetLastError();
+}
+
+}  // namespace lamina::cuda
