@@ -1,6 +1,7 @@
 // The op set's checks, which every backend may rely on, and the choice of the backend.
 #include "lamina/kernels/backend.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
@@ -87,8 +88,11 @@ class ArgsCheck {
            " is present; both must be present, or neither");
   }
 
-  // `out` may be the very same tensor as `in`; any other overlap with an output is refused.
-  void MayBe(const TensorView& out, const TensorView& in) { may_be_ = {out.data, in.data}; }
+  // `out` may be the very same tensor as `in`; any other overlap with an output is refused. Of an
+  // op at most two pairs.
+  void MayBe(const TensorView& out, const TensorView& in) {
+    if (out.data == in.data) same_[same_count_++] = in.data;
+  }
 
   void Real(const char* name, double value, bool allowed, const char* range) {
     if (!allowed) Fail(name, " is ", value, "; it must be ", range);
@@ -149,8 +153,7 @@ class ArgsCheck {
         const std::less<> before;  // defined for pointers into different objects
         if (!before(a.begin, b.end) || !before(b.begin, a.end)) continue;
         const bool same = a.begin == b.begin && a.end == b.end && a.written != b.written;
-        if (same && (a.written ? a : b).begin == may_be_.first && may_be_.first == may_be_.second)
-          continue;
+        if (same && std::count(same_.begin(), same_.begin() + same_count_, a.begin) > 0) continue;
         // Named in the order in which the Args struct has them.
         Fail(b.written ? b.name : a.name, " overlaps ", b.written ? a.name : b.name,
              "; outputs must not overlap other tensors",
@@ -231,9 +234,10 @@ class ArgsCheck {
   absl::Status status_;
   DType act_ = DType::kF32;
   const char* act_source_ = nullptr;  // which tensor set act_
-  std::array<Placed, 16> placed_;     // the widest op has 11 tensors and the workspace
+  std::array<Placed, 16> placed_;     // the widest op has 13 tensors and the workspace
   size_t placed_count_ = 0;
-  std::pair<const void*, const void*> may_be_{nullptr, nullptr};
+  std::array<const void*, 2> same_{};  // tensors that are an output and an input, by MayBe
+  size_t same_count_ = 0;
 };
 
 // Attention's and its Backward's common part.
@@ -265,21 +269,27 @@ void CheckAttention(ArgsCheck& check, const Args& args, Extent& tokens, Extent& 
 struct NormInputs {
   const char* x_name;
   const char* with_x;
+  const char* with_x_alone;
   const char* without_x;
-  const TensorView &x, &y, &beta, &gamma, &mean, &rstd;
+  const TensorView &x, &y, &beta, &y_again, &gamma, &mean, &rstd;
 };
 
 void CheckNormInputs(ArgsCheck& check, const NormInputs& norm, Extent& tokens, Extent& hidden) {
   if (norm.x) {
     check.Act(norm.x_name, norm.x, {&tokens, &hidden});
     check.Absent("y", norm.y, norm.with_x);
-    check.Absent("beta", norm.beta, norm.with_x);
+    if (norm.y_again) {
+      check.Act("beta", norm.beta, {&hidden});
+    } else {
+      check.Absent("beta", norm.beta, norm.with_x_alone);
+    }
   } else if (!norm.y && !norm.beta) {
     check.Fail(norm.x_name, " is absent, and so are y and beta; ", norm.x_name,
                " is required, or y and beta in its place");
   } else {
     check.Act("y", norm.y, {&tokens, &hidden});
     check.Act("beta", norm.beta, {&hidden});
+    check.Absent("y_again", norm.y_again, norm.without_x);
     check.Absent("mean", norm.mean, norm.without_x);
   }
   check.Act("gamma", norm.gamma, {&hidden});
@@ -435,14 +445,18 @@ absl::Status Backend::LayerNormBackward(const Workspace& ws, const LayerNormBack
   CheckNormInputs(check,
                   {.x_name = "x",
                    .with_x = "where x is present",
+                   .with_x_alone = "where x is present and y_again is not",
                    .without_x = "where x is absent",
                    .x = args.x,
                    .y = args.y,
                    .beta = args.beta,
+                   .y_again = args.y_again,
                    .gamma = args.gamma,
                    .mean = args.mean,
                    .rstd = args.rstd},
                   t, h);
+  if (args.y_again) check.ActOut("y_again", args.y_again, {&t, &h});
+  check.MayBe(args.y_again, args.dy);
   if (args.residual_grad) check.Act("residual_grad", args.residual_grad, {&t, &h});
   check.ActOut("dx", args.dx, {&t, &h});
   check.MayBe(args.dx, args.residual_grad);
@@ -492,10 +506,12 @@ absl::Status Backend::DropoutAddNormBackward(const Workspace& ws,
     CheckNormInputs(check,
                     {.x_name = "sum",
                      .with_x = "where sum is present",
+                     .with_x_alone = "where sum is present and y_again is not",
                      .without_x = "where sum is absent",
                      .x = args.sum,
                      .y = args.y,
                      .beta = args.beta,
+                     .y_again = args.y_again,
                      .gamma = args.gamma,
                      .mean = args.mean,
                      .rstd = args.rstd},
@@ -504,10 +520,13 @@ absl::Status Backend::DropoutAddNormBackward(const Workspace& ws,
     check.Absent("sum", args.sum, "without dy");
     check.Absent("y", args.y, "without dy");
     check.Absent("beta", args.beta, "without dy");
+    check.Absent("y_again", args.y_again, "without dy");
     check.Absent("gamma", args.gamma, "without dy");
     check.Absent("mean", args.mean, "without dy");
     check.Absent("rstd", args.rstd, "without dy");
   }
+  if (args.y_again) check.ActOut("y_again", args.y_again, {&t, &h});
+  check.MayBe(args.y_again, args.dy);
   check.DropoutIs(args.dropout);
   if (args.dresidual) check.ActOut("dresidual", args.dresidual, {&t, &h});
   check.MayBe(args.dresidual, args.dsum);

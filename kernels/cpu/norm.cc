@@ -5,7 +5,7 @@
 namespace lamina::cpu {
 namespace {
 
-// Per thread: a row of factors and a row of sums.
+// Per thread: a row of factors and a row of sums, of act.
 size_t ForwardBytes(int64_t h, int threads) {
   return static_cast<size_t>(threads * 2 * Padded(h)) * sizeof(float);
 }
@@ -96,6 +96,7 @@ absl::Status LayerNormBackward(const Context& context, const Workspace& ws,
                       .sum = args.x.data,
                       .y = args.y.data,
                       .beta = args.beta.data,
+                      .y_again = args.y_again.data,
                       .gamma = args.gamma.data,
                       .mean = args.mean.as<float>(),
                       .rstd = args.rstd.as<float>(),
@@ -129,6 +130,7 @@ absl::Status DropoutAddNormBackward(const Context& context, const Workspace& ws,
                       .sum = args.sum.data,
                       .y = args.y.data,
                       .beta = args.beta.data,
+                      .y_again = args.y_again.data,
                       .gamma = args.gamma.data,
                       .mean = args.mean.as<float>(),
                       .rstd = args.rstd.as<float>(),

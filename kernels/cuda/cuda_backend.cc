@@ -562,6 +562,7 @@ absl::Status CudaBackend::DoLayerNormBackward(const Workspace& ws,
   p.sum = args.x.data;
   p.y = args.y.data;
   p.beta = args.beta.data;
+  p.y_again = args.y_again.data;
   p.gamma = args.gamma.data;
   p.mean = args.mean.as<float>();
   p.rstd = args.rstd.as<float>();
@@ -602,6 +603,7 @@ absl::Status CudaBackend::DoDropoutAddNormBackward(const Workspace& ws,
   p.sum = args.sum.data;
   p.y = args.y.data;
   p.beta = args.beta.data;
+  p.y_again = args.y_again.data;
   p.gamma = args.gamma.data;
   p.mean = args.mean.as<float>();
   p.rstd = args.rstd.as<float>();

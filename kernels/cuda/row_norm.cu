@@ -12,6 +12,7 @@
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 #include "common/dropout.cuh"
+#include "common/norm_math.cuh"
 #include "common/reduce.cuh"
 #include "kernel_limits.h"
 #include "row_norm.cuh"
@@ -63,7 +64,9 @@ __global__ void __launch_bounds__(512) RowNormKernel(RowNormParams p, int group_
     const int chunk = thread + c * group_threads;
     if (active && chunk < chunks) {
       LoadSum<T, 8>(p, rng, row, chunk * 8, v[c]);
-      if (p.sum != nullptr) Store8(static_cast<T*>(p.sum) + row * p.cols + chunk * 8, v[c]);
+      const Raw8<T> sum = Pack8<T>(v[c]);
+      if (p.sum != nullptr) StoreRaw8(static_cast<T*>(p.sum) + row * p.cols + chunk * 8, sum);
+      Unpack8(sum, v[c]);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[c][i] = 0.0f;
@@ -99,7 +102,9 @@ __global__ void __launch_bounds__(512) RowNormKernel(RowNormParams p, int group_
     Load8(static_cast<const T*>(p.gamma) + chunk * 8, gamma);
     Load8(static_cast<const T*>(p.beta) + chunk * 8, beta);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[c][i] = (v[c][i] - mean) * rstd * gamma[i] + beta[i];
+    for (int i = 0; i < 8; ++i) {
+      v[c][i] = NormOutput(Normalised(v[c][i], mean, rstd), gamma[i], beta[i]);
+    }
     Store8(static_cast<T*>(p.y) + row * p.cols + chunk * 8, v[c]);
   }
   if (thread == 0) {
@@ -124,9 +129,10 @@ __global__ void __launch_bounds__(256) RowNormAnyKernel(RowNormParams p) {
   for (int col = static_cast<int>(threadIdx.x); col < cols; col += static_cast<int>(blockDim.x)) {
     float v[1];
     LoadSum<T, 1>(p, rng, row, col, v);
-    if (p.sum != nullptr) static_cast<T*>(p.sum)[row * p.cols + col] = FromFloat<T>(v[0]);
-    values[col] = v[0];
-    total[0] += v[0];
+    const T sum = FromFloat<T>(v[0]);
+    if (p.sum != nullptr) static_cast<T*>(p.sum)[row * p.cols + col] = sum;
+    values[col] = ToFloat(sum);
+    total[0] += values[col];
   }
   if (p.gamma == nullptr) return;
   GroupSum<1>(total, warps, scratch[0]);
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(256) RowNormAnyKernel(RowNormParams p) {
     const float gamma = ToFloat(static_cast<const T*>(p.gamma)[col]);
     const float beta = ToFloat(static_cast<const T*>(p.beta)[col]);
     static_cast<T*>(p.y)[row * p.cols + col] =
-        FromFloat<T>((values[col] - mean) * rstd * gamma + beta);
+        FromFloat<T>(NormOutput(Normalised(values[col], mean, rstd), gamma, beta));
   }
   if (threadIdx.x == 0) {
     if (p.mean != nullptr) p.mean[row] = mean;
@@ -170,16 +176,30 @@ __device__ __forceinline__ void LoadNormalised(const RowNormBackwardParams& p, i
   } else {
     LoadWide<T, kWidth>(static_cast<const T*>(p.sum) + offset, normalised);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) normalised[i] = (normalised[i] - mean) * rstd;
+    for (int i = 0; i < kWidth; ++i) normalised[i] = Normalised(normalised[i], mean, rstd);
   }
 }
 
+// The norm's output, of the normalised values of kWidth columns from `col`.
+template <typename T, int kWidth>
+__device__ __forceinline__ void StoreOutput(const RowNormBackwardParams& p, int64_t row,
+                                            int64_t col, const float (&gamma)[kWidth],
+                                            const float (&normalised)[kWidth]) {
+  float beta[kWidth], y[kWidth];
+  LoadWide<T, kWidth>(static_cast<const T*>(p.beta) + col, beta);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) y[i] = NormOutput(normalised[i], gamma[i], beta[i]);
+  StoreWide<T, kWidth>(static_cast<T*>(p.y_again) + row * p.cols + col, y);
+}
+
 constexpr int BackwardThreads(int chunks_per_thread) { return chunks_per_thread <= 2 ? 512 : 256; }
+// Of such blocks a multiprocessor has at once.
+constexpr int BackwardBlocksAtOnce(int chunks_per_thread) { return chunks_per_thread == 1 ? 2 : 1; }
 
 // Partial sums go to partials[(array * gridDim.x + block) * cols + col]: dgamma, dbeta, dbias.
 // kFromOutput: y and beta are there, not sum.
 template <typename T, int kChunks, bool kFromOutput>
-__global__ void __launch_bounds__(BackwardThreads(kChunks))
+__global__ void __launch_bounds__(BackwardThreads(kChunks), BackwardBlocksAtOnce(kChunks))
     RowNormBackwardKernel(RowNormBackwardParams p, float* partials, int group_threads) {
   extern __shared__ float columns[];  // [cols]: sums over the groups
   __shared__ float scratch[2][2 * 32];
@@ -236,6 +256,13 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks))
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           ds[c][i] = rstd * (ds[c][i] - mean_g - normalised[c][i] * mean_gn);
+        }
+        // The barrier of the sums lies between, so that the registers of both ends do not add up.
+        const int chunk = thread + c * group_threads;
+        if (!kFromOutput && p.y_again != nullptr && active && chunk < chunks) {
+          float gamma[8];
+          Load8(static_cast<const T*>(p.gamma) + chunk * 8, gamma);
+          StoreOutput<T, 8>(p, row, chunk * 8, gamma, normalised[c]);
         }
       }
     } else {
@@ -329,6 +356,9 @@ __global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardP
       float normalised[1];
       LoadNormalised<T, 1, kFromOutput>(p, row, col, mean, rstd, gamma, normalised);
       ds[0] = rstd * (ToFloat(dy[offset]) * gamma[0] - mean_g - normalised[0] * mean_gn);
+      if constexpr (!kFromOutput) {
+        if (p.y_again != nullptr) StoreOutput<T, 1>(p, row, col, gamma, normalised);
+      }
     }
     if (dsum != nullptr) ds[0] += ToFloat(dsum[offset]);
     if (p.dsum_out != nullptr) static_cast<T*>(p.dsum_out)[offset] = FromFloat<T>(ds[0]);
@@ -437,7 +467,7 @@ template <typename T, bool kFromOutput>
 cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t stream) {
   float* partials = static_cast<float*>(p.workspace);
   if (p.dy != nullptr && (p.dgamma != nullptr || p.dbeta != nullptr)) {
-    // Before the rows' kernel, which may overwrite dsum but never what this reads.
+    // Before the rows' kernel, which may overwrite dy.
     const int64_t slices =
         RowSlices({p.rows, p.cols, 32, 8, 2, p.workspace_bytes, p.multiprocessors});
     if (slices == 0) return cudaErrorInvalidValue;
@@ -472,8 +502,8 @@ cudaError_t LaunchBackwardAny(const RowNormBackwardParams& p, cudaStream_t strea
 
 template <typename T, bool kFromOutput>
 cudaError_t LaunchBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
-  const bool wide =
-      p.cols % 8 == 0 && Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.gamma, p.dsum_out, p.dx);
+  const bool wide = p.cols % 8 == 0 && Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.y_again,
+                                                 p.gamma, p.dsum_out, p.dx);
   // Narrower rows of 16 bits are staged.
   if constexpr (sizeof(T) == 4) {
     if (wide && p.cols <= 256 * 8) return LaunchBackwardFast<T, 1, kFromOutput>(p, stream);

@@ -2,8 +2,8 @@
 //
 // Both ops of backend.h are one computation here: LayerNorm is DropoutAddNorm without bias,
 // residual, dropout and sum, and its backward's residual_grad is the other's dsum. Statistics are
-// fp32, the variance a mean of squared differences from the mean. Statistics are those of the sum
-// before it is rounded to act.
+// fp32, the variance a mean of squared differences from the mean. The norm's input is the sum as it
+// is rounded to act, stored or not.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -47,7 +47,10 @@ struct RowNormBackwardParams {
   const void* sum =
       nullptr;              // act [rows, cols]: the norm's input; with dy, or y and beta are there
   const void* y = nullptr;  // act [rows, cols]: the norm's output; null: sum and mean are there
-  const void* beta = nullptr;   // act [cols]; with y
+  const void* beta = nullptr;  // act [cols]; with y or y_again
+  // act [rows, cols]: receives the norm's output as the forward made it; with sum. Null: not
+  // wanted. May be dy
+  void* y_again = nullptr;
   const void* gamma = nullptr;  // act [cols]; with dy
   const float* mean = nullptr;  // [rows]; with sum
   const float* rstd = nullptr;  // [rows]; with dy

@@ -10,6 +10,7 @@
 #include "common/dispatch.cuh"
 #include "common/dropout.cuh"
 #include "common/mbarrier.cuh"
+#include "common/norm_math.cuh"
 #include "common/reduce.cuh"
 #include "row_norm_staged.cuh"
 
@@ -46,6 +47,10 @@ struct Statistics {
 
 // Four neighbouring elements.
 template <typename T>
+__device__ __forceinline__ void Store4(T* p, const float (&v)[4]) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(PackPair<T>(v[0], v[1]), PackPair<T>(v[2], v[3]));
+}
+template <typename T>
 __device__ __forceinline__ void Load4(const T* p, float (&v)[4]) {
   const uint2 words = *reinterpret_cast<const uint2*>(p);
   const float2 low = UnpackPair<T>(words.x), high = UnpackPair<T>(words.y);
@@ -64,7 +69,7 @@ __device__ __forceinline__ void Normalise(const Statistics& statistics,
   for (int i = 0; i < kWidth; ++i) {
     // Two ulp beside what y lost when it was rounded.
     v[i] = kFromOutput ? __fdividef(v[i] - beta[i], gamma[i])
-                       : (v[i] - statistics.mean) * statistics.rstd;
+                       : Normalised(v[i], statistics.mean, statistics.rstd);
   }
 }
 
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (unit >= units) continue;
       const int col = unit * 4;
       float gamma[4] = {}, beta[4] = {};
-      if constexpr (kFromOutput) {
+      if (kFromOutput || p.y_again != nullptr) {
         Load4(static_cast<const T*>(p.gamma) + col, gamma);
         Load4(static_cast<const T*>(p.beta) + col, beta);
       }
@@ -215,6 +220,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int i = 0; i < 4; ++i) {
             sums[u][0][i] += g[i] * normalised[i];
             sums[u][1][i] += g[i];
+          }
+          if constexpr (!kFromOutput) {
+            if (p.y_again != nullptr) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) g[i] = NormOutput(normalised[i], gamma[i], beta[i]);
+              Store4(static_cast<T*>(p.y_again) + (base + r) * cols + col, g);
+            }
           }
         }
         if (p.dbias != nullptr) {
@@ -267,7 +279,7 @@ cudaError_t Launch(const RowNormBackwardParams& p, int64_t blocks, cudaStream_t 
 bool HasStagedRowNormBackward(const RowNormBackwardParams& p) {
   return (p.dtype == DType::kBF16 || p.dtype == DType::kF16) && p.cols % 8 == 0 &&
          p.cols <= kMaxCols &&
-         Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.gamma, p.dsum_out, p.dx);
+         Aligned16(p.dy, p.dsum, p.sum, p.y, p.beta, p.y_again, p.gamma, p.dsum_out, p.dx);
 }
 
 cudaError_t LaunchStagedRowNormBackward(const RowNormBackwardParams& p, int64_t blocks,

@@ -108,6 +108,16 @@ NormResult LayerNorm(const Vec& x, const Vec& gamma, const Vec& beta, double eps
   return result;
 }
 
+Vec LayerNormOutput(const Vec& x, const Vec& gamma, const Vec& beta, const Vec& mean,
+                    const Vec& rstd, int64_t t, int64_t h) {
+  Vec y = Zeros(t * h);
+  for (int64_t r = 0; r < t; ++r)
+    for (int64_t c = 0; c < h; ++c)
+      At(y, r * h + c) =
+          (At(x, r * h + c) - At(mean, r)) * At(rstd, r) * At(gamma, c) + At(beta, c);
+  return y;
+}
+
 NormGradients LayerNormBackward(const Vec& dy, const Vec& x, const Vec& gamma, const Vec& mean,
                                 const Vec& rstd, int64_t t, int64_t h) {
   NormGradients result{Zeros(t * h), Zeros(h), Zeros(h)};

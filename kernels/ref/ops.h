@@ -53,6 +53,10 @@ struct NormResult {
 NormResult LayerNorm(const Vec& x, const Vec& gamma, const Vec& beta, double eps, int64_t t,
                      int64_t h);
 
+// y of the statistics that the forward left: what a norm's backward makes again.
+Vec LayerNormOutput(const Vec& x, const Vec& gamma, const Vec& beta, const Vec& mean,
+                    const Vec& rstd, int64_t t, int64_t h);
+
 struct NormGradients {
   Vec dx, dgamma, dbeta;  // [T, H], [H], [H]
 };

@@ -65,7 +65,9 @@ LayerActivations ScratchActivations(const LayerDims& dims, const LayerScratch& s
 LayerActivations WithScratch(const LayerActivations& kept, const LayerDims& dims,
                              const LayerScratch& scratch) {
   LayerActivations a = kept;
+  if (!a.attn_in) a.attn_in = scratch.branch;
   if (!a.attn_sum) a.attn_sum = scratch.sum;
+  if (!a.ffn_in) a.ffn_in = scratch.branch;  // attn_in is spent by then
   if (!a.inter)
     a.inter = TensorView{scratch.wide.data, dims.dtype, {dims.tokens(), dims.intermediate}};
   if (!a.ffn_sum) a.ffn_sum = scratch.product;
@@ -166,18 +168,20 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
 
 absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
                              const TensorView& dy, const LayerScratch& scratch,
-                             const TensorView& dx) const {
+                             const TensorView& dx, const Layer* above) const {
   Ops ops(backend_, call.workspace);
   const bool pre_norm = call.pre_layer_norm;
-  const TensorView& n = pre_norm ? s.attn_in : x;
   const TensorView dproduct = scratch.product;
   const TensorView dbranch = scratch.branch;
   const TensorView dsum = scratch.sum;
   const TensorView dinter{scratch.wide.data, s.inter_pre.dtype, s.inter_pre.shape};
   const TensorView dqkv{scratch.wide.data, s.qkv.dtype, s.qkv.shape};
-  // What was dropped is computed again from what was kept: the norms' normalised values from their
-  // outputs, gelu where its gradient will lie.
+  // What was dropped is computed again from what was kept: gelu where its gradient will lie; and of
+  // a norm's input and output the one that is not there. The normalised values come from the output
+  // where that was kept; else the norm's backward writes its output over the output's gradient, and
+  // the weight gradient of the product that reads it comes after.
   const bool invert = !s.norm_mean;
+  const TensorView again = invert ? TensorView{} : dbranch;
   const TensorView inter = s.inter ? s.inter : dinter;
 
   // Through y to the output product. Pre-LN: y is the sum, and dy is also attn_sum's gradient by
@@ -190,7 +194,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
     ops.DropoutAddNormBackward({.dy = dy,
                                 .sum = s.ffn_sum,
                                 .y = invert ? s.y : TensorView{},
-                                .beta = invert ? w_.norm_b : TensorView{},
+                                .beta = invert || above != nullptr ? w_.norm_b : TensorView{},
+                                .y_again = above != nullptr ? dy : TensorView{},
                                 .gamma = w_.norm_w,
                                 .mean = s.norm_mean,
                                 .rstd = s.norm_rstd,
@@ -200,6 +205,7 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                                 .dbias = g_.output_b,
                                 .dgamma = g_.norm_w,
                                 .dbeta = g_.norm_b});
+    if (above != nullptr) ops.LinearWeightGrad({.dy = dqkv, .x = dy, .dw = above->g_.attn_qkvw});
   }
 
   // Through the feed-forward branch to ffn_in.
@@ -212,7 +218,6 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                        .gelu = call.gelu,
                        .pre = s.inter_pre,
                        .dbias = g_.inter_b});
-  ops.LinearWeightGrad({.dy = dinter, .x = s.ffn_in, .dw = g_.inter_w});
   ops.LinearInputGrad({.dy = dinter, .w = w_.inter_w, .dx = dbranch});
   if (!pre_norm) ops.Add(dbranch, dsum, scratch.zeros, dbranch);  // ffn_in is the residual too
 
@@ -221,7 +226,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                               .dsum = pre_norm ? dy : TensorView{},
                               .sum = s.attn_sum,
                               .y = invert ? s.ffn_in : TensorView{},
-                              .beta = invert ? w_.attn_nb : TensorView{},
+                              .beta = w_.attn_nb,
+                              .y_again = again,
                               .gamma = w_.attn_nw,
                               .mean = s.attn_mean,
                               .rstd = s.attn_rstd,
@@ -231,6 +237,7 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                               .dbias = g_.attn_ob,
                               .dgamma = g_.attn_nw,
                               .dbeta = g_.attn_nb});
+  ops.LinearWeightGrad({.dy = dinter, .x = invert ? s.ffn_in : again, .dw = g_.inter_w});
 
   // Through attention to n.
   ops.LinearWeightGrad({.dy = dproduct, .x = s.attn_out, .dw = g_.attn_ow});
@@ -248,15 +255,15 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                          .dout = dbranch,
                          .dqkv = dqkv,
                          .dbias = g_.attn_qkvb});
-  ops.LinearWeightGrad({.dy = dqkv, .x = n, .dw = g_.attn_qkvw});
   ops.LinearInputGrad({.dy = dqkv, .w = w_.attn_qkvw, .dx = dbranch});
 
-  // And to x, with what came by the residual.
+  // And to x, with what came by the residual. Post-LN without x: the layer below makes it again.
   if (pre_norm) {
     ops.LayerNormBackward({.dy = dbranch,
                            .x = invert ? TensorView{} : x,
                            .y = invert ? s.attn_in : TensorView{},
-                           .beta = invert ? w_.norm_b : TensorView{},
+                           .beta = w_.norm_b,
+                           .y_again = again,
                            .gamma = w_.norm_w,
                            .mean = s.norm_mean,
                            .rstd = s.norm_rstd,
@@ -264,7 +271,9 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                            .dx = dx,
                            .dgamma = g_.norm_w,
                            .dbeta = g_.norm_b});
+    ops.LinearWeightGrad({.dy = dqkv, .x = invert ? s.attn_in : again, .dw = g_.attn_qkvw});
   } else {
+    if (x) ops.LinearWeightGrad({.dy = dqkv, .x = x, .dw = g_.attn_qkvw});
     ops.Add(dbranch, dsum, scratch.zeros, dx);
   }
   return ops.status();

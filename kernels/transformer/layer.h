@@ -30,16 +30,17 @@ struct LayerCall {
 // (t) are absent and the rest point into scratch, some of them at the same bytes
 // (ScratchActivations).
 //
-// Memory flags drop views: (g) under gelu_checkpoint, (n) under normalize_invertible. Forward needs
-// them all the same, in scratch (WithScratch); Backward takes an absent one as dropped.
+// Memory flags drop views: (g) under gelu_checkpoint, (n) under normalize_invertible, and (m) in
+// its absence: a norm keeps its input or its output. Forward needs them all the same, in scratch
+// (WithScratch); Backward takes an absent one as dropped.
 struct LayerActivations {
-  TensorView attn_in;  // act [T, H]: LN(x), the QKV product's input. Pre-LN only; Post-LN takes x
-  TensorView qkv;      // act [T, 3H]
+  TensorView attn_in;     // (m) act [T, H]: LN(x), the QKV product's input. Pre-LN; Post-LN takes x
+  TensorView qkv;         // act [T, 3H]
   TensorView attn_saved;  // (t) uint8, opaque
   TensorView attn_out;    // act [T, H]: attention, before its output product
   TensorView attn_sum;    // (n) act [T, H]: x + drop(...): Pre-LN's a, Post-LN's norm input
   TensorView attn_mean, attn_rstd;  // (t), the mean (n): fp32 [T], of attn_sum
-  TensorView ffn_in;     // act [T, H]: LN(attn_sum), the first feed-forward product's input
+  TensorView ffn_in;     // (m) act [T, H]: LN(attn_sum), the first feed-forward product's input
   TensorView inter_pre;  // (t) act [T, I]: before gelu
   TensorView inter;      // (g) act [T, I]: after gelu
   TensorView ffn_sum;    // (n) act [T, H]: a + drop(...), the last norm's input. Post-LN only
@@ -51,7 +52,8 @@ struct LayerActivations {
 struct LayerScratch {
   TensorView wide;     // act [T, max(3H, I)]: gradient of inter, then of qkv
   TensorView product;  // act [T, H]: gradient of an output product, before its bias
-  TensorView branch;   // act [T, H]: gradient that comes back through a branch's input
+  TensorView branch;   // act [T, H]: gradient that comes back through a branch's input; then the
+                       // input itself, where the norm's backward makes it again
   TensorView sum;      // act [T, H]: gradient of a residual sum
   TensorView zeros;    // act [H]: zeros, never written
 };
@@ -75,11 +77,15 @@ class Layer {
   absl::Status Forward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
                        const TensorView& y) const;
 
-  // x and saved are Forward's; x may be absent in Pre-LN without norm_mean. dy, dx: act [T, H], not
-  // overlapping; dx is overwritten. Adds to the gradients of the parameters.
+  // x and saved are Forward's. dy, dx: act [T, H], not overlapping; dx is overwritten. Adds to the
+  // gradients of the parameters.
+  //
+  // x may be absent in Pre-LN without norm_mean, and in Post-LN where the layer below is to make it
+  // again: its Backward must come next, with this layer as `above`. That one adds to attn_qkvw's
+  // gradient of this layer first, from what is left in `scratch`, and overwrites its dy.
   absl::Status Backward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
-                        const TensorView& dy, const LayerScratch& scratch,
-                        const TensorView& dx) const;
+                        const TensorView& dy, const LayerScratch& scratch, const TensorView& dx,
+                        const Layer* above) const;
 
  private:
   Dropout DropoutAt(const LayerCall& call, DropoutSite site) const;

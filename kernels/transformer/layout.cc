@@ -141,12 +141,12 @@ LayerActivations PlaceActivations(Placer& placer, MemoryKind kind, absl::string_
   const auto per_token = [&](const char* name) {
     return placer.Place(kind, {owner, name}, DType::kF32, {tokens});
   };
-  // Which of a norm's two sources of normalised values Backward has: its input and mean, or its
-  // output, which is there in any case.
-  const bool norm_inputs = !config.normalize_invertible;
+  // Which of a norm's two sources of normalised values Backward has: its input and mean, of which
+  // it makes the output again, or its output.
+  const bool norm_inputs = !config.inverts_norms();
 
   LayerActivations a;
-  if (config.pre_layer_norm) a.attn_in = act("attn_in", token_vectors);
+  if (config.pre_layer_norm && !norm_inputs) a.attn_in = act("attn_in", token_vectors);
   a.qkv = act("qkv", {tokens, 3 * dims.hidden});
   a.attn_saved = placer.Place(kind, {owner, "attn_saved"}, DType::kU8,
                               {static_cast<int64_t>(attn_saved_bytes)});
@@ -159,7 +159,7 @@ LayerActivations PlaceActivations(Placer& placer, MemoryKind kind, absl::string_
     a.attn_mean = per_token("attn_mean");
   }
   a.attn_rstd = per_token("attn_rstd");
-  a.ffn_in = act("ffn_in", token_vectors);
+  if (!norm_inputs) a.ffn_in = act("ffn_in", token_vectors);
   a.inter_pre = act("inter_pre", inter);
   if (!config.gelu_checkpoint) a.inter = act("inter", inter);
   if (norm_inputs) {
@@ -174,21 +174,23 @@ ContextBuffers PlaceContext(Placer& placer, const StackConfig& config, int64_t l
                             const LayerDims& dims, size_t attn_saved_bytes) {
   constexpr MemoryKind kKind = MemoryKind::kActivations;
   const Shape token_vectors{dims.tokens(), dims.hidden};
-  const bool inputs =
-      config.activation_checkpointing || !config.pre_layer_norm || !config.normalize_invertible;
-  const bool last_output =
-      !config.activation_checkpointing && !config.pre_layer_norm && config.normalize_invertible;
+  // What a layer reads is in Pre-LN its first norm's input, in Post-LN the output of the norm
+  // below.
+  const bool inverts = config.inverts_norms();
+  const bool input = !config.pre_layer_norm || !inverts;
+  const bool outputs = config.activation_checkpointing || config.pre_layer_norm != inverts;
+  const bool last_output = !config.pre_layer_norm && inverts;
 
   ContextBuffers b;
   b.rng = placer.Place<RngState>(kKind, "context.rng", 1);
   b.keys = placer.Place<int32_t>(kKind, "context.keys", dims.tokens() + 1);
-  if (inputs) b.input = placer.Place(kKind, "context.input", config.dtype, token_vectors);
+  if (input) b.input = placer.Place(kKind, "context.input", config.dtype, token_vectors);
   b.layers.resize(static_cast<size_t>(layers));
   for (size_t i = 0; i < b.layers.size(); ++i) {
     ContextBuffers::SavedLayer& layer = b.layers[i];
     if (!config.activation_checkpointing)
       layer.activations = PlaceActivations(placer, kKind, "layer", config, dims, attn_saved_bytes);
-    if (i + 1 < b.layers.size() ? inputs : last_output)
+    if (i + 1 < b.layers.size() ? outputs : last_output)
       layer.output = placer.Place(kKind, "layer.output", config.dtype, token_vectors);
   }
   return b;

@@ -115,12 +115,13 @@ struct ContextBuffers {
   // values of four bytes hold any.
   void* keys = nullptr;
   // act [T, H]: copy of the first layer's input. Absent where no Backward reads it: Pre-LN with
-  // normalize_invertible, unless layers are computed again from their inputs.
+  // its norms inverted.
   TensorView input;
   struct SavedLayer {
     LayerActivations activations;  // all absent with activation_checkpointing
-    // act [T, H]: the layer's output. Absent where the next layer's input is not kept; the last
-    // layer's is there only where its norm is inverted from it.
+    // act [T, H]: the layer's output. Absent where Backward does not read the next layer's input
+    // (Pre-LN with its norms inverted) or makes it again (Post-LN without); the last layer's is
+    // there only where its norm is inverted from it.
     TensorView output;
   };
   std::vector<SavedLayer> layers;

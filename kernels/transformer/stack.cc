@@ -633,6 +633,7 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
     TensorView dy = Tokens(output_grad);
     TensorView chain = workspace_.chain.Reshaped(dy.shape);
     TensorView other_chain = training_.chain.Reshaped(dy.shape);
+    const Layer* above = nullptr;  // whose input the next one makes again
     for (size_t i = c->buffers.layers.size(); i-- > 0;) {
       const ProfilerRange range(backend_, "layer.backward",
                                 c->range.begin + static_cast<int64_t>(i));
@@ -644,12 +645,13 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
       activations.y = saved.output;
       if (config_.activation_checkpointing) {
         activations = Recomputed(dims);
-        // Post-LN's y is read before anything is written to the branch's scratch.
-        if (!config_.pre_layer_norm) activations.y = scratch.branch;
+        // Nobody reads y again, but Post-LN's last norm needs a place for it.
+        const TensorView y = config_.pre_layer_norm ? TensorView{} : scratch.product;
         LAMINA_RETURN_IF_ERROR(
-            layer.Forward(c->call, x, WithScratch(activations, dims, scratch), activations.y));
+            layer.Forward(c->call, x, WithScratch(activations, dims, scratch), y));
       }
-      LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx));
+      LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx, above));
+      above = x || config_.pre_layer_norm ? nullptr : &layer;
       dy = dx;
       std::swap(chain, other_chain);
     }
@@ -682,9 +684,9 @@ absl::StatusOr<ApplyResult> StackImpl::ApplyGradients(const OptimizerOptions& op
   OptimizerControl control{};
   LAMINA_RETURN_IF_ERROR(backend_.CopyOut(&control, training_.control, sizeof(control)));
   // With the synchronisation that there is anyway, so that no Forward needs one of its own.
-  if (config_.normalize_invertible) LAMINA_RETURN_IF_ERROR(CopyNormVectors());
+  if (config_.inverts_norms()) LAMINA_RETURN_IF_ERROR(CopyNormVectors());
   LAMINA_RETURN_IF_ERROR(backend_.Synchronize());
-  if (config_.normalize_invertible) invertible_norms_.Judge();
+  if (config_.inverts_norms()) invertible_norms_.Judge();
 
   const bool applied = control.skip == 0;
   ++(applied ? counters_.optimizer_step : counters_.skipped_steps);
@@ -712,7 +714,7 @@ absl::Status StackImpl::CopyNormVectors() {
 }
 
 absl::Status StackImpl::CheckInvertible(LayerRange layers) {
-  if (!config_.normalize_invertible) return absl::OkStatus();
+  if (!config_.inverts_norms()) return absl::OkStatus();
   if (invertible_norms_.stale()) {
     LAMINA_RETURN_IF_ERROR(CopyNormVectors());
     LAMINA_RETURN_IF_ERROR(backend_.Synchronize());

@@ -422,6 +422,12 @@ TEST(Checks, LayerNormBackward) {
     a.beta = beta;
     a.x = a.mean = {};
   };
+  // Its output again.
+  const TensorView y_again = at.BF16({6, 8});
+  const std::function<void(A&)> again = [=](A& a) {
+    a.beta = beta;
+    a.y_again = y_again;
+  };
   ExpectRefusals<A>(
       "LayerNormBackward", &Backend::LayerNormBackward, good,
       {
@@ -429,7 +435,54 @@ TEST(Checks, LayerNormBackward) {
           {"x is absent, and so are y and beta; x is required, or y and beta in its place",
            [](A& a) { a.x = {}; }},
           {"y is present; it must be absent where x is present", [=](A& a) { a.y = y; }},
-          {"beta is present; it must be absent where x is present", [=](A& a) { a.beta = beta; }},
+          {"beta is present; it must be absent where x is present and y_again is not",
+           [=](A& a) { a.beta = beta; }},
+          {"beta is absent", [=](A& a) { a.y_again = y_again; }},
+          {"beta has shape [6]",
+           [=](A& a) {
+             again(a);
+             a.beta.shape = {6};
+           }},
+          {"y_again is fp32; it must be bf16 like dy",
+           [=](A& a) {
+             again(a);
+             a.y_again.dtype = DType::kF32;
+           }},
+          {"y_again has shape [6, 7]; it must be [T, H] with T = 6, H = 8",
+           [=](A& a) {
+             again(a);
+             a.y_again.shape = {6, 7};
+           }},
+          {"y_again overlaps dy",
+           [=](A& a) {
+             again(a);
+             a.y_again = Shifted(a.dy, 16);
+           }},
+          {"y_again overlaps x",
+           [=](A& a) {
+             again(a);
+             a.y_again = a.x;
+           }},
+          {"y_again overlaps residual_grad",
+           [=](A& a) {
+             again(a);
+             a.y_again = a.residual_grad;
+           }},
+          {"dx overlaps y_again",
+           [=](A& a) {
+             again(a);
+             a.dx = a.y_again;
+           }},
+          {"dx overlaps y_again",
+           [=](A& a) {
+             again(a);
+             a.y_again = a.dx = a.dy;
+           }},
+          {"y_again is present; it must be absent where x is absent",
+           [=](A& a) {
+             from_output(a);
+             a.y_again = y_again;
+           }},
           {"y is absent",
            [=](A& a) {
              from_output(a);
@@ -496,6 +549,12 @@ TEST(Checks, LayerNormBackward) {
       {[](A& a) { a.residual_grad = {}; }, [](A& a) { a.dx = a.residual_grad; }, from_output,
        [=](A& a) {
          from_output(a);
+         a.dx = a.residual_grad;
+       },
+       again,
+       [=](A& a) {
+         again(a);
+         a.y_again = a.dy;
          a.dx = a.residual_grad;
        }});
 }
@@ -602,6 +661,12 @@ TEST(Checks, DropoutAddNormBackward) {
     a.beta = beta;
     a.sum = a.mean = {};
   };
+  // Its output again.
+  const TensorView y_again = at.BF16({6, 8});
+  const std::function<void(A&)> again = [=](A& a) {
+    a.beta = beta;
+    a.y_again = y_again;
+  };
   // Without a norm, each of its tensors is one too many.
   const auto no_norm_but = [&](TensorView A::*member) {
     return [=](A& a) {
@@ -627,7 +692,39 @@ TEST(Checks, DropoutAddNormBackward) {
           {"sum is absent, and so are y and beta; sum is required, or y and beta in its place",
            [](A& a) { a.sum = {}; }},
           {"y is present; it must be absent where sum is present", [=](A& a) { a.y = y; }},
-          {"beta is present; it must be absent where sum is present", [=](A& a) { a.beta = beta; }},
+          {"beta is present; it must be absent where sum is present and y_again is not",
+           [=](A& a) { a.beta = beta; }},
+          {"beta is absent", [=](A& a) { a.y_again = y_again; }},
+          {"y_again is fp16; it must be bf16 like dy",
+           [=](A& a) {
+             again(a);
+             a.y_again.dtype = DType::kF16;
+           }},
+          {"y_again has shape [8, 6]",
+           [=](A& a) {
+             again(a);
+             a.y_again.shape = {8, 6};
+           }},
+          {"y_again overlaps sum",
+           [=](A& a) {
+             again(a);
+             a.y_again = a.sum;
+           }},
+          {"dx overlaps y_again",
+           [=](A& a) {
+             again(a);
+             a.y_again = a.dx;
+           }},
+          {"y_again is present; it must be absent where sum is absent",
+           [=](A& a) {
+             from_output(a);
+             a.y_again = y_again;
+           }},
+          {"y_again is present; it must be absent without dy",
+           [=](A& a) {
+             no_norm(a);
+             a.y_again = y_again;
+           }},
           {"y is absent",
            [=](A& a) {
              from_output(a);
@@ -694,6 +791,12 @@ TEST(Checks, DropoutAddNormBackward) {
                      [](A& a) { a.dresidual = a.dsum; }, from_output,
                      [=](A& a) {
                        from_output(a);
+                       a.dresidual = a.dsum;
+                     },
+                     again,
+                     [=](A& a) {
+                       again(a);
+                       a.y_again = a.dy;
                        a.dresidual = a.dsum;
                      }});
 }

@@ -45,9 +45,6 @@ struct Row {
   double AverageAbs() const {
     return Average([](double v) { return std::abs(v); });
   }
-  double Rms() const {
-    return std::sqrt(Average([](double v) { return v * v; }));
-  }
 };
 
 class RowTest : public OpTest<RowCase> {
@@ -84,29 +81,21 @@ class RowTest : public OpTest<RowCase> {
   struct NormBounds {
     Vec y, mean, rstd;
   };
-  // `errors`: how far each input of the norm may be off, independently of the others. The mean then
-  // is off by their average, and the variance by twice their average product with xhat: both shrink
-  // with sqrt(H).
-  NormBounds BoundsOf(const ref::NormResult& n, const Vec& x, const Vec& gamma, const Vec& beta,
-                      const Vec& errors) const {
+  NormBounds BoundsOf(const ref::NormResult& n, const Vec& x, const Vec& gamma,
+                      const Vec& beta) const {
     NormBounds b{Vec(n.y.size()), Vec(rows()), Vec(rows())};
-    const double shrink = std::min(1.0, 4.0 / std::sqrt(static_cast<double>(h())));
     for (size_t r = 0; r < rows(); ++r) {
-      const Row row{&x[r * cols()], cols()}, error_row{&errors[r * cols()], cols()};
       const double rstd = n.rstd[r];
-      const double error_rms = error_row.Rms();
-      const double mean_error = Growth(h()) * row.AverageAbs() + shrink * error_rms;
-      const double rstd_error = Growth(h()) + shrink * error_rms * rstd +
-                                std::pow(mean_error * rstd, 2) + std::pow(error_rms * rstd, 2);
+      const double mean_error = Growth(h()) * Row{&x[r * cols()], cols()}.AverageAbs();
+      const double rstd_error = Growth(h()) + std::pow(mean_error * rstd, 2);
       b.mean[r] = mean_error + kF32Roundoff * std::abs(n.mean[r]);
       b.rstd[r] = (rstd_error + 4 * kF32Roundoff) * rstd;
       for (size_t c = 0; c < cols(); ++c) {
         const size_t i = r * cols() + c;
         const double xhat = (x[i] - n.mean[r]) * rstd;
-        b.y[i] =
-            u() * std::abs(n.y[i]) +
-            std::abs(gamma[c]) * (rstd * (mean_error + errors[i]) + std::abs(xhat) * rstd_error) +
-            4 * kF32Roundoff * (std::abs(gamma[c] * xhat) + std::abs(beta[c])) + Tiny(act());
+        b.y[i] = u() * std::abs(n.y[i]) +
+                 std::abs(gamma[c]) * (rstd * mean_error + std::abs(xhat) * rstd_error) +
+                 4 * kF32Roundoff * (std::abs(gamma[c] * xhat) + std::abs(beta[c])) + Tiny(act());
       }
     }
     return b;
@@ -130,6 +119,28 @@ class RowTest : public OpTest<RowCase> {
   enum class Source { kInput, kOutput };
   static const char* NameOf(Source source) {
     return source == Source::kInput ? "from the input" : "from the output";
+  }
+
+  // Whether, and where, the norm's output is asked for again.
+  enum class Again { kNo, kApart, kOverDy };
+  // dy and what y_again needs. Source::kInput alone.
+  template <typename Args>
+  void SetAgain(OpRun& run, Again again, const NormPoint& p, Args& args) const {
+    args.dy = again == Again::kOverDy ? run.InOut("y_again", act(), {t(), h()}, p.dy)
+                                      : run.In(act(), {t(), h()}, p.dy);
+    if (again == Again::kNo) return;
+    args.beta = run.In(act(), {h()}, p.beta);
+    args.y_again = again == Again::kOverDy ? args.dy : run.Out("y_again", act(), {t(), h()});
+  }
+  void ExpectAgain(const Results& results, const NormPoint& p) const {
+    const Vec want = ref::LayerNormOutput(p.x, p.gamma, p.beta, p.mean, p.rstd, t(), h());
+    Vec bound(want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      const double beta = std::abs(p.beta[i % cols()]);
+      bound[i] =
+          u() * std::abs(want[i]) + 4 * kF32Roundoff * (std::abs(want[i]) + 2 * beta) + Tiny(act());
+    }
+    ExpectWithin("y_again", results.Values("y_again", act()), want, bound);
   }
 
   // ds = d(LayerNorm) . dy + other, and its error in fp32 before it is rounded.
@@ -230,7 +241,7 @@ TEST_P(LayerNormTest, Forward) {
           param().offset);
       const ref::NormResult want =
           ref::LayerNorm(x, gamma, beta, static_cast<double>(eps), t(), h());
-      const NormBounds bounds = BoundsOf(want, x, gamma, beta, Vec(x.size(), 0.0));
+      const NormBounds bounds = BoundsOf(want, x, gamma, beta);
       ExpectWithin("y", results.Values("y", act()), want.y, bounds.y);
       if (!statistics) continue;
       ExpectWithin("mean", results.Values("mean", DType::kF32), want.mean, bounds.mean);
@@ -248,18 +259,22 @@ TEST_P(LayerNormTest, Backward) {
     Source source;
     Residual residual;
     bool any_order;
+    Again again = Again::kNo;
   };
   for (const Variant v : {Variant{Source::kInput, Residual::kAbsent, false},
                           Variant{Source::kInput, Residual::kApart, true},
                           Variant{Source::kInput, Residual::kInPlace, false},
+                          Variant{Source::kInput, Residual::kApart, false, Again::kApart},
+                          Variant{Source::kInput, Residual::kInPlace, false, Again::kOverDy},
                           Variant{Source::kOutput, Residual::kAbsent, false},
                           Variant{Source::kOutput, Residual::kApart, true},
                           Variant{Source::kOutput, Residual::kInPlace, false}}) {
     SCOPED_TRACE(::testing::Message()
-                 << NameOf(v.source) << ", residual_grad " << static_cast<int>(v.residual));
+                 << NameOf(v.source) << ", residual_grad " << static_cast<int>(v.residual)
+                 << ", y_again " << static_cast<int>(v.again));
     const auto op = [&](OpRun& run) {
       LayerNormBackwardArgs args;
-      args.dy = run.In(act(), {t(), h()}, p.dy);
+      SetAgain(run, v.again, p, args);
       if (v.source == Source::kInput) {
         args.x = run.In(act(), {t(), h()}, p.x);
         args.mean = run.In(DType::kF32, {t()}, p.mean);
@@ -290,6 +305,7 @@ TEST_P(LayerNormTest, Backward) {
       ExpectWithin("dbeta", results.Values("dbeta", DType::kF32), want.dbeta, want.dbeta_bound);
     };
     compare();
+    if (v.again != Again::kNo) ExpectAgain(results, p);
     if (v.source == Source::kInput) continue;
     // And it is the gradient that the input would have given, but for what y has lost.
     SCOPED_TRACE("against the gradient from the input");
@@ -317,9 +333,7 @@ TEST_P(DropoutAddNormTest, Forward) {
         u() * std::abs(sum[i]) + Tiny(act()) +
         4 * kF32Roundoff *
             (std::abs(residual[i]) + factors[i] * (std::abs(x[i]) + std::abs(bias[i % cols()])));
-  // The norm may be taken of the sum in fp32 or of the sum as stored.
-  const ref::NormResult want = ref::LayerNorm(sum, gamma, beta, static_cast<double>(eps), t(), h());
-  const NormBounds bounds = BoundsOf(want, sum, gamma, beta, sum_bound);
+  Vec stored;  // the sum as the first variant has it, which is the norm's input in each of them
   struct Variant {
     const char* name;
     bool norm, sum, statistics, in_place;
@@ -354,8 +368,15 @@ TEST_P(DropoutAddNormTest, Forward) {
           return backend().DropoutAddNorm(run.WorkspaceFor(Dims()), args);
         },
         param().offset);
-    if (v.sum) ExpectWithin("sum", results.Values("sum", act()), sum, sum_bound);
+    if (v.sum) {
+      ExpectWithin("sum", results.Values("sum", act()), sum, sum_bound);
+      if (stored.empty()) stored = results.Values("sum", act());
+      EXPECT_EQ(results.Values("sum", act()), stored);
+    }
     if (!v.norm) continue;
+    const ref::NormResult want =
+        ref::LayerNorm(stored, gamma, beta, static_cast<double>(eps), t(), h());
+    const NormBounds bounds = BoundsOf(want, stored, gamma, beta);
     ExpectWithin("y", results.Values("y", act()), want.y, bounds.y);
     if (!v.statistics) continue;
     ExpectWithin("mean", results.Values("mean", DType::kF32), want.mean, bounds.mean);
@@ -375,12 +396,19 @@ TEST_P(DropoutAddNormTest, Backward) {
     bool dy, dsum, dresidual, in_place;
     Source source = Source::kInput;
     bool any_order = false;
+    Again again = Again::kNo;
   };
   for (const Variant v :
        {Variant{"dy and dsum", true, true, true, false},
         Variant{"dy and dsum, in place", true, true, true, true},
         Variant{"dy alone", true, false, true, false, Source::kInput, true},
         Variant{"dy alone, no dresidual", true, false, false, false},
+        Variant{"dy and dsum, y_again", true, true, true, false, Source::kInput, false,
+                Again::kApart},
+        Variant{"dy and dsum, in place, y_again over dy", true, true, true, true, Source::kInput,
+                false, Again::kOverDy},
+        Variant{"dy alone, no dresidual, y_again over dy", true, false, false, false,
+                Source::kInput, true, Again::kOverDy},
         Variant{"dsum alone", false, true, false, false},
         Variant{"dsum alone, with dresidual", false, true, true, false, Source::kInput, true},
         Variant{"dy and dsum", true, true, true, false, Source::kOutput, true},
@@ -390,7 +418,7 @@ TEST_P(DropoutAddNormTest, Backward) {
     const auto op = [&](OpRun& run) {
       DropoutAddNormBackwardArgs args;
       if (v.dy) {
-        args.dy = run.In(act(), {t(), h()}, p.dy);
+        SetAgain(run, v.again, p, args);
         if (v.source == Source::kInput) {
           args.sum = run.In(act(), {t(), h()}, p.x);
           args.mean = run.In(DType::kF32, {t()}, p.mean);
@@ -416,6 +444,7 @@ TEST_P(DropoutAddNormTest, Backward) {
     const Results results = v.any_order ? RunInAnyOrder(backend(), op, param().offset)
                                         : RunTwice(backend(), op, param().offset);
 
+    if (v.again != Again::kNo) ExpectAgain(results, p);
     NormGradient want;
     if (v.dy) {
       want = GradientOf(p, v.source, v.dsum ? dsum : Vec{}, dgamma_before, dbeta_before);
@@ -448,6 +477,79 @@ TEST_P(DropoutAddNormTest, Backward) {
     ExpectWithin("dx", results.Values("dx", act()), dx, dx_bound);
     ExpectWithin("dbias", results.Values("dbias", DType::kF32), dbias, dbias_bound);
   }
+}
+
+// The norm's input is the sum as it is stored, so LayerNorm of that gives the same bits; and so
+// does what Backward makes again.
+TEST_P(DropoutAddNormTest, TheOutputAgainHasTheSameBits) {
+  const Vec gamma = Gamma(), beta = Beta();
+  const auto norm = [&](OpRun& run, auto& args) {
+    args.gamma = run.In(act(), {h()}, gamma);
+    args.beta = run.In(act(), {h()}, beta);
+    args.eps = 1e-5f;
+    args.y = run.Out("y", act(), {t(), h()});
+    args.mean = run.Out("mean", DType::kF32, {t()});
+    args.rstd = run.Out("rstd", DType::kF32, {t()});
+  };
+  const Results forward = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        DropoutAddNormArgs args;
+        args.x = run.In(act(), {t(), h()}, Noise(act(), 51, t() * h()));
+        args.bias = run.In(act(), {h()}, Noise(act(), 52, h()));
+        args.residual = run.In(act(), {t(), h()}, NormInputs());
+        args.dropout = DeviceMask(run);
+        args.sum = run.Out("sum", act(), {t(), h()});
+        norm(run, args);
+        return backend().DropoutAddNorm(run.WorkspaceFor(Dims()), args);
+      },
+      param().offset);
+  const Vec sum = forward.Values("sum", act());
+  const Results alone = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        LayerNormArgs args;
+        args.x = run.In(act(), {t(), h()}, sum);
+        norm(run, args);
+        return backend().LayerNorm(run.WorkspaceFor(Dims()), args);
+      },
+      param().offset);
+  for (const char* name : {"y", "mean", "rstd"})
+    EXPECT_EQ(alone.Bytes(name), forward.Bytes(name)) << name;
+
+  const auto backward = [&](OpRun& run, auto& args) {
+    args.dy = run.InOut("y_again", act(), {t(), h()}, Noise(act(), 53, t() * h()));
+    args.y_again = args.dy;
+    args.beta = run.In(act(), {h()}, beta);
+    args.gamma = run.In(act(), {h()}, gamma);
+    args.mean = run.In(DType::kF32, {t()}, forward.Values("mean", DType::kF32));
+    args.rstd = run.In(DType::kF32, {t()}, forward.Values("rstd", DType::kF32));
+    args.dx = run.Out("dx", act(), {t(), h()});
+    args.dgamma = run.InOut("dgamma", DType::kF32, {h()}, Vec(cols(), 0.0));
+    args.dbeta = run.InOut("dbeta", DType::kF32, {h()}, Vec(cols(), 0.0));
+  };
+  const Results of_norm = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        LayerNormBackwardArgs args;
+        args.x = run.In(act(), {t(), h()}, sum);
+        backward(run, args);
+        return backend().LayerNormBackward(run.WorkspaceFor(Dims()), args);
+      },
+      param().offset);
+  const Results of_sum = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        DropoutAddNormBackwardArgs args;
+        args.sum = run.In(act(), {t(), h()}, sum);
+        backward(run, args);
+        args.dropout = DeviceMask(run);
+        args.dbias = run.InOut("dbias", DType::kF32, {h()}, Vec(cols(), 0.0));
+        return backend().DropoutAddNormBackward(run.WorkspaceFor(Dims()), args);
+      },
+      param().offset);
+  EXPECT_EQ(of_norm.Bytes("y_again"), forward.Bytes("y"));
+  EXPECT_EQ(of_sum.Bytes("y_again"), forward.Bytes("y"));
 }
 
 LAMINA_OP_SUITE(DropoutAddNormTest, RowCases());

@@ -55,6 +55,9 @@ TEST(Ref, LayerNormByHand) {
   EXPECT_NEAR(r.y[0], -3.0 / std::sqrt(5.0), 1e-15);
   EXPECT_NEAR(r.y[2], 2.0 / std::sqrt(5.0), 1e-15);
   EXPECT_NEAR(r.y[3], 10.0 + 3.0 / std::sqrt(5.0), 1e-15);
+  // Of other statistics than the row's, as they are.
+  EXPECT_EQ(ref::LayerNormOutput({1, 3, 5, 7}, {1, 2}, {0, 10}, {1, 4}, {2, 0.5}, 2, 2),
+            (Vec{0, 18, 0.5, 13}));
 }
 
 TEST(Ref, AttentionByHand) {

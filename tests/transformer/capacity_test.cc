@@ -67,25 +67,26 @@ TEST_P(CapacityTest, EveryRowEndsWhereItsFlagsEnd) {
   EXPECT_TRUE(rows[0].flags.empty()) << "the first needs none";
   EXPECT_EQ(rows[0].batch_to, 40);
   // The last one of each seq is out of memory with every flag.
-  const std::vector<std::string> all = {"gelu_checkpoint", "normalize_invertible",
-                                        "activation_checkpointing"};
-  EXPECT_GT(TotalOf(*sizes_, 512, rows.back().batch_to + 1, all), memory);
+  std::vector<std::string> all = {"gelu_checkpoint", "activation_checkpointing"};
   EXPECT_EQ(rows.back().flags, all);
+  all.push_back("normalize_invertible");
+  EXPECT_GT(TotalOf(*sizes_, 512, rows.back().batch_to + 1, all), memory);
 }
 
 TEST_P(CapacityTest, RowsComeInTheOrderOfTheirCost) {
   const std::vector<CapacityRow> rows =
-      Value(PlanCapacity(Model(), *sizes_, TotalOf(*sizes_, 128, 100, {}), {128}));
+      Value(PlanCapacity(Model(), *sizes_, TotalOf(*sizes_, 128, 2000, {}), {128}));
   std::vector<std::vector<std::string>> flags;
   for (const CapacityRow& row : rows) flags.push_back(row.flags);
-  // Pre-LN: normalize_invertible drops 2 H of activations and more a token, gelu_checkpoint 4 H.
+  // Pre-LN: gelu_checkpoint drops 4 H of activations a token and layer; normalize_invertible two
+  // numbers, and H a token in all, which is some samples more here.
   const std::vector<std::vector<std::string>> expected = {
       {},
       {"gelu_checkpoint"},
       {"gelu_checkpoint", "normalize_invertible"},
       {"activation_checkpointing"},
       {"gelu_checkpoint", "activation_checkpointing"},
-      {"gelu_checkpoint", "normalize_invertible", "activation_checkpointing"}};
+  };
   EXPECT_EQ(flags, expected);
 }
 

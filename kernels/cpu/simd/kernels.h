@@ -71,7 +71,8 @@ struct DropoutAddNormBackwardRows {
   // The normalised values: (sum - mean) * rstd; or, where sum is null, (y - beta) / gamma.
   const void* sum;
   const void* y;     // act [rows, h]
-  const void* beta;  // act [h]
+  const void* beta;  // act [h]; with y or y_again
+  void* y_again;     // act [rows, h]: the norm's output; null: not wanted. May be dy
   const void* gamma;
   const float* mean;
   const float* rstd;

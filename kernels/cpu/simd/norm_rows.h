@@ -14,19 +14,22 @@ LAMINA_INLINE E* Row(void* matrix, int64_t r, int64_t h) {
   return matrix != nullptr ? static_cast<E*>(matrix) + r * h : nullptr;
 }
 
+// The norm's output. Backward makes it again, of the same numbers and so to the bit.
+LAMINA_INLINE F NormOutput(F normalised, F gamma, F beta) { return normalised * gamma + beta; }
+
 template <typename E>
 void DropoutAddNorm(const DropoutAddNormRows& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t h = a.h;
   const float per_h = 1.0f / static_cast<float>(h);
   float* factors = scratch;
-  float* row = scratch + Padded(h);  // the sum in fp32: the norm sees it before it is rounded
+  E* row = reinterpret_cast<E*>(scratch + Padded(h));
   const E* bias = static_cast<const E*>(a.bias);
   const E* gamma = static_cast<const E*>(a.gamma);
   const E* beta = static_cast<const E*>(a.beta);
   for (int64_t r = begin; r < end; ++r) {
     const E* x = Row<E>(a.x, r, h);
     const E* residual = Row<E>(a.residual, r, h);
-    E* sum = Row<E>(a.sum, r, h);
+    E* sum = a.sum != nullptr ? Row<E>(a.sum, r, h) : row;
     if (a.dropout.on) FactorRow(a.dropout, static_cast<uint64_t>(r), h, factors);
     F total{};
     Lanes(h, [&](int64_t j, auto part) {
@@ -34,22 +37,21 @@ void DropoutAddNorm(const DropoutAddNormRows& a, int64_t begin, int64_t end, flo
       if (bias != nullptr) v += Load(bias + j, part);
       if (a.dropout.on) v *= Load(factors + j, part);
       if (residual != nullptr) v += Load(residual + j, part);
-      if (sum != nullptr) Store(sum + j, v, part);
-      if (gamma != nullptr) Store(row + j, v, part);
-      total += v;
+      Store(sum + j, v, part);
+      total += Load(sum + j, part);  // as act has it: the norm's input
     });
     if (gamma == nullptr) continue;
     const float mean = Sum(total) * per_h;
     F squares{};
     Lanes(h, [&](int64_t j, auto part) {
-      const F centred = Keep(Load(row + j, part) - mean, 0.0f, part);
+      const F centred = Keep(Load(sum + j, part) - mean, 0.0f, part);
       squares += centred * centred;
     });
     const float rstd = 1.0f / __builtin_sqrtf(Sum(squares) * per_h + a.eps);
     E* y = Row<E>(a.y, r, h);
     Lanes(h, [&](int64_t j, auto part) {
-      const F xhat = (Load(row + j, part) - mean) * rstd;
-      Store(y + j, xhat * Load(gamma + j, part) + Load(beta + j, part), part);
+      const F xhat = (Load(sum + j, part) - mean) * rstd;
+      Store(y + j, NormOutput(xhat, Load(gamma + j, part), Load(beta + j, part)), part);
     });
     if (a.mean != nullptr) a.mean[r] = mean;
     if (a.rstd != nullptr) a.rstd[r] = rstd;
@@ -78,6 +80,7 @@ void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, 
     const E* dsum = Row<E>(a.dsum, r, h);
     const E* x = Row<E>(a.sum, r, h);
     const E* y = Row<E>(a.y, r, h);
+    E* y_again = Row<E>(a.y_again, r, h);
     E* dresidual = Row<E>(a.dresidual, r, h);
     E* dx = Row<E>(a.dx, r, h);
     if (a.dropout.on) FactorRow(a.dropout, static_cast<uint64_t>(r), h, factors);
@@ -106,6 +109,8 @@ void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, 
         const F d = Load(dy + j, part);
         const F xhat = normalised(j, part);
         ds += rstd * (d * Load(gamma + j, part) - average_g - xhat * average_gx);
+        if (y_again != nullptr)
+          Store(y_again + j, NormOutput(xhat, Load(gamma + j, part), Load(beta + j, part)), part);
         if (a.dgamma != nullptr) Store(a.dgamma + j, Load(a.dgamma + j, part) + d * xhat, part);
         if (a.dbeta != nullptr) Store(a.dbeta + j, Load(a.dbeta + j, part) + d, part);
       }

@@ -111,20 +111,34 @@ __device__ __forceinline__ void Load8(const T* p, float (&v)[8]) {
   Unpack8(LoadRaw8(p), v);
 }
 
-// `p` aligned to 16 bytes.
+// Rounded as memory will have them.
 template <typename T>
-__device__ __forceinline__ void Store8(T* p, const float (&v)[8]) {
-  uint4 raw;
-  raw.x = PackPair<T>(v[0], v[1]);
-  raw.y = PackPair<T>(v[2], v[3]);
-  raw.z = PackPair<T>(v[4], v[5]);
-  raw.w = PackPair<T>(v[6], v[7]);
-  *reinterpret_cast<uint4*>(p) = raw;
+__device__ __forceinline__ Raw8<T> Pack8(const float (&v)[8]) {
+  return {{make_uint4(PackPair<T>(v[0], v[1]), PackPair<T>(v[2], v[3]), PackPair<T>(v[4], v[5]),
+                      PackPair<T>(v[6], v[7]))}};
 }
 template <>
-__device__ __forceinline__ void Store8<float>(float* p, const float (&v)[8]) {
-  *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
-  *reinterpret_cast<float4*>(p + 4) = make_float4(v[4], v[5], v[6], v[7]);
+__device__ __forceinline__ Raw8<float> Pack8<float>(const float (&v)[8]) {
+  Raw8<float> raw;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    raw.words[i] = make_uint4(__float_as_uint(v[4 * i]), __float_as_uint(v[4 * i + 1]),
+                              __float_as_uint(v[4 * i + 2]), __float_as_uint(v[4 * i + 3]));
+  }
+  return raw;
+}
+
+// `p` aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ void StoreRaw8(T* p, const Raw8<T>& raw) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+    reinterpret_cast<uint4*>(p)[i] = raw.words[i];
+  }
+}
+template <typename T>
+__device__ __forceinline__ void Store8(T* p, const float (&v)[8]) {
+  StoreRaw8(p, Pack8<T>(v));
 }
 
 // The same for a run-time choice of width: 8 elements as above, or one element in v[0].

@@ -144,11 +144,15 @@ struct LayerNormArgs {
 // Of the normalised values (x - mean) * rstd there are two sources: x, mean and rstd; or, where x
 // is absent (normalize_invertible), the norm's output as (y - beta) / gamma, with rstd alone. The
 // caller has seen to it that no |gamma| is too small for that.
+//
+// From x the norm's output can be had again in the same pass, so that nobody needs to keep it: with
+// the forward's mean, rstd, gamma and beta, y_again has its y's bits.
 struct LayerNormBackwardArgs {
   TensorView dy;             // act [T, H]
   TensorView x;              // act [T, H]: the norm's input; absent: y and beta are there instead
   TensorView y;              // act [T, H]: the norm's output; only without x
-  TensorView beta;           // act [H]; only without x
+  TensorView beta;           // act [H]; only without x or with y_again
+  TensorView y_again;        // act [T, H]; only with x. May be dy. Absent: not wanted
   TensorView gamma;          // act [H]
   TensorView mean;           // fp32 [T]; only with x
   TensorView rstd;           // fp32 [T]
@@ -159,7 +163,8 @@ struct LayerNormBackwardArgs {
 };
 
 // sum = residual + dropout(x + bias); and, where gamma is present, y = LayerNorm(sum) in the same
-// pass. The mask is over [T, H].
+// pass, of the sum as act has it, whether it is stored or not: LayerNorm of a stored sum has y's
+// bits. The mask is over [T, H].
 struct DropoutAddNormArgs {
   TensorView x;         // act [T, H]: an output product without its bias
   TensorView bias;      // act [H]
@@ -181,13 +186,14 @@ struct DropoutAddNormBackwardArgs {
   TensorView dy;  // act [T, H]: gradient of the norm's output; absent where Forward had no norm
   TensorView
       dsum;  // act [T, H]: gradient of sum by its other uses; absent: zero. One of the two at least
-  TensorView sum;    // act [T, H]: only with dy; absent: y and beta are there instead, as in
-                     // LayerNormBackwardArgs
-  TensorView y;      // act [T, H]: the norm's output; only with dy and without sum
-  TensorView beta;   // act [H]: only with dy and without sum
-  TensorView gamma;  // act [H]: only with dy
-  TensorView mean;   // fp32 [T]: only with dy and sum
-  TensorView rstd;   // fp32 [T]: only with dy
+  TensorView sum;      // act [T, H]: only with dy; absent: y and beta are there instead, as in
+                       // LayerNormBackwardArgs
+  TensorView y;        // act [T, H]: the norm's output; only with dy and without sum
+  TensorView beta;     // act [H]: only with dy, and without sum or with y_again
+  TensorView y_again;  // act [T, H]; only with dy and sum, as in LayerNormBackwardArgs. May be dy
+  TensorView gamma;    // act [H]: only with dy
+  TensorView mean;     // fp32 [T]: only with dy and sum
+  TensorView rstd;     // fp32 [T]: only with dy
   Dropout dropout;
   TensorView dresidual;  // act [T, H]; may be dsum. Absent: not wanted (it equals dsum without dy)
   TensorView dx;         // act [T, H]

@@ -153,7 +153,8 @@ class Stack {
   // [B, S, H] or absent; the two may not overlap. The context is spent afterwards: a second
   // Backward on it is FAILED_PRECONDITION. So is a Backward after weights of the context's layers
   // have changed since its Forward, with normalize_invertible or activation_checkpointing, which
-  // compute from them what was not kept; the context stays as it is then.
+  // compute from them what was not kept; the context stays as it is then. Without, it takes weights
+  // as they are now.
   virtual absl::Status Backward(Context& context, const TensorView& output_grad,
                                 const TensorView& input_grad) = 0;
 
