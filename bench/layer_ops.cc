@@ -142,19 +142,27 @@ class Cases {
     });
   }
 
+  // The layer has the norm's output again, over dy; without normalize_invertible.
   void LayerNormBackward() {
-    Add("LayerNormBackward, residual", {.pre_norm = 1}, [*this](Operands& o) {
-      return Call(o, &Backend::LayerNormBackward,
-                  {.dy = o.Read(act_, {t_, h_}),
-                   .x = o.Read(act_, {t_, h_}),
-                   .gamma = o.Read(act_, {h_}),
-                   .mean = o.Read(kF32, {t_}),
-                   .rstd = o.Read(kF32, {t_}),
-                   .residual_grad = o.Read(act_, {t_, h_}),
-                   .dx = o.Write(act_, {t_, h_}),
-                   .dgamma = o.Update(kF32, {h_}),
-                   .dbeta = o.Update(kF32, {h_})});
-    }).sums_tokens = true;
+    for (const bool again : {true, false})
+      Add(absl::StrCat("LayerNormBackward, residual", again ? ", y again" : ""),
+          again ? Calls{.pre_norm = 1} : Calls{},
+          [=, *this](Operands& o) {
+            const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
+            return Call(o, &Backend::LayerNormBackward,
+                        {.dy = dy,
+                         .x = o.Read(act_, {t_, h_}),
+                         .beta = again ? o.Read(act_, {h_}) : TensorView{},
+                         .y_again = again ? dy : TensorView{},
+                         .gamma = o.Read(act_, {h_}),
+                         .mean = o.Read(kF32, {t_}),
+                         .rstd = o.Read(kF32, {t_}),
+                         .residual_grad = o.Read(act_, {t_, h_}),
+                         .dx = o.Write(act_, {t_, h_}),
+                         .dgamma = o.Update(kF32, {h_}),
+                         .dbeta = o.Update(kF32, {h_})});
+          })
+          .sums_tokens = true;
   }
 
   void DropoutAddNorm() {
@@ -192,24 +200,31 @@ class Cases {
     // Pre-LN: attention's sum is also the feed-forward branch's residual, so it has a gradient
     // beside the norm's.
     for (const bool pre_norm : {true, false})
-      Add(absl::StrCat("DropoutAddNormBackward, norm", pre_norm ? ", dsum" : ""),
-          pre_norm ? Calls{.pre_norm = 1} : Calls{.post_norm = 2},
-          [=, *this](Operands& o) {
-            return Call(o, &Backend::DropoutAddNormBackward,
-                        {.dy = o.Read(act_, {t_, h_}),
-                         .dsum = pre_norm ? o.Read(act_, {t_, h_}) : TensorView{},
-                         .sum = o.Read(act_, {t_, h_}),
-                         .gamma = o.Read(act_, {h_}),
-                         .mean = o.Read(kF32, {t_}),
-                         .rstd = o.Read(kF32, {t_}),
-                         .dropout = DropoutOf(o, dropout_),
-                         .dresidual = o.Write(act_, {t_, h_}),
-                         .dx = o.Write(act_, {t_, h_}),
-                         .dbias = o.Update(kF32, {h_}),
-                         .dgamma = o.Update(kF32, {h_}),
-                         .dbeta = o.Update(kF32, {h_})});
-          })
-          .sums_tokens = true;
+      for (const bool again : {true, false})
+        Add(absl::StrCat("DropoutAddNormBackward, norm", pre_norm ? ", dsum" : "",
+                         again ? ", y again" : ""),
+            !again     ? Calls{}
+            : pre_norm ? Calls{.pre_norm = 1}
+                       : Calls{.post_norm = 2},
+            [=, *this](Operands& o) {
+              const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
+              return Call(o, &Backend::DropoutAddNormBackward,
+                          {.dy = dy,
+                           .dsum = pre_norm ? o.Read(act_, {t_, h_}) : TensorView{},
+                           .sum = o.Read(act_, {t_, h_}),
+                           .beta = again ? o.Read(act_, {h_}) : TensorView{},
+                           .y_again = again ? dy : TensorView{},
+                           .gamma = o.Read(act_, {h_}),
+                           .mean = o.Read(kF32, {t_}),
+                           .rstd = o.Read(kF32, {t_}),
+                           .dropout = DropoutOf(o, dropout_),
+                           .dresidual = o.Write(act_, {t_, h_}),
+                           .dx = o.Write(act_, {t_, h_}),
+                           .dbias = o.Update(kF32, {h_}),
+                           .dgamma = o.Update(kF32, {h_}),
+                           .dbeta = o.Update(kF32, {h_})});
+            })
+            .sums_tokens = true;
     Add("DropoutAddNormBackward, no norm", {.pre_norm = 1}, [*this](Operands& o) {
       return Call(o, &Backend::DropoutAddNormBackward,
                   {.dsum = o.Read(act_, {t_, h_}),

@@ -23,9 +23,12 @@ constexpr unsigned kGelu = 1, kNorms = 2, kLayers = 4;  // bits, as kFlags is or
 
 // By what they cost. gelu_checkpoint is one pass over [T, I] a layer, with the same bits;
 // normalize_invertible costs digits and may refuse a Forward. activation_checkpointing runs every
-// layer's Forward twice; gelu_checkpoint then shrinks the one set that it recomputes into, and
-// normalize_invertible nothing. attn_dropout_checkpoint is not among them: it has nothing to drop.
-constexpr unsigned kFlagSets[] = {0, kGelu, kNorms, kGelu | kNorms, kLayers, kLayers | kGelu};
+// layer's Forward twice; the others then shrink the one set that it recomputes into, but for
+// normalize_invertible with Pre-LN. attn_dropout_checkpoint is not among them: it has nothing to
+// drop.
+constexpr unsigned kFlagSets[] = {
+    0,       kGelu,           kNorms,           kGelu | kNorms,
+    kLayers, kLayers | kGelu, kLayers | kNorms, kLayers | kGelu | kNorms};
 
 }  // namespace
 

@@ -179,7 +179,7 @@ ContextBuffers PlaceContext(Placer& placer, const StackConfig& config, int64_t l
   const bool inverts = config.inverts_norms();
   const bool input = !config.pre_layer_norm || !inverts;
   const bool outputs = config.activation_checkpointing || config.pre_layer_norm != inverts;
-  const bool last_output = !config.pre_layer_norm && inverts;
+  const bool last_output = !config.activation_checkpointing && !config.pre_layer_norm && inverts;
 
   ContextBuffers b;
   b.rng = placer.Place<RngState>(kKind, "context.rng", 1);

@@ -645,10 +645,12 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
       activations.y = saved.output;
       if (config_.activation_checkpointing) {
         activations = Recomputed(dims);
-        // Nobody reads y again, but Post-LN's last norm needs a place for it.
-        const TensorView y = config_.pre_layer_norm ? TensorView{} : scratch.product;
+        // Pre-LN needs y no more. Post-LN's is read, if at all, before anything is written to the
+        // branch's scratch; where it is not, the residual of its sum lies there.
+        if (!config_.pre_layer_norm)
+          activations.y = config_.inverts_norms() ? scratch.branch : scratch.product;
         LAMINA_RETURN_IF_ERROR(
-            layer.Forward(c->call, x, WithScratch(activations, dims, scratch), y));
+            layer.Forward(c->call, x, WithScratch(activations, dims, scratch), activations.y));
       }
       LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx, above));
       above = x || config_.pre_layer_norm ? nullptr : &layer;

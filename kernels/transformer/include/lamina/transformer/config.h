@@ -58,9 +58,11 @@ struct StackConfig {
   static constexpr double kMaxLossScale = 0x1p24;  // growth ends here
 
   int64_t head_dim() const { return hidden_size / heads; }
-  // Whether Backward reads the norms' values back from their outputs. Where it computes layers
-  // again it has the inputs anyway.
-  bool inverts_norms() const { return normalize_invertible && !activation_checkpointing; }
+  // Whether Backward reads the norms' values back from their outputs. A Pre-LN layer that is
+  // computed again has its input anyway, and one tensor less to keep without.
+  bool inverts_norms() const {
+    return normalize_invertible && !(activation_checkpointing && pre_layer_norm);
+  }
   // Dimensions of a call of `batch` sequences of `seq` tokens; packed: `packed_tokens` in all, and
   // `seq` the longest one's length.
   LayerDims Dims(int64_t batch, int64_t seq, int64_t packed_tokens = 0) const;
