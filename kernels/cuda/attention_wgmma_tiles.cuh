@@ -211,6 +211,22 @@ struct KeptPairs {
   }
 };
 
+// Which of a call's 16 elements are kept: bit 7 - i of byte 0 is the first of pair i, bit 7 - i of
+// byte 2 the second.
+__device__ __forceinline__ uint32_t DrawEightPairs(const DropoutParams& dropout,
+                                                   const RngState& rng, int64_t row,
+                                                   uint32_t call) {
+  const Philox4 bytes = DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row), call);
+  const KeepLimits limits(bytes, dropout.threshold);
+  // Doubled 8 times, 4 is the 1024 above a byte.
+  uint32_t sum = kHalfFours;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sum = MultiplyAddPairs(sum, kHalfTwos, limits.Kept(bytes.word[i / 2], i % 2));
+  }
+  return sum;
+}
+
 // Of softmax rows `row` and `row` + 8 and the tile of keys `tile`, counted from the sequence's
 // first.
 __device__ __forceinline__ KeptPairs DrawPairs(const DropoutParams& dropout, const RngState& rng,
@@ -218,16 +234,8 @@ __device__ __forceinline__ KeptPairs DrawPairs(const DropoutParams& dropout, con
   uint32_t eight_pairs[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const Philox4 bytes = DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row + 8 * half),
+    eight_pairs[half] = DrawEightPairs(dropout, rng, row + 8 * half,
                                        static_cast<uint32_t>(tile) * 4u + (threadIdx.x & 3u));
-    const KeepLimits limits(bytes, dropout.threshold);
-    // Doubled 8 times, 4 is the 1024 above a byte.
-    uint32_t sum = kHalfFours;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      sum = MultiplyAddPairs(sum, kHalfTwos, limits.Kept(bytes.word[i / 2], i % 2));
-    }
-    eight_pairs[half] = sum;
   }
   return {__byte_perm(eight_pairs[0], eight_pairs[1], 0x6240)};
 }

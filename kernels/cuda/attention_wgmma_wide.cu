@@ -107,20 +107,10 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
         MultiplyTile<T>(o, probs, DescribeColumns(shared.slots[before][1]));
         CommitProducts();
       }
-      KeptKeys kept[2][2];
+      KeptPairs kept{};
       if (kDropout) {
-        uint32_t together = 0;
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            kept[part][half] = DrawKeys(p.dropout, rng, h.row + query + 8 * half,
-                                        key0 + 32 * part + 8 * (lane & 3));
-            together ^= kept[part][half].bits.word[0] ^ kept[part][half].bits.word[1] ^
-                        kept[part][half].bits.word[2] ^ kept[part][half].bits.word[3];
-          }
-        }
-        DoFirst(together);
+        kept = DrawPairs(p.dropout, rng, h.row + query, tile);
+        DoFirst(kept.word);
       }
       WaitForProducts<first ? 0 : 1>();
       PinProduct(s);
@@ -192,16 +182,14 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            float& prob = s[4 * part + i / 2][2 * half + (i & 1)];
-            row_sum[half] += prob;
-            // The scale of the kept ones goes into the last factor.
-            if (kDropout) prob = kept[part][half][i] ? prob : 0.0f;
-          }
-#pragma unroll
           for (int m = 0; m < 4; ++m) {
             const float* pair = &s[4 * part + m][2 * half];
-            probs[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
+            row_sum[half] += pair[0];
+            row_sum[half] += pair[1];
+            uint32_t& word = probs[2 * part + m / 2][half + 2 * (m & 1)];
+            word = PackPair<T>(pair[0], pair[1]);
+            // The scale of the kept ones goes into the last factor.
+            if (kDropout) word = DropPair<T>(word, kept.Pair(half, part, m));
           }
         }
       }
@@ -233,7 +221,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
       sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
       const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-      factor[half] = inverse * p.dropout.scale;
+      factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
       const bool inside = query + 8 * half < h.length;
       row[half] = inside ? query + 8 * half : -1;
       if (p.softmax != nullptr && (lane & 3) == 0 && inside) {

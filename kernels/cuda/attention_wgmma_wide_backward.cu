@@ -14,8 +14,8 @@
 namespace lamina::cuda {
 namespace {
 
-// Which of a launch's probabilities are kept: a row of bits a query, a word for every 32 keys. As
-// many as in attention_wgmma_tiles.cuh's order.
+// Which of a launch's probabilities are kept: a row of words a query, two for every tile of keys
+// (DrawCall).
 struct KeptRows {
   uint32_t* words;  // of the head's first query; where p.kept is
   int row_words;
@@ -27,6 +27,10 @@ struct KeptRows {
   }
   __device__ __forceinline__ uint32_t* Row(int query) const {
     return words + static_cast<int64_t>(query) * row_words;
+  }
+  // By calls, each of which has a thread's keys in score tiles whose rows are queries.
+  __device__ __forceinline__ uint16_t* Calls(int query) const {
+    return reinterpret_cast<uint16_t*>(Row(query));
   }
 };
 
@@ -97,6 +101,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
   RngState rng{};
   if (kFrom == KeysFrom::kDrawn) rng = UniformState(p.dropout.rng);
   RingPlace<kQuerySlots> place;
+  const float factor = p.scale * p.dropout.scale;
 
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kQueries>(p);
@@ -146,6 +151,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
       sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
       const int i = query + 8 * half;
       if ((lane & 3) == 0 && i < h.length) p.delta[h.row + i] = sum;
+      sum *= KeepProbability(p.dropout);
     }
 
     const KeptRows kept_rows(p, h);
@@ -164,16 +170,14 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
       BeginProducts();
       MultiplyRowsOfTile<T>(dp, dout, DescribeTile(&slot[1]));
       CommitProducts();
-      uint32_t word = 0;
+      KeptPairs kept{};
       if constexpr (kFrom == KeysFrom::kKept) {
-        // Of each row's 64 bits a thread's are bytes t and 4 + t.
         const auto at = [&](int half) {
-          return *reinterpret_cast<const uint2*>(kept_rows.Row(query + 8 * half) + 2 * tile);
+          return uint32_t{kept_rows.Calls(query + 8 * half)[4 * tile + (lane & 3)]};
         };
-        const uint2 low = at(0), high = at(1);
-        const uint32_t bytes = (lane & 3) | (4 + (lane & 3)) << 4;
-        word = __byte_perm(__byte_perm(low.x, high.x, bytes), __byte_perm(low.y, high.y, bytes),
-                           0x5410);
+        kept.word = __byte_perm(at(0), at(1), 0x5140);
+      } else if constexpr (kFrom == KeysFrom::kDrawn) {
+        kept = DrawPairs(p.dropout, rng, h.row + query, tile);
       }
       const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
       const bool plain = p.mask == nullptr && key0 + kTile <= h.keys && !cut;
@@ -189,13 +193,11 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
       for (int part = 0; part < 2; ++part) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          DropGradsOf<kFrom>(s, dp, part, half, word, p.dropout, rng, h.row + query + 8 * half,
-                             key0 + 32 * part + 8 * (lane & 3), rows.delta[half]);
+          uint32_t dropped[4], grads[4];
+          DropGrads<T, kFrom != KeysFrom::kNone>(s, dp, part, half, kept, rows.delta[half], dropped,
+                                                 grads);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            const float* pair = &dp[4 * part + m][2 * half];
-            ds[2 * part + m / 2][half + 2 * (m & 1)] = PackPair<T>(pair[0], pair[1]);
-          }
+          for (int m = 0; m < 4; ++m) ds[2 * part + m / 2][half + 2 * (m & 1)] = grads[m];
         }
       }
       const int now = place.slot;
@@ -236,7 +238,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
       row[half] = query + 8 * half < h.length ? query + 8 * half : -1;
     }
     StoreWideRows(static_cast<T*>(p.dqkv) + h.token * stride + h.column, stride, row, head_dim, dq,
-                  p.scale, p.scale);
+                  factor, factor);
     if (p.sums == nullptr) continue;
     // The sums of the block before have been read.
     ComputingBarrier();
@@ -246,8 +248,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
     }
     ComputingBarrier();
     if (tid < head_dim) {
-      block_sums()[tid] =
-          AddWarpSums(shared.sums[tid / 64], kWideComputing / 32, p.scale, tid % 64);
+      block_sums()[tid] = AddWarpSums(shared.sums[tid / 64], kWideComputing / 32, factor, tid % 64);
     }
   }
 }
@@ -418,10 +419,10 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, KeyGra
       QueryTile queries{shared.softmax[place.slot], shared.shift[place.slot],
                         shared.delta[place.slot], nullptr};
       if constexpr (kFrom == KeysFrom::kKept) {
-        queries.kept = shared.kept[place.slot][warp / 2];
+        queries.kept = shared.kept[place.slot][2 * group + KeptWord(warp)];
       } else if constexpr (kFrom == KeysFrom::kDrawn) {
         queries.kept = shared.drawn[warp];
-        DrawKeyRows(p.dropout, rng, h.row + query0, key0 + warp_row, shared.drawn[warp]);
+        DrawKeyRows(p.dropout, rng, h.row + query0, key0 / kTile, shared.drawn[warp]);
       }
       uint32_t probs[4][4];
       keys.Probabilities<T, kDropout>(s, probs, p, queries, query0);
@@ -526,28 +527,21 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 }
 
 constexpr int kDrawThreads = kWarpgroup;
-constexpr int kDrawWords = 16;  // neighbouring ones, of neighbouring threads
+constexpr int kDrawCalls = 32;  // neighbouring ones, of neighbouring threads
 
-// The bits of a tile of queries.
+// The words of a tile of queries.
 __global__ void __launch_bounds__(kDrawThreads) DrawRowsKernel(const AttentionParams p) {
   const Head h = HeadOfBlock<kTile, BlockRows::kQueries>(p);
   if (h.first >= h.length) return;
   const RngState rng = UniformState(p.dropout.rng);
   const KeptRows kept_rows(p, h);
-  const int words = (h.keys + 31) / 32;
-  for (int i = static_cast<int>(threadIdx.x) / kDrawWords; i < kTile;
-       i += kDrawThreads / kDrawWords) {
+  const int calls = (h.keys + kTile - 1) / kTile * 4;
+  for (int i = static_cast<int>(threadIdx.x) / kDrawCalls; i < kTile;
+       i += kDrawThreads / kDrawCalls) {
     const int query = h.first + i;
-    uint32_t* row = kept_rows.Row(query);
-    for (int w = static_cast<int>(threadIdx.x) % kDrawWords; w < words; w += kDrawWords) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const KeptKeys kept = DrawKeys(p.dropout, rng, h.row + query, 32 * w + 8 * part);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) word |= (kept[j] ? 1u : 0u) << (8 * part + j);
-      }
-      row[w] = word;
+    for (int call = static_cast<int>(threadIdx.x) % kDrawCalls; call < calls; call += kDrawCalls) {
+      kept_rows.Calls(query)[call] =
+          DrawCall(p.dropout, rng, h.row + query, static_cast<uint32_t>(call));
     }
   }
 }

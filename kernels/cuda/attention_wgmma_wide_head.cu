@@ -165,7 +165,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
       const QueryTile queries{shared.softmax[tile], shared.shift[tile], shared.delta[tile],
                               shared.drawn[warp]};
       if (kDropout) {
-        DrawKeyRows(p.dropout, rng, h.row + tile * kTile, keys.first, shared.drawn[warp]);
+        DrawKeyRows(p.dropout, rng, h.row + tile * kTile, group, shared.drawn[warp]);
       }
       WaitForProducts<0>();
       PinProduct(s);

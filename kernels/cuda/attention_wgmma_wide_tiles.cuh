@@ -147,20 +147,32 @@ struct WideCopies {
   }
 };
 
-// Draws the bits of a warp's 16 keys from `key` on, for the tile of queries whose first row is
-// `row`: of query i bits 16 * (warp % 2) and on of words[i].
+// Whether probabilities are kept, for kernels whose score tiles have keys as rows: of a query and a
+// tile of keys two words, of calls 0 and 1 and of calls 2 and 3, each call's DrawEightPairs in 16
+// bits. The keys of a warp, two rows of eight, are in one of them.
+__device__ __forceinline__ uint16_t DrawCall(const DropoutParams& dropout, const RngState& rng,
+                                             int64_t row, uint32_t call) {
+  return static_cast<uint16_t>(__byte_perm(DrawEightPairs(dropout, rng, row, call), 0, 0x4420));
+}
+__device__ __forceinline__ int KeptWord(int warp) { return warp % 2; }
+// Of a thread's key g; that of key g + 8 is 16 above.
+__device__ __forceinline__ uint32_t KeptBit(int warp) {
+  const int g = (static_cast<int>(threadIdx.x) & 31) / 4;
+  return 1u << (8 * (g % 2) + 7 - warp % 4 / 2 * 4 - g / 2);
+}
+
+// Draws the words of a warp and the tile of keys `tile`, for the tile of queries whose first
+// softmax row is `row`.
 __device__ __forceinline__ void DrawKeyRows(const DropoutParams& dropout, const RngState& rng,
-                                            int64_t row, int key, uint32_t (&words)[kTile]) {
+                                            int64_t row, int tile, uint32_t (&words)[kTile]) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int word = KeptWord(static_cast<int>(threadIdx.x) / 32);
   __syncwarp();
 #pragma unroll 1
-  for (int i = lane; i < 2 * kTile; i += 32) {
-    const KeptKeys kept = DrawKeys(dropout, rng, row + i / 2, key + 8 * (i % 2));
-    uint32_t byte = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) byte |= (kept[j] ? 1u : 0u) << j;
-    reinterpret_cast<uint8_t*>(&words[i / 2])[warp % 2 * 2 + i % 2] = static_cast<uint8_t>(byte);
+  for (int i = lane; i < kTile; i += 32) {
+    const auto call = static_cast<uint32_t>(4 * tile + 2 * word);
+    words[i] = DrawCall(dropout, rng, row + i, call) |
+               static_cast<uint32_t>(DrawCall(dropout, rng, row + i, call + 1)) << 16;
   }
   __syncwarp();
 }
@@ -242,15 +254,14 @@ struct KeyTile {
         }
       }
     }
-    // Of row g; that of row g + 8 is the eighth after it.
-    [[maybe_unused]] const uint32_t bit = 1u << (first % 32 + lane / 4);
+    [[maybe_unused]] const uint32_t bit = KeptBit(static_cast<int>(threadIdx.x) / 32);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       if constexpr (kDropout) {
         const uint2 kept = *reinterpret_cast<const uint2*>(&queries.kept[8 * n + t2]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const bool keep = (((i & 1) == 0 ? kept.x : kept.y) & bit << 8 * (i >> 1)) != 0;
+          const bool keep = (((i & 1) == 0 ? kept.x : kept.y) & bit << 16 * (i >> 1)) != 0;
           s[n][i] = keep ? s[n][i] : -s[n][i];
         }
       }
