@@ -36,11 +36,11 @@ struct Exact {
 // For results of 16 bits, in a third of the instructions: with the library's functions these
 // kernels would compute for longer than their bytes take.
 //
-// With a = |x|, both go by the tail Phi(-a) = exp(-a^2 / 2) t Q(t), where t = 1 / (1 + 0.27 a)
-// and the polynomial Q(t) is a fit of erfc(a / sqrt 2) exp(a^2 / 2) / (2 t) on a <= 20 with a
-// relative error of 1.5e-6 (least squares, reweighted until the error's peaks are even): gelu' near
-// its zero asks for that. With the exponential's it stays below 1.2e-5 in either tail, 40 times less
-// than what rounding to fp16 costs. Every rounding is written out, so that any kernel has the same bits.
+// With a = |x|, both go by the tail Phi(-a) = exp(-a^2 / 2) t Q(t), where t = 1 / (1 + 0.27 a) and
+// the polynomial Q(t) is a fit of erfc(a / sqrt 2) exp(a^2 / 2) / (2 t) on a <= 20 with a relative
+// error of 1.5e-6 (least squares, reweighted until the error's peaks are even): gelu' near its zero
+// asks for that. With the exponential's it stays below 1.2e-5 in either tail, 40 times less than
+// what rounding to fp16 costs. Every rounding is written out, so that any kernel has the same bits.
 struct Fast {
   static __device__ __forceinline__ float ErfGelu(float x) {
     float e, scaled;
