@@ -185,7 +185,11 @@ int Run(const Flags& flags, const sigset_t& signals) {
     return Fail(kCantListen, status);
   }
   auto backend = OpenDevice(flags);
-  if (!backend.ok()) return Fail(kNoDevice, backend.status());
+  if (!backend.ok()) {
+    return Fail(kNoDevice,
+                absl::Status(backend.status().code(), absl::StrCat("--device ", flags.device, ": ",
+                                                                   backend.status().message())));
+  }
   const DeviceInfo device = (*backend)->info();
 
   MetricSet metrics({.version = LAMINA_VERSION,
