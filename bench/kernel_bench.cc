@@ -1,10 +1,11 @@
-// Times every op of a layer by itself, at a layer's shapes, through the Backend API, and sets each
-// against what this device did in the same run: a large product's FLOP/s and a copy's bytes a
-// second. An op's floor is the larger of its FLOPs and its bytes at those rates; its share is floor
-// by time.
+// bench/kernels calls it. Times every op of a layer by itself, at a layer's shapes, through the
+// Backend API, and sets each against what this device did in the same run: a large product's FLOP/s
+// and a copy's bytes a second. An op's floor is the larger of its FLOPs and its bytes at those
+// rates; its share is floor by time.
 //
 // Operands are not in the cache: each call takes the next of several sets. Within a layer some are,
 // so that a layer may take less than the sum of its ops.
+#include <algorithm>
 #include <cstdio>
 #include <ctime>
 #include <exception>
@@ -41,8 +42,14 @@ struct Options {
   std::string ops = ".*";
 };
 
-std::vector<LayerDims> ParseShapes(const std::string& text) {
-  std::vector<LayerDims> shapes;
+struct Shape {
+  LayerDims dims;
+  int64_t layers;
+};
+
+// B,S,H,A,I of a layer, and L where it is not `layers`.
+std::vector<Shape> ParseShapes(const std::string& text, int64_t layers) {
+  std::vector<Shape> shapes;
   for (const auto& shape : absl::StrSplit(text, ';', absl::SkipWhitespace())) {
     std::vector<int64_t> v;
     for (const auto& number : absl::StrSplit(shape, ',')) {
@@ -50,11 +57,13 @@ std::vector<LayerDims> ParseShapes(const std::string& text) {
       if (!absl::SimpleAtoi(number, &value) || value < 1) break;
       v.push_back(value);
     }
-    if (v.size() != 5 || v[2] % v[3] != 0)
+    const size_t numbers = 1 + static_cast<size_t>(std::count(shape.begin(), shape.end(), ','));
+    if (v.size() != numbers || numbers < 5 || numbers > 6 || v[2] % v[3] != 0)
       throw std::runtime_error("shape \"" + std::string(shape) +
-                               "\" is not B,S,H,A,I with A a divisor of H");
+                               "\" is not B,S,H,A,I or B,S,H,A,I,L with A a divisor of H");
     shapes.push_back(
-        {.batch = v[0], .seq = v[1], .hidden = v[2], .heads = v[3], .intermediate = v[4]});
+        {.dims = {.batch = v[0], .seq = v[1], .hidden = v[2], .heads = v[3], .intermediate = v[4]},
+         .layers = numbers == 6 ? v[5] : layers});
   }
   return shapes;
 }
@@ -76,16 +85,16 @@ class Bench {
     const std::time_t now = std::time(nullptr);
     std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
     result_ = {{"device", device_.backend().info().name},
+               {"uuid", device_.backend().info().uuid},
                {"date", date},
                {"dropout", options.dropout},
-               {"layers", options.layers},
                {"ceilings", Json::array()},
                {"rows", Json::array()},
                {"layer_sums", Json::array()}};
   }
 
   void Run() {
-    const std::vector<LayerDims> shapes = ParseShapes(options_.shapes);
+    const std::vector<Shape> shapes = ParseShapes(options_.shapes, options_.layers);
     for (const auto& name : absl::StrSplit(options_.dtypes, ',')) {
       const DType dtype = ParseDType(std::string(name));
       ceilings_ = MeasureCeilings(device_, timer_, dtype);
@@ -95,20 +104,21 @@ class Bench {
       result_["ceilings"].push_back({{"dtype", Name(dtype)},
                                      {"product_tflops", ceilings_.flops / 1e12},
                                      {"copy_tbs", ceilings_.bytes / 1e12}});
-      for (LayerDims dims : shapes) {
-        dims.dtype = dtype;
-        RunShape(dims);
+      for (Shape shape : shapes) {
+        shape.dims.dtype = dtype;
+        RunShape(shape.dims, shape.layers);
       }
     }
   }
 
  private:
-  void RunShape(const LayerDims& dims) {
+  void RunShape(const LayerDims& dims, int64_t layers) {
     shape_ = {{"batch", dims.batch},
               {"seq", dims.seq},
               {"hidden", dims.hidden},
               {"heads", dims.heads},
               {"intermediate", dims.intermediate},
+              {"layers", layers},
               {"dtype", Name(dims.dtype)}};
     std::printf("\nB %ld, S %ld, H %ld, A %ld, I %ld, %s, dropout %g%s\n",
                 static_cast<long>(dims.batch), static_cast<long>(dims.seq),
@@ -120,8 +130,8 @@ class Bench {
 
     const Scratch scratch(device_, dims);
     LayerSum pre_norm, post_norm;
-    for (const OpCase& op : LayerOps(dims, static_cast<float>(options_.dropout), options_.layers,
-                                     scratch.workspace())) {
+    for (const OpCase& op :
+         LayerOps(dims, static_cast<float>(options_.dropout), layers, scratch.workspace())) {
       std::optional<Timing> timing;
       if (std::regex_search(op.name, wanted_)) timing = RunOp(op, scratch.workspace());
       if (!timing) {
@@ -140,8 +150,8 @@ class Bench {
       unordered.unordered = true;
       RunOp(op, unordered);
     }
-    PrintSum("Post-LN", post_norm, false);
-    PrintSum("Pre-LN", pre_norm, true);
+    PrintSum("Post-LN", post_norm, false, layers);
+    PrintSum("Pre-LN", pre_norm, true, layers);
     WriteJson();
   }
 
@@ -184,13 +194,13 @@ class Bench {
     return t;
   }
 
-  void PrintSum(const char* order, const LayerSum& sum, bool pre_norm) {
+  void PrintSum(const char* order, const LayerSum& sum, bool pre_norm, int64_t layers) {
     if (!sum.complete) return;
     std::printf(
         "one layer's forward+backward, %s: sum %.1f us, floor %.1f us (%.0f%%); %ld layers "
         "%.2f ms\n",
-        order, sum.us, sum.floor_us, 100 * sum.floor_us / sum.us,
-        static_cast<long>(options_.layers), sum.us * static_cast<double>(options_.layers) * 1e-3);
+        order, sum.us, sum.floor_us, 100 * sum.floor_us / sum.us, static_cast<long>(layers),
+        sum.us * static_cast<double>(layers) * 1e-3);
     Json row = shape_;
     row.update({{"pre_layer_norm", pre_norm},
                 {"us", sum.us},
@@ -220,10 +230,11 @@ int Main(int argc, char** argv) {
   CLI::App app{"Times every op of a layer by itself against this device's product and copy rates."};
   app.option_defaults()->always_capture_default();
   app.add_option("--device", o.device, "cpu or cuda:N");
-  app.add_option("--shapes", o.shapes, "B,S,H,A,I;...");
+  app.add_option("--shapes", o.shapes, "B,S,H,A,I[,L];...");
   app.add_option("--dtype", o.dtypes, "fp32, bf16, fp16, or several with commas");
   app.add_option("--dropout", o.dropout, "of all three places")->check(CLI::Range(0.0, 0.99));
-  app.add_option("--layers", o.layers, "whose parameters the optimizers' ops go over")
+  app.add_option("--layers", o.layers,
+                 "whose parameters the optimizers' ops go over, where a shape has no L")
       ->check(CLI::PositiveNumber);
   app.add_option("--reps", o.repetitions, "how often each op is timed")->check(CLI::PositiveNumber);
   app.add_option("--json", o.json, "write the figures here too");

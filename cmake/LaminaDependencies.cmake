@@ -38,5 +38,10 @@ if(LAMINA_CUDA)
     endif()
   endif()
   enable_language(CUDA)
+  # Where a project needs CMake 3.25, the module of 3.25 marks CUDA::nvToolsExt as outdated, and fails with CUDA 13,
+  # which has no such library any more.
+  set(needed ${CMAKE_MINIMUM_REQUIRED_VERSION})
+  set(CMAKE_MINIMUM_REQUIRED_VERSION 3.24)
   find_package(CUDAToolkit 12.4 REQUIRED)
+  set(CMAKE_MINIMUM_REQUIRED_VERSION ${needed})
 endif()

@@ -1,17 +1,16 @@
 #include "server/flags.h"
 
-#include <arpa/inet.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <iostream>
-#include <system_error>
+#include <optional>
 
 #include <CLI/CLI.hpp>
+
+#include "server/tcp_address.h"
 
 namespace lamina {
 namespace {
@@ -22,7 +21,7 @@ constexpr const char* kFooter = R"(Exit codes:
   2  wrong flags
   3  can't listen
   4  a certificate, key, tokens or roles file is wrong
-  5  the checkpoint folder can't be used
+  5  the folder for checkpoints or profiles can't be used
   6  the device can't be used
 From 2 on: one line on standard error says why, and nothing has listened.)";
 
@@ -36,30 +35,16 @@ std::string DefaultSocket() {
   return "/tmp/lamina-" + std::to_string(geteuid()) + "/laminad.sock";
 }
 
-// Of numbers, not of a name that begins like one.
-bool IsLoopback(const std::string& host) {
-  in_addr number{};
-  if (inet_pton(AF_INET, host.c_str(), &number) == 1) return (ntohl(number.s_addr) >> 24) == 127;
-  return host == "localhost" || host == "[::1]";
-}
-
-// Whether it is HOST:PORT.
-bool IsHostAndPort(const std::string& address) {
-  const size_t colon = address.rfind(':');
-  return colon != std::string::npos && colon != 0 && colon + 1 != address.size() &&
-         address.find_first_not_of("0123456789", colon + 1) == std::string::npos &&
-         address.size() - colon <= 6 && std::stol(address.substr(colon + 1)) <= 65535;
-}
-
 // Empty, or what is wrong with a --listen.
 std::string Complaint(const std::string& address, const Flags& f) {
   if (address.rfind("unix:", 0) == 0) {
     return address.size() > 5 ? "" : "--listen " + address + ": needs a path behind unix:";
   }
-  if (!IsHostAndPort(address)) {
+  const std::optional<TcpAddress> tcp = ParseTcpAddress(address);
+  if (!tcp) {
     return "--listen " + address + ": must be unix:PATH or HOST:PORT with a port of 0 to 65535";
   }
-  if (f.insecure || IsLoopback(address.substr(0, address.rfind(':')))) return "";
+  if (f.insecure || tcp->IsLoopback()) return "";
   if (f.tls_cert.empty()) {
     return "--listen " + address +
            ": would serve everybody who can reach it, unencrypted; give --tls-cert and --tls-key, "
@@ -73,33 +58,12 @@ std::string Complaint(const std::string& address, const Flags& f) {
   return "";
 }
 
-// Empty, or why a --profile can't be written.
-std::string ProfileComplaint(const std::string& path) {
-  if (path.empty()) return "";
-  std::error_code error;
-  std::filesystem::path folder = path;
-  if (!std::filesystem::is_directory(folder, error)) {
-    folder = folder.parent_path().empty() ? "." : folder.parent_path();
-    if (!std::filesystem::is_directory(folder, error))
-      return "--profile " + path + ": there is no folder " + folder.string();
-  }
-  // Permissions do not say all: a file is made there.
-  std::string draft = (folder / ".laminad-XXXXXX").string();
-  const int fd = mkstemp(draft.data());
-  if (fd < 0)
-    return "--profile " + path + ": the folder " + folder.string() +
-           " can't be written to: " + std::strerror(errno);
-  close(fd);
-  unlink(draft.c_str());
-  return "";
-}
-
 // Empty, or what is wrong with flags that go together.
 std::string Complaint(const Flags& f) {
   for (const std::string& address : f.listen) {
     if (std::string complaint = Complaint(address, f); !complaint.empty()) return complaint;
   }
-  if (f.metrics != "none" && !IsHostAndPort(f.metrics)) {
+  if (f.metrics != "none" && !ParseTcpAddress(f.metrics)) {
     return "--metrics " + f.metrics + ": must be none or HOST:PORT with a port of 0 to 65535";
   }
   if (f.device != "auto" && f.device != "cpu" &&
@@ -123,7 +87,7 @@ std::string Complaint(const Flags& f) {
   if (f.final_checkpoint && f.checkpoints.empty()) {
     return "--final-checkpoint: needs --checkpoints DIR";
   }
-  return ProfileComplaint(f.profile);
+  return "";
 }
 
 // What each option came to: as given, on the command line or by the environment, or its default.

@@ -51,7 +51,7 @@ enum ExitCode : int {
   kWrongFlags = 2,     // the command line or the environment
   kCantListen = 3,     // an address, a socket
   kBadAccessFile = 4,  // a certificate, key, tokens or roles file
-  kNoCheckpoints = 5,  // the checkpoint folder: missing, not writable, full
+  kNoFolder = 5,       // the folder for checkpoints or profiles: missing, not writable, full
   kNoDevice = 6,       // the device that was asked for
 };
 

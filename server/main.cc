@@ -81,6 +81,17 @@ std::vector<std::string> AddressesOf(const Flags& flags) {
   return addresses;
 }
 
+absl::Status CheckFolders(const Flags& flags) {
+  if (!flags.checkpoints.empty()) {
+    if (absl::Status status = CheckFolder("--checkpoints " + flags.checkpoints, flags.checkpoints);
+        !status.ok()) {
+      return status;
+    }
+  }
+  if (flags.profile.empty()) return absl::OkStatus();
+  return CheckFolder("--profile " + flags.profile, FolderOfProfile(flags.profile));
+}
+
 // What /configz shows.
 std::string ConfigJson(const Flags& flags) {
   nlohmann::ordered_json settings = nlohmann::ordered_json::object();
@@ -145,7 +156,7 @@ bool SaveAll(Engine& engine) {
     const auto saved = engine.SaveCheckpoint(stack.name, stack.name, CallControl{});
     if (saved.ok()) {
       spdlog::info("event=checkpoint_saved stack={} path={} bytes={} step={}", stack.name,
-                   saved->path, saved->bytes, saved->step);
+                   Quoted(saved->path), saved->bytes, saved->step);
     } else {
       spdlog::error("event=checkpoint_failed stack={} reason={}", stack.name,
                     Quoted(saved.status().message()));
@@ -169,16 +180,16 @@ int Run(const Flags& flags, const sigset_t& signals) {
     if (!opened.ok()) return Fail(kBadAccessFile, opened.status());
     tls = *std::move(opened);
   }
-  if (!flags.checkpoints.empty()) {
-    if (absl::Status status = CheckCheckpointFolder(flags.checkpoints); !status.ok()) {
-      return Fail(kNoCheckpoints, status);
-    }
-  }
+  if (absl::Status status = CheckFolders(flags); !status.ok()) return Fail(kNoFolder, status);
   if (absl::Status status = CheckAddresses(AddressesOf(flags)); !status.ok()) {
     return Fail(kCantListen, status);
   }
   auto backend = OpenDevice(flags);
-  if (!backend.ok()) return Fail(kNoDevice, backend.status());
+  if (!backend.ok()) {
+    return Fail(kNoDevice,
+                absl::Status(backend.status().code(), absl::StrCat("--device ", flags.device, ": ",
+                                                                   backend.status().message())));
+  }
   const DeviceInfo device = (*backend)->info();
 
   MetricSet metrics({.version = LAMINA_VERSION,

@@ -9,13 +9,14 @@
 
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <set>
 
 #include "absl/cleanup/cleanup.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "server/session/unix_socket.h"
+#include "server/tcp_address.h"
 
 namespace lamina {
 namespace {
@@ -64,15 +65,15 @@ bool Collide(const Bound& a, const Bound& b) {
 }
 
 absl::Status TryTcp(const std::string& address, std::vector<Bound>& all) {
-  const size_t colon = address.rfind(':');
-  std::string host = address.substr(0, colon);
-  if (host.size() > 2 && host.front() == '[') host = host.substr(1, host.size() - 2);
-  const std::string port = address.substr(colon + 1);
+  const std::optional<TcpAddress> parsed = ParseTcpAddress(address);
+  if (!parsed) return Fail(address, "must be HOST:PORT with a port of 0 to 65535");
   addrinfo hints{};
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
   addrinfo* found = nullptr;
-  if (const int error = getaddrinfo(host.c_str(), port.c_str(), &hints, &found); error != 0) {
+  if (const int error = getaddrinfo(parsed->bare_host().c_str(),
+                                    std::to_string(parsed->port).c_str(), &hints, &found);
+      error != 0) {
     return Fail(address, gai_strerror(error));
   }
   const absl::Cleanup freeing = [found] { freeaddrinfo(found); };
@@ -92,7 +93,7 @@ absl::Status TryTcp(const std::string& address, std::vector<Bound>& all) {
       continue;
     }
     any = true;
-    if (port.find_first_not_of('0') == std::string::npos) break;  // any free one
+    if (parsed->port == 0) break;  // any free one
     all.push_back(WhereOf(address, fd));
     for (const Bound& other : all) {
       if (Collide(other, all.back())) {
@@ -105,16 +106,20 @@ absl::Status TryTcp(const std::string& address, std::vector<Bound>& all) {
 
 }  // namespace
 
-absl::Status CheckCheckpointFolder(const std::string& folder) {
+absl::Status CheckFolder(const std::string& what, const std::string& folder) {
   const auto fail = [&](const std::string& why) {
-    return absl::FailedPreconditionError(absl::StrCat("--checkpoints ", folder, ": ", why));
+    return absl::FailedPreconditionError(absl::StrCat(what, ": ", why));
   };
   struct stat found {};
-  if (stat(folder.c_str(), &found) != 0) return fail(std::strerror(errno));
-  if (!S_ISDIR(found.st_mode)) return fail("is not a folder");
+  if (stat(folder.c_str(), &found) != 0) {
+    return fail(absl::StrCat("there is no folder ", folder, ": ", std::strerror(errno)));
+  }
+  if (!S_ISDIR(found.st_mode)) return fail(absl::StrCat(folder, " is not a folder"));
   const std::string trial = absl::StrCat(folder, "/.laminad-", getpid());
   const int fd = open(trial.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-  if (fd < 0) return fail(absl::StrCat("can't be written: ", std::strerror(errno)));
+  if (fd < 0) {
+    return fail(absl::StrCat("the folder ", folder, " can't be written: ", std::strerror(errno)));
+  }
   const std::string zeros(kTrialBytes, '\0');
   const ssize_t wrote = write(fd, zeros.data(), zeros.size());
   const bool whole = wrote == static_cast<ssize_t>(zeros.size()) && fsync(fd) == 0;
@@ -122,7 +127,8 @@ absl::Status CheckCheckpointFolder(const std::string& folder) {
   const int error = wrote >= 0 && wrote < static_cast<ssize_t>(zeros.size()) ? ENOSPC : errno;
   close(fd);
   unlink(trial.c_str());
-  return whole ? absl::OkStatus() : fail(std::strerror(error));
+  return whole ? absl::OkStatus()
+               : fail(absl::StrCat("the folder ", folder, ": ", std::strerror(error)));
 }
 
 absl::Status CheckAddresses(const std::vector<std::string>& addresses) {
@@ -134,7 +140,8 @@ absl::Status CheckAddresses(const std::vector<std::string>& addresses) {
       if (!seen.insert(address).second) return Fail(address, "given twice");
       if (absl::Status status = PrepareSocketPath(std::string(path)); !status.ok()) return status;
     } else {
-      const bool any_port = absl::EndsWith(address, ":0");
+      const std::optional<TcpAddress> tcp = ParseTcpAddress(address);
+      const bool any_port = tcp && tcp->port == 0;
       if (!any_port && !seen.insert(address).second) return Fail(address, "given twice");
       if (absl::Status status = TryTcp(address, bound); !status.ok()) return status;
     }

@@ -8,9 +8,10 @@
 
 namespace lamina {
 
-// Writes a file into the folder, as a checkpoint would, and removes it. FAILED_PRECONDITION: the
-// folder is missing, is none, can't be written, or its disk is full.
-absl::Status CheckCheckpointFolder(const std::string& folder);
+// Writes a file into the folder, as a checkpoint or a profile would, and removes it.
+// FAILED_PRECONDITION, as "WHAT: why": the folder is missing, is none, can't be written, or its
+// disk is full.
+absl::Status CheckFolder(const std::string& what, const std::string& folder);
 
 // Whether all these can be listened on: "unix:PATH" and "HOST:PORT". TCP ports are bound and given
 // back; somebody may still take one before the daemon does, which then fails as any bind.

@@ -67,6 +67,7 @@ $stdout.sync = true
 begin
   train(options[:target], options[:transport], Integer(options[:steps]))
 rescue GRPC::BadStatus => e
-  warn "train.rb: #{options[:target]}: #{e.class.name.split("::").last}: #{e.details}"
+  request = Lamina.request_id(e)
+  warn "train.rb: #{options[:target]}: #{e.class.name.split("::").last}: #{e.details}#{" (request #{request})" if request}"
   exit 1
 end

@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "server/logging.h"
 
 namespace lamina {
 namespace access_internal {
@@ -212,7 +213,7 @@ absl::StatusOr<std::shared_ptr<const Access::Policy>> Access::Read() const {
     if (!tokens.ok()) return tokens.status();
     policy->tokens = *std::move(tokens);
     // No mistake: this is how the last token is revoked.
-    if (policy->tokens.empty()) spdlog::warn("event=no_tokens file={}", options_.tokens);
+    if (policy->tokens.empty()) spdlog::warn("event=no_tokens file={}", Quoted(options_.tokens));
   }
   if (!options_.roles.empty()) {
     const auto content = ReadAccessFile(kRoles, options_.roles, Secrecy::kPublic);
@@ -233,7 +234,7 @@ bool Access::Refresh() {
   if (!watch_.Changed()) return false;
   auto policy = Read();
   if (!policy.ok()) {
-    spdlog::error("event=access_kept reason=\"{}\"", absl::CEscape(policy.status().message()));
+    spdlog::error("event=access_kept reason={}", Quoted(policy.status().message()));
     return false;
   }
   spdlog::info("event=access_reloaded tokens={} rules={}", (*policy)->tokens.size(),

@@ -9,10 +9,10 @@
 
 #include <vector>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "server/logging.h"
 
 namespace lamina {
 namespace {
@@ -154,7 +154,7 @@ std::shared_ptr<const TlsMaterial> TlsFiles::material() const {
 }
 
 void TlsFiles::Use(TlsMaterial material) {
-  spdlog::info("event=certificate_loaded file={} expires={}", options_.certificate,
+  spdlog::info("event=certificate_loaded file={} expires={}", Quoted(options_.certificate),
                Printed(material.expires));
   next_warning_ = material.expires - kWarnBefore;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -166,7 +166,7 @@ void TlsFiles::Refresh() {
   if (!watch_.Changed()) return;
   auto read = Read(options_);
   if (!read.ok()) {
-    spdlog::error("event=certificate_kept reason=\"{}\"", absl::CEscape(read.status().message()));
+    spdlog::error("event=certificate_kept reason={}", Quoted(read.status().message()));
     return;
   }
   read->version = material()->version + 1;
@@ -176,11 +176,11 @@ void TlsFiles::Refresh() {
 void TlsFiles::WarnOfExpiry() {
   const absl::Time expires = material()->expires;
   if (absl::Now() < expires) {
-    spdlog::warn("event=certificate_expires_soon file={} expires={}", options_.certificate,
+    spdlog::warn("event=certificate_expires_soon file={} expires={}", Quoted(options_.certificate),
                  Printed(expires));
     next_warning_ = expires;
   } else {
-    spdlog::error("event=certificate_expired file={} expires={}", options_.certificate,
+    spdlog::error("event=certificate_expired file={} expires={}", Quoted(options_.certificate),
                   Printed(expires));
     next_warning_ = absl::InfiniteFuture();
   }

@@ -8,11 +8,11 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "prometheus/text_serializer.h"
 
@@ -33,14 +33,12 @@ int KeepMessage(const mg_connection*, const char* message) {
 }
 
 // Connects to the address and hangs up. What goes wrong is of no interest.
-void Knock(const std::string& address) {
-  const size_t colon = address.rfind(':');
-  std::string host = address.substr(0, colon);
-  if (host.size() > 2 && host.front() == '[') host = host.substr(1, host.size() - 2);
+void Knock(const TcpAddress& address, int port) {
   addrinfo hints{};
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
-  if (getaddrinfo(host.c_str(), address.c_str() + colon + 1, &hints, &found) != 0) return;
+  if (getaddrinfo(address.bare_host().c_str(), std::to_string(port).c_str(), &hints, &found) != 0)
+    return;
   for (const addrinfo* a = found; a != nullptr; a = a->ai_next) {
     const int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (fd < 0) continue;
@@ -138,13 +136,9 @@ MetricsExposer::MetricsExposer() = default;
 absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
     const std::string& address, MetricSet& metrics, std::map<std::string, HttpPage> pages,
     HttpGuard guard) {
-  const size_t colon = address.rfind(':');
-  int port = -1;
-  // What follows could smuggle further listeners or options into the HTTP server's own syntax.
-  const bool plain = address.find_first_of(",+ \t\r\n") == std::string::npos;
-  if (colon == std::string::npos || colon == 0 || !plain ||
-      address.find_first_not_of("0123456789", colon + 1) != std::string::npos ||
-      !absl::SimpleAtoi(address.substr(colon + 1), &port) || port > 65535)
+  // Also because the HTTP server's own syntax has lists of listeners, and options behind ports.
+  const std::optional<TcpAddress> tcp = ParseTcpAddress(address);
+  if (!tcp)
     return absl::InvalidArgumentError(
         absl::StrCat("metrics address \"", address, "\" must be HOST:PORT with PORT in 0..65535"));
   std::unique_ptr<MetricsExposer> result(new MetricsExposer);
@@ -176,7 +170,8 @@ absl::StatusOr<std::unique_ptr<MetricsExposer>> MetricsExposer::Start(
         absl::StrCat("metrics: can't listen on ", address, ": ",
                      start_messages.empty() ? error.what() : start_messages.c_str()));
   }
-  result->address_ = absl::StrCat(address.substr(0, colon), ":", result->port_);
+  result->tcp_ = *tcp;
+  result->address_ = tcp->WithPort(result->port_);
   return result;
 }
 
@@ -186,7 +181,7 @@ MetricsExposer::~MetricsExposer() {
   std::thread knocking([&] {
     while (!ended) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
-      Knock(address_);
+      Knock(tcp_, port_);
     }
   });
   server_.reset();

@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "server/metrics/metrics.h"
+#include "server/tcp_address.h"
 
 class CivetServer;
 
@@ -51,6 +52,7 @@ class MetricsExposer {
   HttpGuard guard_;
   std::map<std::string, std::unique_ptr<Page>> pages_;
   std::unique_ptr<CivetServer> server_;  // goes before the pages
+  TcpAddress tcp_;
   std::string address_;
   int port_ = 0;
 };

@@ -8,10 +8,10 @@
 #include <optional>
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "server/logging.h"
 #include "server/service/request_tag.h"
 #include "server/service/rpc_metrics.h"
 
@@ -84,6 +84,25 @@ void AddNames(const grpc_auth_context* connection, Presented* presented) {
   }
 }
 
+// A call's headers of that name. They live with the call.
+std::vector<absl::string_view> AuthorizationOf(const grpc::ServerContextBase& context) {
+  std::vector<absl::string_view> values;
+  const auto [begin, end] = context.client_metadata().equal_range("authorization");
+  for (auto it = begin; it != end; ++it) values.emplace_back(it->second.data(), it->second.size());
+  return values;
+}
+
+// What a call shows of its caller: over a Unix socket the connection's user and nothing else.
+Presented PresentedBy(const grpc_auth_context* connection,
+                      std::vector<absl::string_view> authorization) {
+  Presented presented;
+  presented.uid = UidOf(connection);
+  if (presented.uid) return presented;
+  AddNames(connection, &presented);
+  presented.authorization = std::move(authorization);
+  return presented;
+}
+
 const char* TypeOf(const google::protobuf::MethodDescriptor& method) {
   if (method.client_streaming()) return method.server_streaming() ? "bidi_stream" : "client_stream";
   return method.server_streaming() ? "server_stream" : "unary";
@@ -125,22 +144,18 @@ void Admission::Process(void* listener, grpc_auth_context* connection,
                         grpc_process_auth_metadata_done_cb done, void* user_data) {
   OrderedByGrpc();
   auto& [admission, uid] = *static_cast<Listener*>(listener);
-  Presented presented;
+  std::vector<absl::string_view> authorization;
   absl::string_view path;
   std::string request_id;
   for (size_t i = 0; i < count; ++i) {
     const absl::string_view key = View(metadata[i].key);
     if (key == ":path") path = View(metadata[i].value);
     if (key == kRequestIdKey) request_id = std::string(View(metadata[i].value));
-    if (key == "authorization") presented.authorization.push_back(View(metadata[i].value));
+    if (key == "authorization") authorization.push_back(View(metadata[i].value));
   }
-  if (uid == kNoUid) {
-    AddNames(connection, &presented);
-  } else {
-    presented.uid = static_cast<uid_t>(uid);
-    MarkUid(connection, *presented.uid);
-  }
-  const absl::Status status = admission.access_.Admit(path, presented);
+  if (uid != kNoUid) MarkUid(connection, static_cast<uid_t>(uid));
+  const absl::Status status =
+      admission.access_.Admit(path, PresentedBy(connection, std::move(authorization)));
   if (status.ok()) {
     done(user_data, nullptr, 0, nullptr, 0, GRPC_STATUS_OK, nullptr);
     return;
@@ -214,9 +229,8 @@ class OpenStream final : public grpc::experimental::Interceptor {
       : admission_(admission) {
     Admission::Stream stream{context.c_call(), info.method(), {}};
     grpc_call_ref(stream.call);
-    const auto [begin, end] = context.client_metadata().equal_range("authorization");
-    for (auto it = begin; it != end; ++it) {
-      stream.authorization.emplace_back(it->second.data(), it->second.size());
+    for (const absl::string_view value : AuthorizationOf(context)) {
+      stream.authorization.emplace_back(value);
     }
     std::lock_guard<std::mutex> lock(admission_.mutex_);
     entry_ = admission_.streams_.insert(admission_.streams_.end(), std::move(stream));
@@ -262,16 +276,14 @@ std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> Admission
 void Admission::LookAgain() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const Stream& stream : streams_) {
-    Presented presented;
-    for (const std::string& value : stream.authorization) presented.authorization.push_back(value);
     grpc_auth_context* const connection = grpc_call_auth_context(stream.call);
-    presented.uid = UidOf(connection);
-    if (!presented.uid) AddNames(connection, &presented);
-    const absl::Status status = access_.Admit(stream.path, presented);
+    const absl::Status status = access_.Admit(
+        stream.path,
+        PresentedBy(connection, {stream.authorization.begin(), stream.authorization.end()}));
     grpc_auth_context_release(connection);
     if (status.ok()) continue;
-    spdlog::info("event=stream_ended path=\"{}\" reason=\"{}\"", absl::CEscape(stream.path),
-                 absl::CEscape(status.message()));
+    spdlog::info("event=stream_ended path={} reason={}", Quoted(stream.path),
+                 Quoted(status.message()));
     grpc_call_cancel_with_status(stream.call, static_cast<grpc_status_code>(status.raw_code()),
                                  std::string(status.message()).c_str(), nullptr);
   }
@@ -279,16 +291,7 @@ void Admission::LookAgain() {
 
 std::string CallerOf(const Access& access, grpc::ServerContextBase* context) {
   grpc_auth_context* const connection = grpc_call_auth_context(context->c_call());
-  Presented presented;
-  presented.uid = UidOf(connection);
-  if (!presented.uid) {
-    AddNames(connection, &presented);
-    const auto [begin, end] = context->client_metadata().equal_range("authorization");
-    for (auto it = begin; it != end; ++it) {
-      presented.authorization.emplace_back(it->second.data(), it->second.size());
-    }
-  }
-  const auto caller = access.Identify(presented);
+  const auto caller = access.Identify(PresentedBy(connection, AuthorizationOf(*context)));
   grpc_auth_context_release(connection);
   return caller.ok() ? caller->identity : "";
 }

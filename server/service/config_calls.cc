@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "absl/strings/escaping.h"
+#include "server/logging.h"
 #include "server/service/calls.h"
 #include "server/service/conversions.h"
 #include "server/service/parameters.h"
@@ -48,9 +48,9 @@ absl::Status RunCall(SharedState& state, const v1::CreateStackRequest& request,
   if (!config.ok()) return config.status();
   auto info = state.engine.CreateStack(request.name(), *config, control);
   if (!info.ok()) {
-    spdlog::warn("event=create_stack_refused code={} reason=\"{}\"{}",
-                 absl::StatusCodeToString(info.status().code()),
-                 absl::CEscape(info.status().message()), TagFields(control));
+    spdlog::warn("event=create_stack_refused code={} reason={}{}",
+                 absl::StatusCodeToString(info.status().code()), Quoted(info.status().message()),
+                 TagFields(control));
     return info.status();
   }
   spdlog::info("event=stack_created stack={} parameters={} plan_bytes={}{}", info->name,
@@ -164,7 +164,7 @@ absl::Status RunCall(SharedState& state, const v1::SaveCheckpointRequest& reques
   auto saved = state.engine.SaveCheckpoint(request.stack(), request.name(), control);
   if (!saved.ok()) return saved.status();
   spdlog::info("event=checkpoint_saved stack={} path={} bytes={} step={}{}", request.stack(),
-               saved->path, saved->bytes, saved->step, TagFields(control));
+               Quoted(saved->path), saved->bytes, saved->step, TagFields(control));
   response->set_path(saved->path);
   response->set_size_bytes(saved->bytes);
   response->set_step(saved->step);

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/string_view.h"
+#include "server/logging.h"
 
 namespace lamina {
 
@@ -17,8 +17,8 @@ void TakeGrpcLog() {
                                                                  : spdlog::level::debug;
     const absl::string_view path = line->file;
     const std::string file(path.substr(path.rfind('/') + 1));
-    spdlog::log(level, "event=grpc where={}:{} message=\"{}\"", file, line->line,
-                absl::CEscape(line->message));
+    spdlog::log(level, "event=grpc where={}:{} message={}", file, line->line,
+                Quoted(line->message));
   });
 }
 

@@ -19,6 +19,7 @@
 #include "server/service/session_service.h"
 #include "server/service/unix_listener.h"
 #include "server/service/workers.h"
+#include "server/tcp_address.h"
 
 namespace lamina {
 namespace {
@@ -92,7 +93,8 @@ class GrpcServerImpl final : public GrpcServer {
       }
       std::string address = options.listen[i];
       if (!absl::StartsWith(address, "unix:")) {
-        address = absl::StrCat(address.substr(0, address.rfind(':')), ":", ports[i]);
+        // What is bound has a port.
+        address = ParseTcpAddress(address)->WithPort(ports[i]);
       }
       addresses_.push_back(std::move(address));
     }

@@ -2,8 +2,8 @@
 
 #include <spdlog/spdlog.h>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "server/logging.h"
 
 namespace lamina {
 namespace {
@@ -74,8 +74,8 @@ absl::Status RunCall(SharedState& state, const v1::CreateSessionRequest& request
   }
   const double granted = absl::ToDoubleSeconds(opened->session->resume_grace());
   response->set_resume_grace_seconds(granted);
-  spdlog::info("event=session_opened session={} client=\"{}\" resume_grace_seconds={}",
-               opened->session->key(), absl::CEscape(opened->session->client_name()), granted);
+  spdlog::info("event=session_opened session={} client={} resume_grace_seconds={}",
+               opened->session->key(), Quoted(opened->session->client_name()), granted);
   return absl::OkStatus();
 }
 

@@ -91,6 +91,13 @@ std::string StepTrace(const std::vector<StepRecord>& steps, const std::string& t
   return trace.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
+std::string FolderOfProfile(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) return path;
+  const std::string parent = std::filesystem::path(path).parent_path().string();
+  return parent.empty() ? "." : parent;
+}
+
 absl::StatusOr<std::string> WriteStepTrace(const StepLog& log, const std::string& path,
                                            const std::string& title) {
   const std::vector<StepRecord> steps = log.Last(log.capacity());

@@ -16,6 +16,9 @@ namespace lamina {
 // that one's Unix time. `steps` in the order of their numbers.
 std::string StepTrace(const std::vector<StepRecord>& steps, const std::string& title);
 
+// The folder where WriteStepTrace will put files.
+std::string FolderOfProfile(const std::string& path);
+
 // Writes that of all steps that `log` remembers: to the file `path`, or, where that is a folder, to
 // laminad-PID-STEP.json in it, STEP being the last one's number. A file of that name is replaced at
 // once or not at all. Answers with the file's path; UNAVAILABLE: it can't be written.

@@ -27,9 +27,14 @@ def check_times(times):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     file = tmp_path_factory.mktemp("kernels") / "kernels.json"
-    run(BIN / "kernel_bench", "--device", "cpu", "--shapes", "2,16,64,4,128;1,24,32,2,64", "--dtype", "fp32,bf16", "--layers", 2,
-        "--reps", 3, "--unordered", "--json", file)
+    run(sys.executable, ROOT / "bench/kernels", "--device", "cpu", "--shapes", "2,16,64,4,128,2;1,24,32,2,64,3", "--dtype", "fp32,bf16",
+        "--reps", 3, "--unordered", "--binary", BIN / "kernel_bench", "--json", file)
     return json.loads(file.read_text())
+
+
+def test_a_run_says_what_it_ran_on(kernels):
+    assert list(kernels)[:4] == ["device", "driver", "date", "commit"] and kernels["device"] and kernels["driver"] is None
+    assert all(c["product_tflops"] > 0 and c["copy_tbs"] > 0 for c in kernels["ceilings"])
 
 
 def test_every_op_is_timed(kernels):
@@ -101,11 +106,28 @@ def test_a_stacks_program_says_what_is_wrong(words, said):
     assert len(after["tokens"]) == 1 and 2 <= after["tokens"][0] <= 32  # and goes on
 
 
+def test_optimizers_go_over_the_layers_of_their_shape(tmp_path):
+    run(sys.executable, ROOT / "bench/kernels", "--device", "cpu", "--shapes", ";".join(f"1,8,64,2,128,{n}" for n in (1, 2, 3)), "--dtype", "fp32",
+        "--reps", 1, "--ops", "^AdamW", "--binary", BIN / "kernel_bench", "--json", tmp_path / "k.json")
+    one, two, three = (row["bytes"] for row in json.loads((tmp_path / "k.json").read_text())["rows"])
+    assert three - two == two - one >= 28 * (4 * 64 * 64 + 2 * 64 * 128 + 9 * 64 + 128)  # seven fp32 a parameter, read or written
+
+
 def test_ops_can_be_chosen(tmp_path):
-    run(BIN / "kernel_bench", "--shapes", "1,8,16,2,32", "--dtype", "fp32", "--reps", 1, "--ops", "^LayerNorm$", "--json",
-        tmp_path / "k.json")
+    shown = run(sys.executable, ROOT / "bench/kernels", "--device", "cpu", "--shapes", "1,8,16,2,32", "--dtype", "fp32", "--reps", 1,
+                "--ops", "^LayerNorm$", "--binary", BIN / "kernel_bench", "--json", tmp_path / "k.json").stdout
     chosen = json.loads((tmp_path / "k.json").read_text())
     assert [row["op"] for row in chosen["rows"]] == ["LayerNorm"] and chosen["layer_sums"] == []
+    assert chosen["rows"][0]["layers"] == 24 and "LayerNorm " in shown and "share" in shown
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--shapes", "1,8,16,2"], "is not B,S,H,A,I"), (["--shapes", "1,8,16,2,32,2,2"], "is not B,S,H,A,I"), (["--shapes", "1,8,16,3,32"], "divisor"),
+    (["--shapes", "1,8,16,2,32,0"], "is not B,S,H,A,I"), (["--dtype", "int8"], "int8"), (["--device", "tpu"], "tpu")])
+def test_what_kernels_refuses(tmp_path, flags, words):
+    done = run(sys.executable, ROOT / "bench/kernels", "--device", "cpu", "--binary", BIN / "kernel_bench", "--json", tmp_path / "k.json",
+               *flags, code=1)
+    assert words in done.stderr and not (tmp_path / "k.json").exists()
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,9 @@ def short_daemon():
 def test_a_refusal_is_the_daemons_words(program, short_daemon):
     run = program.run("--target", short_daemon.target, "--transport", "inline")
     one_line(run, "8192 .*4096")
+    # The id leads to the daemon's line about the call.
+    request = re.search(r"\(request ([0-9a-f]{16})\)$", run.err.rstrip())
+    assert request and re.search(rf"event=rpc_failed .*request_id={request[1]} .*8192", short_daemon.log()), run
     assert stacks(short_daemon, run) == []
     assert program.run("--target", short_daemon.target, "--transport", "memfd", "--steps", "1").code == 0
 

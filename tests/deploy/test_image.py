@@ -77,3 +77,20 @@ def test_bill_of_materials(image, tools):
     with_terms = {path.removeprefix(inside).split("/")[0] for path in files if path.startswith(inside) and path.endswith("copyright")}
     assert with_terms and with_terms <= packages.keys()
     assert "/opt/lamina/share/lamina.spdx.json" in files
+
+
+def test_versions_are_those_of_where_the_image_was_made(tmp_path):
+    """An image's build stage has packages of its own, which this machine may have in other versions, or not at all."""
+    own = tmp_path / "opt/lamina"
+    for folder in ("bin", "share/doc/lamina", "share/doc/libssl3"):
+        (own / folder).mkdir(parents=True)
+    for name in ("laminad", "lamina"):
+        (own / "bin" / name).write_text(name)
+    (own / "share/lamina.spdx.json").write_text(json.dumps({"packages": [
+        {"SPDXID": "SPDXRef-lamina", "name": "lamina", "versionInfo": "7.8.9"},
+        {"SPDXID": "SPDXRef-deb-libssl3", "name": "libssl3", "versionInfo": "99.1-1"}]}))
+    (tmp_path / "var/lib/dpkg/status.d").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/status.d/libc6").write_text("Package: libc6\nVersion: 98.2-1\nArchitecture: amd64\n")
+    done = subprocess.run([ROOT / "scripts/sbom", "--image", tmp_path], capture_output=True, text=True, check=True)
+    packages = {package["name"]: package["versionInfo"] for package in json.loads(done.stdout)["packages"]}
+    assert packages == {"lamina": "7.8.9", "libssl3": "99.1-1", "libc6": "98.2-1"}

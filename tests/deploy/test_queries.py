@@ -1,4 +1,5 @@
-"""Each expression of the dashboard and the rules, asked of a real Prometheus that scrapes a real daemon under load."""
+"""Each expression of the dashboard, the rules and docs/metrics.md, asked of a real Prometheus that scrapes a real daemon under
+load."""
 
 import http.server
 import json
@@ -16,7 +17,7 @@ import numpy as np
 import observability
 import pytest
 import yaml
-from daemon import Daemon
+from daemon import ROOT, Daemon
 
 UUID = "GPU-00000000-stand-in"
 PATIENCE = 40  # seconds for an expression to have data
@@ -32,6 +33,16 @@ def rule_expressions():
     for group in observability.rules():
         for rule in group["rules"]:
             yield rule.get("alert", rule.get("record")), rule["expr"]
+
+
+def documented_expressions():
+    """The examples of docs/metrics.md, by metric."""
+    for line in (ROOT / "docs/metrics.md").read_text().splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for example in re.findall(r"`([^`]*)`", cells[5]):
+                if not example.startswith("--"):  # a flag
+                    yield cells[0].strip("`"), example.replace("\\|", "|")
 
 
 def with_every_comparison_answered(expression):
@@ -176,6 +187,13 @@ def test_a_panel_has_data(prometheus, name, expression):
 
 @pytest.mark.parametrize("name, expression", rule_expressions(), ids=lambda v: v if v.isidentifier() else "")
 def test_a_rule_has_data(prometheus, name, expression):
+    asked = with_every_comparison_answered(expression)
+    assert data_of(prometheus, asked), f"{name}: no data of {asked}"
+
+
+@pytest.mark.parametrize("name, expression", documented_expressions(), ids=lambda v: v if v.isidentifier() else "")
+def test_a_documented_example_has_data(prometheus, name, expression):
+    # `and` answers with its left side, which is a comparison there.
     asked = with_every_comparison_answered(expression)
     assert data_of(prometheus, asked), f"{name}: no data of {asked}"
 

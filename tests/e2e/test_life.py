@@ -178,7 +178,7 @@ def test_a_running_step_finishes_while_draining():
     with Daemon() as daemon:
         client = lamina.connect(daemon.target)
         stack = client.create_stack("busy", batch_size=8, max_seq_length=128, hidden_size=256, heads=4,
-                                    num_hidden_layers=8)
+                                    num_hidden_layers=16)
         x = client.empty((8, 128, 256))
         x[:] = np.random.default_rng(0).standard_normal(x.shape)
         results = []
@@ -186,6 +186,7 @@ def test_a_running_step_finishes_while_draining():
         thread.start()
         wait_until(lambda: any(name.startswith("grpc_server_started_total") and '"Forward"' in name and count == 1
                                for name, count in daemon.metrics().items()))
+        time.sleep(0.05)  # it was counted when it came, and is let in a moment later
         daemon.process.send_signal(signal.SIGTERM)
         thread.join(60)
         assert daemon.process.wait(60) == 0

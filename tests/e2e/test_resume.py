@@ -167,7 +167,7 @@ def test_contexts_and_arrays_outlive_a_connection(daemon, proxy, stack_of, reset
         proxy.cut(reset)
         assert np.array_equal(z, y)
         assert np.array_equal(stack.backward(context, DY), expected)
-        wait_until(lambda: client.session.lease.held)
+        wait_until(lambda: client.session.lease.breaks == 1 and client.session.lease.held)
         proxy.cut(reset)
         x[:] = DY  # still the memory that the daemon reads
         assert np.array_equal(stack.forward(x, training=False)[0], twin.forward(DY, training=False)[0])

@@ -46,7 +46,7 @@ def nothing_listened(folder):
 
 @pytest.mark.parametrize("flags, words", [
     (["--no-such-flag"], "--no-such-flag"), (["--queue-capacity", "0"], "queue-capacity"), (["--listen", "nonsense"], "HOST:PORT"),
-    (["--listen", "127.0.0.1:99999"], "0 to 65535"), (["--metrics", "9464"], "HOST:PORT"), (["--device", "tpu"], "cuda:N"),
+    (["--listen", "127.0.0.1:99999"], "0 to 65535"), (["--metrics", "9464"], "HOST:PORT"), (["--metrics", "127.0.0.1,+:1"], "HOST:PORT"), (["--listen", "::1:0"], "HOST:PORT"), (["--device", "tpu"], "cuda:N"),
     (["--device", "cuda:x"], "cuda:N"), (["--tls-cert", "x"], "needs --tls-key"), (["--tls-key", "x"], "needs --tls-cert"),
     (["--tls-client-ca", "x"], "needs --tls-cert"), (["--final-checkpoint"], "needs --checkpoints"), (["--metrics-token"], "needs --tokens"),
     (["--listen", "0.0.0.0:0"], "--insecure"), (["--listen", "[::]:0"], "--insecure"),
@@ -154,6 +154,8 @@ def test_checkpoint_folders(usual, tmp_path):
     assert code == 5 and "--checkpoints" in line and "No such file" in line and nothing_listened(tmp_path)
     code, line = start(*usual, "--checkpoints", replace(tmp_path / "file", "x"))
     assert code == 5 and "not a folder" in line
+    code, line = start(*usual, "--profile", tmp_path / "missing" / "trace.json")
+    assert code == 5 and f"there is no folder {tmp_path}/missing: No such file" in line and nothing_listened(tmp_path)
     if os.geteuid() == 0:
         with tempfile.TemporaryDirectory() as closed:
             os.chmod(closed, 0o755)
@@ -179,13 +181,15 @@ def test_a_full_disk(usual, tmp_path):
         (disk / "data").write_bytes(bytes(32768 - 4096))
         code, line = start(*usual, "--checkpoints", disk)
         assert code == 5 and "No space left on device" in line and nothing_listened(tmp_path)
+        code, line = start(*usual, "--profile", disk)
+        assert code == 5 and "--profile" in line and "No space left on device" in line and nothing_listened(tmp_path)
         assert [f.name for f in disk.iterdir()] == ["data"]
 
 
 @pytest.mark.skipif(not ON_CPU, reason="there is a GPU")
 def test_a_gpu_that_is_not_there(usual, tmp_path):
     code, line = start(*usual, "--device", "cuda:0")
-    assert code == 6 and "cuda" in line.lower() and nothing_listened(tmp_path)
+    assert code == 6 and "--device cuda:0: " in line and nothing_listened(tmp_path)
 
 
 def test_the_line_is_there_without_a_log_too(usual, tmp_path):

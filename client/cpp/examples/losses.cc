@@ -94,6 +94,10 @@ int main(int argc, char** argv) {
   }
   const absl::Status status = Train(target, transports.at(transport), steps);
   if (status.ok()) return 0;
-  std::fprintf(stderr, "losses: %s: %s\n", target.c_str(), status.ToString().c_str());
+  const std::string id = RequestIdOf(status);
+  const std::string request = id.empty() ? "" : " (request " + id + ")";
+  std::fprintf(stderr, "losses: %s: %s: %s%s\n", target.c_str(),
+               absl::StatusCodeToString(status.code()).c_str(),
+               std::string(status.message()).c_str(), request.c_str());
   return 1;
 }

@@ -9,7 +9,8 @@
 // It is an example to read and to begin from: training steps of fp32 stacks, each exactly once. What else the
 // daemon does is in the generated package lamina.dev/lamina/v1, which works beside it.
 //
-// Errors are gRPC statuses with the daemon's own message: status.Code(err) says which.
+// Errors are gRPC statuses with the daemon's own message: status.Code(err) says which, and RequestID(err) by what id the
+// daemon's log calls the call.
 package lamina
 
 import (
@@ -61,7 +62,7 @@ func ConnectSecurely(target string, security Security) (*Client, error) {
 		return nil, err
 	}
 	// The daemon's inline cap says how large a message may be; gRPC's own 4 MiB would be below it.
-	connection, err := grpc.Dial(target, append(options, grpc.WithDefaultCallOptions(
+	connection, err := grpc.Dial(target, append(options, grpc.WithUnaryInterceptor(withRequestID), grpc.WithDefaultCallOptions(
 		grpc.MaxCallRecvMsgSize(math.MaxInt32), grpc.MaxCallSendMsgSize(math.MaxInt32)))...)
 	if err != nil {
 		return nil, err

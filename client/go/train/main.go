@@ -85,7 +85,11 @@ func main() {
 		os.Exit(2)
 	}
 	if err := train(*target, *transport, *steps); err != nil {
-		fmt.Fprintf(os.Stderr, "train: %s: %s: %s\n", *target, status.Code(err), status.Convert(err).Message())
+		request := lamina.RequestID(err)
+		if request != "" {
+			request = " (request " + request + ")"
+		}
+		fmt.Fprintf(os.Stderr, "train: %s: %s: %s%s\n", *target, status.Code(err), status.Convert(err).Message(), request)
 		os.Exit(1)
 	}
 }

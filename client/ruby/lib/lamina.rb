@@ -9,7 +9,8 @@
 # It is an example to read and to begin from: training steps of fp32 stacks, each exactly once. What else the daemon
 # does is in the generated classes and stubs of Lamina::V1, which work beside it.
 #
-# Errors are GRPC::BadStatus with the daemon's own message: `code` and `details`.
+# Errors are GRPC::BadStatus with the daemon's own message: `code` and `details`; Lamina.request_id(error) says by what id
+# the daemon's log calls the call.
 #
 # Needs Ruby 3.1 (IO::Buffer), the gem grpc, and lamina/v1 as scripts/ruby-stubs generates it.
 

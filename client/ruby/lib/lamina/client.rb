@@ -15,6 +15,12 @@ module Lamina
     folder.empty? ? "unix:/tmp/lamina-#{Process.euid}/laminad.sock" : "unix:#{folder}/lamina/laminad.sock"
   end
 
+  # The id by which the daemon's log calls the call that ended with this GRPC::BadStatus; nil where the daemon never heard
+  # of it. Where the daemon did not let the caller in, the id is in the message instead.
+  def self.request_id(error)
+    (error.metadata || {})["x-request-id"]
+  end
+
   # A connection to one daemon. Threads: any.
   class Client
     CALL_TIMEOUT = 60 # seconds of one attempt of a call
