@@ -468,17 +468,23 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
   ApplyOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
       RunBehind(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
-        const Clock::time_point begin = Clock::now();
-        outcome.times.queue_seconds = Seconds(begin - admitted);
+        outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
         ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
         const double scale_before = entry->stack->loss_scale();
+        const bool behind_others = !in_flight_.empty();
+        ENGINE_ASSIGN_OR_RETURN(const int marks, NewMarks());
         ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
           const ProfilerRange range(*backend_, "apply");
+          ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kBegin));
           ENGINE_ASSIGN_OR_RETURN(outcome.result, entry->stack->ApplyGradients(options));
           if (zero_gradients) ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
-          return backend_->Synchronize();
+          ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kComputeDone));
+          ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
+          ENGINE_ASSIGN_OR_RETURN(outcome.times.compute_seconds,
+                                  backend_->SecondsBetween(marks + kBegin, marks + kComputeDone));
+          return absl::OkStatus();
         }));
-        outcome.times.compute_seconds = Seconds(Clock::now() - begin);
+        if (behind_others) CountWait(Seconds(Clock::now() - admitted), outcome.times);
         Publish(stack, *entry);
         const ApplyResult& result = outcome.result;
         metrics_->GradientsApplied({.skipped = !result.applied,
