@@ -109,14 +109,15 @@ class CudaBackend final : public Backend {
     static_cast<void>(cudaSetDevice(info_.ordinal));
     if (stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(stream_));
     if (ahead_stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(ahead_stream_));
+    if (behind_stream_ != nullptr) static_cast<void>(cudaStreamSynchronize(behind_stream_));
     products_.reset();
-    for (cudaEvent_t event : {ahead_there_, ahead_taken_}) {
+    for (cudaEvent_t event : {ahead_there_, ahead_taken_, behind_there_, behind_taken_}) {
       if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
     }
     for (cudaEvent_t event : marks_) {
       if (event != nullptr) static_cast<void>(cudaEventDestroy(event));
     }
-    for (cudaStream_t stream : {stream_, ahead_stream_}) {
+    for (cudaStream_t stream : {stream_, ahead_stream_, behind_stream_}) {
       if (stream != nullptr) static_cast<void>(cudaStreamDestroy(stream));
     }
   }
@@ -144,6 +145,9 @@ class CudaBackend final : public Backend {
   absl::Status Synchronize() override;
   absl::Status CopyInAhead(void* ahead, const void* host_src, size_t bytes, int mark) override;
   absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) override;
+  absl::Status CopyOutBehind(void* host_dst, void* behind, const void* device_src, size_t bytes,
+                             int mark) override;
+  absl::Status JoinBehind() override;
   absl::Status Signal(uint64_t* at, uint64_t value) override;
   absl::Status RecordMark(int mark) override;
   absl::StatusOr<double> SecondsBetween(int begin, int end) override;
@@ -191,10 +195,14 @@ class CudaBackend final : public Backend {
 
   const std::unique_ptr<const OpSizes> sizes_;
   cudaStream_t stream_ = nullptr;
-  cudaStream_t ahead_stream_ = nullptr;  // of CopyInAhead
-  cudaEvent_t ahead_there_ = nullptr;    // on it: the last one's end
-  cudaEvent_t ahead_taken_ = nullptr;    // on stream_: the last TakeAhead's
-  bool ahead_begun_ = false;             // since the last Synchronize
+  cudaStream_t ahead_stream_ = nullptr;   // of CopyInAhead
+  cudaEvent_t ahead_there_ = nullptr;     // on it: the last one's end
+  cudaEvent_t ahead_taken_ = nullptr;     // on stream_: the last TakeAhead's
+  bool ahead_begun_ = false;              // since the last Synchronize
+  cudaStream_t behind_stream_ = nullptr;  // of CopyOutBehind
+  cudaEvent_t behind_there_ = nullptr;    // on stream_: the last one's result is in its buffer
+  cudaEvent_t behind_taken_ = nullptr;    // on behind_stream_: and is copied
+  bool behind_begun_ = false;             // since the last Synchronize
   std::array<cudaEvent_t, kMarks> marks_{};
   std::array<bool, kMarks> recorded_{};
   std::unique_ptr<cuda::Products> products_;
@@ -204,14 +212,16 @@ absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(DeviceInfo info) {
   std::unique_ptr<CudaBackend> backend(new CudaBackend(std::move(info)));
   absl::Status status =
       Check(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking), "stream");
-  if (status.ok()) {
-    status =
-        Check(cudaStreamCreateWithFlags(&backend->ahead_stream_, cudaStreamNonBlocking), "stream");
+  for (cudaStream_t* stream : {&backend->ahead_stream_, &backend->behind_stream_}) {
+    if (status.ok()) {
+      status = Check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "stream");
+    }
   }
   for (cudaEvent_t& event : backend->marks_) {
     if (status.ok()) status = Check(cudaEventCreate(&event), "event");
   }
-  for (cudaEvent_t* event : {&backend->ahead_there_, &backend->ahead_taken_}) {
+  for (cudaEvent_t* event : {&backend->ahead_there_, &backend->ahead_taken_,
+                             &backend->behind_there_, &backend->behind_taken_}) {
     if (status.ok()) {
       status = Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "event");
     }
@@ -295,10 +305,14 @@ absl::Status CudaBackend::SetZero(void* data, size_t bytes) {
 
 absl::Status CudaBackend::Synchronize() {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  const absl::Status status = Check(cudaStreamSynchronize(stream_), "synchronize");
-  if (!std::exchange(ahead_begun_, false)) return status;
-  const absl::Status ahead = Check(cudaStreamSynchronize(ahead_stream_), "synchronize");
-  return status.ok() ? ahead : status;
+  absl::Status status = Check(cudaStreamSynchronize(stream_), "synchronize");
+  if (std::exchange(ahead_begun_, false)) {
+    status.Update(Check(cudaStreamSynchronize(ahead_stream_), "synchronize"));
+  }
+  if (std::exchange(behind_begun_, false)) {
+    status.Update(Check(cudaStreamSynchronize(behind_stream_), "synchronize"));
+  }
+  return status;
 }
 
 absl::Status CudaBackend::CopyInAhead(void* ahead, const void* host_src, size_t bytes, int mark) {
@@ -325,6 +339,34 @@ absl::Status CudaBackend::TakeAhead(void* device_dst, const void* ahead, size_t 
   if (status.ok()) status = CopyWithin(device_dst, ahead, bytes);
   if (!status.ok()) return status;
   return Check(cudaEventRecord(ahead_taken_, stream_), "take ahead: event");
+}
+
+absl::Status CudaBackend::CopyOutBehind(void* host_dst, void* behind, const void* device_src,
+                                        size_t bytes, int mark) {
+  if (absl::Status status = CheckMark(mark); !status.ok()) return status;
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  behind_begun_ = true;
+  absl::Status status = Check(cudaStreamWaitEvent(stream_, behind_taken_, 0), "copy behind: wait");
+  if (status.ok()) status = CopyWithin(behind, device_src, bytes);
+  if (status.ok()) status = Check(cudaEventRecord(behind_there_, stream_), "copy behind: event");
+  if (status.ok()) {
+    status = Check(cudaStreamWaitEvent(behind_stream_, behind_there_, 0), "copy behind: wait");
+  }
+  if (status.ok() && bytes > 0) {
+    status = Check(cudaMemcpyAsync(host_dst, behind, bytes, cudaMemcpyDeviceToHost, behind_stream_),
+                   "copy behind");
+  }
+  for (cudaEvent_t event : {behind_taken_, marks_[static_cast<size_t>(mark)]}) {
+    if (status.ok()) status = Check(cudaEventRecord(event, behind_stream_), "copy behind: event");
+  }
+  if (status.ok()) recorded_[static_cast<size_t>(mark)] = true;
+  return status;
+}
+
+absl::Status CudaBackend::JoinBehind() {
+  if (!behind_begun_) return absl::OkStatus();
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  return Check(cudaStreamWaitEvent(stream_, behind_taken_, 0), "join the copies behind");
 }
 
 absl::Status CudaBackend::Signal(uint64_t* at, uint64_t value) {

@@ -100,6 +100,7 @@ WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const
     b.staging[3] = placer.Place(kStaging, "staging.lengths", DType::kU8, {dims.batch * 4});
     b.staging[4] = placer.Place(kStaging, "staging.cu_seqlens", DType::kU8, {(tokens + 1) * 4});
     b.staging[5] = placer.Place(kStaging, "staging.input_ahead", DType::kU8, {act_bytes});
+    b.staging[6] = placer.Place(kStaging, "staging.output_behind", DType::kU8, {act_bytes});
   }
   return b;
 }

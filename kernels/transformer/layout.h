@@ -77,7 +77,7 @@ struct WorkspaceBuffers {
   Workspace ops;
   LayerScratch scratch;   // for the largest call; cut down by CutScratch
   TensorView chain;       // act [T, H]: a layer's output or input gradient on its way to the next
-  TensorView staging[6];  // uint8, by Stack::Staging; absent where kernels read host memory
+  TensorView staging[7];  // uint8, by Stack::Staging; absent where kernels read host memory
 };
 WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const OpSizes& sizes);
 // The same scratch for a call of smaller dims.

@@ -143,8 +143,10 @@ class EngineImpl final : public Engine {
   absl::StatusOr<bool> CopyAhead(const NextInput& next, const CallTensor& output, int mark);
   // Where kernels write what is to come to `target`: there, or in the stack's staging.
   absl::StatusOr<TensorView> OutputView(Stack& stack, const CallTensor& target);
-  // Brings it there, if it is not.
-  absl::Status Deliver(const TensorView& view, const CallTensor& target);
+  // Brings it there, if it is not, and records `mark` behind it. `beside`: while what is enqueued
+  // next runs, if that is worth it.
+  absl::Status Deliver(Stack& stack, const TensorView& view, const CallTensor& target,
+                       const Fence& done, bool beside, int mark);
   // Marks for a step that begins (StepsInFlight::TakeMarks). UNAVAILABLE as CheckDevice.
   absl::StatusOr<int> NewMarks();
   // Whether a step that has been enqueued is to be left, rather than waited for here.

@@ -125,6 +125,8 @@ absl::StatusOr<TensorView> EngineImpl::InputView(Stack& stack, Stack::Staging sl
                                                  const CallTensor& tensor, const Shape& shape) {
   if (InPlace(*backend_, tensor)) return TensorView{tensor.data, tensor.dtype, shape};
   ENGINE_ASSIGN_OR_RETURN(const TensorView view, stack.StagingView(slot, tensor.dtype, shape));
+  // It may be a result that is still being copied out.
+  if (in_flight_.Writes(tensor)) ENGINE_RETURN_IF_ERROR(backend_->JoinBehind());
   ENGINE_RETURN_IF_ERROR(tensor.memory == Memory::kDevice
                              ? backend_->CopyWithin(view.data, tensor.data, view.bytes())
                              : backend_->CopyIn(view.data, tensor.data, view.bytes()));
@@ -172,11 +174,25 @@ absl::StatusOr<TensorView> EngineImpl::OutputView(Stack& stack, const CallTensor
   return stack.StagingView(Stack::Staging::kOutput, target.dtype, target.shape);
 }
 
-absl::Status EngineImpl::Deliver(const TensorView& view, const CallTensor& target) {
-  if (view.data == target.data) return absl::OkStatus();
-  return target.memory == Memory::kDevice
-             ? backend_->CopyWithin(target.data, view.data, view.bytes())
-             : backend_->CopyOut(target.data, view.data, view.bytes());
+absl::Status EngineImpl::Deliver(Stack& stack, const TensorView& view, const CallTensor& target,
+                                 const Fence& done, bool beside, int mark) {
+  // Less is copied in no more time than it takes to do so beside.
+  constexpr size_t kWorthIt = size_t{1} << 20;
+  const bool moves = target && view.data != target.data;
+  if (moves && target.memory == Memory::kHost && beside && !done && view.bytes() >= kWorthIt) {
+    ENGINE_ASSIGN_OR_RETURN(
+        const TensorView behind,
+        stack.StagingView(Stack::Staging::kOutputBehind, view.dtype, view.shape));
+    return backend_->CopyOutBehind(target.data, behind.data, view.data, view.bytes(), mark);
+  }
+  if (moves && target.memory == Memory::kDevice) {
+    ENGINE_RETURN_IF_ERROR(backend_->CopyWithin(target.data, view.data, view.bytes()));
+  } else if (moves) {
+    ENGINE_RETURN_IF_ERROR(backend_->JoinBehind());  // one may be on its way to the same bytes
+    ENGINE_RETURN_IF_ERROR(backend_->CopyOut(target.data, view.data, view.bytes()));
+  }
+  if (done) ENGINE_RETURN_IF_ERROR(backend_->Signal(done.at, done.value));
+  return backend_->RecordMark(mark);
 }
 
 // --- Forward ---
@@ -224,6 +240,9 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
       return backend_->Synchronize();
     });
   };
+  // Lengths are read here and now.
+  if (in_flight_.Writes(call.lengths) || in_flight_.Writes(call.cumulative_lengths))
+    in_flight_.Settle();
   CallSize size;
   int64_t seq = 0;  // the longest sequence
   if (packed) {
@@ -303,9 +322,8 @@ absl::Status EngineImpl::RunForward(const ForwardCall& call, const CallControl& 
     }
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kComputeDone));
     phase.Next("output");
-    ENGINE_RETURN_IF_ERROR(Deliver(args.output, output));
-    if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kOutputDone));
+    ENGINE_RETURN_IF_ERROR(
+        Deliver(stack, args.output, output, call.done, step != nullptr, marks + kOutputDone));
     if (call.mask) size.padding = Padding(call.mask);  // while a card still works
     is_left = step != nullptr && IsLeft(marks);
     return is_left ? absl::OkStatus() : FinishStep(marks, admitted, outcome.times);
@@ -408,9 +426,8 @@ absl::Status EngineImpl::RunBackward(const BackwardCall& call, const CallControl
     ENGINE_RETURN_IF_ERROR(stack.Backward(context, output_grad, input_grad));
     ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kComputeDone));
     phase.Next("output");
-    if (wanted) ENGINE_RETURN_IF_ERROR(Deliver(input_grad, target));
-    if (call.done) ENGINE_RETURN_IF_ERROR(backend_->Signal(call.done.at, call.done.value));
-    ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kOutputDone));
+    ENGINE_RETURN_IF_ERROR(
+        Deliver(stack, input_grad, target, call.done, step != nullptr, marks + kOutputDone));
     is_left = step != nullptr && IsLeft(marks);
     return is_left ? absl::OkStatus() : FinishStep(marks, admitted, outcome.times);
   }));
@@ -468,17 +485,23 @@ absl::StatusOr<ApplyOutcome> EngineImpl::ApplyGradients(const std::string& stack
   ApplyOutcome outcome;
   ENGINE_RETURN_IF_ERROR(
       RunBehind(control, Admission::kCall, [&](Clock::time_point admitted) -> absl::Status {
-        const Clock::time_point begin = Clock::now();
-        outcome.times.queue_seconds = Seconds(begin - admitted);
+        outcome.times.queue_seconds = Seconds(Clock::now() - admitted);
         ENGINE_ASSIGN_OR_RETURN(Entry* const entry, Find(stack));
         const double scale_before = entry->stack->loss_scale();
+        const bool behind_others = !in_flight_.empty();
+        ENGINE_ASSIGN_OR_RETURN(const int marks, NewMarks());
         ENGINE_RETURN_IF_ERROR(OnDevice([&]() -> absl::Status {
           const ProfilerRange range(*backend_, "apply");
+          ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kBegin));
           ENGINE_ASSIGN_OR_RETURN(outcome.result, entry->stack->ApplyGradients(options));
           if (zero_gradients) ENGINE_RETURN_IF_ERROR(entry->stack->ZeroGradients());
-          return backend_->Synchronize();
+          ENGINE_RETURN_IF_ERROR(backend_->RecordMark(marks + kComputeDone));
+          ENGINE_RETURN_IF_ERROR(backend_->Synchronize());
+          ENGINE_ASSIGN_OR_RETURN(outcome.times.compute_seconds,
+                                  backend_->SecondsBetween(marks + kBegin, marks + kComputeDone));
+          return absl::OkStatus();
         }));
-        outcome.times.compute_seconds = Seconds(Clock::now() - begin);
+        if (behind_others) CountWait(Seconds(Clock::now() - admitted), outcome.times);
         Publish(stack, *entry);
         const ApplyResult& result = outcome.result;
         metrics_->GradientsApplied({.skipped = !result.applied,

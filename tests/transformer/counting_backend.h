@@ -8,13 +8,17 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "lamina/kernels/backend.h"
 #include "step_log.h"
@@ -38,6 +42,7 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> host_copies{0};       // so far: CopyIn and CopyOut
   std::atomic<int64_t> ahead_copies{0};      // so far: CopyInAhead
   std::atomic<int64_t> ahead_taken{0};       // so far: TakeAhead
+  std::atomic<int64_t> behind_copies{0};     // so far: CopyOutBehind
   std::atomic<int64_t> mark_waits{0};        // so far: WaitMark
   std::atomic<size_t> shared_bytes{0};       // of AllocateShared, not freed
   std::atomic<int64_t> unordered_ops{0};     // so far: whose workspace allowed any order
@@ -123,9 +128,26 @@ class CountingBackend final : public Backend {
     ++ahead_taken;
     return inner_->TakeAhead(dst, ahead, bytes);
   }
+  // As late as a card may be with it.
+  absl::Status CopyOutBehind(void* dst, void* behind, const void* src, size_t bytes,
+                             int mark) override {
+    ++behind_copies;
+    absl::Status status = inner_->CopyWithin(behind, src, bytes);
+    if (!status.ok()) return status;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      behind_.push_back({mark, dst, std::string(static_cast<const char*>(behind), bytes)});
+    }
+    return inner_->RecordMark(mark);
+  }
+  absl::Status JoinBehind() override {
+    Arrive(-1);
+    return absl::OkStatus();
+  }
   absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
   absl::Status Synchronize() override {
     ++synchronizations;
+    Arrive(-1);
     return inner_->Synchronize();
   }
   absl::Status RecordMark(int mark) override { return inner_->RecordMark(mark); }
@@ -136,10 +158,12 @@ class CountingBackend final : public Backend {
     ++mark_waits;
     while (hold_marks) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     if (fail_marks) return absl::InternalError("a mark failed on demand");
+    Arrive(mark);
     return inner_->WaitMark(mark);
   }
   absl::StatusOr<bool> MarkPassed(int mark) override {
     if (late_marks || hold_marks) return false;
+    Arrive(mark);
     return inner_->MarkPassed(mark);
   }
   // Ranges as a profiler would see them, "(name:index" and ")"; looked at only while no call is on
@@ -278,7 +302,25 @@ class CountingBackend final : public Backend {
   LAMINA_FORWARD_OP(Lamb)
 #undef LAMINA_FORWARD_OP
 
+  // Ends the copies behind, up to the last one of `mark` if that has one; -1: all.
+  void Arrive(int mark) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    size_t count = mark < 0 ? behind_.size() : 0;
+    for (size_t i = 0; i < behind_.size(); ++i)
+      if (behind_[i].mark == mark) count = i + 1;
+    for (size_t i = 0; i < count; ++i)
+      std::memcpy(behind_[i].dst, behind_[i].bytes.data(), behind_[i].bytes.size());
+    behind_.erase(behind_.begin(), behind_.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+  struct Behind {
+    int mark;
+    void* dst;
+    std::string bytes;
+  };
+
   std::unique_ptr<Backend> inner_;
+  std::mutex mutex_;
+  std::vector<Behind> behind_;  // guarded by mutex_: on their way
   Sizes op_sizes_;
   StepLog* log_ = nullptr;  // of the step that runs
   std::map<void*, size_t> sizes_;

@@ -11,6 +11,7 @@ from typing import Any, Callable, Deque, Optional
 import grpc
 
 from lamina.errors import Cancelled, LaminaError, Unavailable, from_rpc
+from lamina.turns import Condition
 from lamina.v1 import session_service_pb2 as pb
 
 # A call that the daemon did not answer is asked again this many times, waiting twice as long each time.
@@ -40,7 +41,7 @@ class Lease:
         self.grace = grace
         self.beat = min(lease_seconds / 3, _LONGEST_BEAT)  # seconds; how often to ping
         self._left = threading.Event()
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = Condition()  # guards what follows
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()  # the stream's messages; None: no more
         self._unanswered: Deque[int] = collections.deque()  # the stream's, by what they answer of `_asked`
         self._asked = 1  # pings; the first stream's first message is one

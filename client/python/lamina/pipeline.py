@@ -42,6 +42,7 @@ from lamina.errors import (Cancelled, DeadlineExceeded, FailedPrecondition, Inte
                            Unimplemented, from_number, from_rpc)
 from lamina.session import Lost, Session
 from lamina.stack import Call, Context, Stack
+from lamina.turns import Condition
 from lamina.v1 import layer_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Pending(concurrent.futures.Future):
     def __init__(self, stream: _Stream, call: Call, context_from: Optional[PendingForward] = None,
                  needs: Sequence[Pending] = ()) -> None:
         super().__init__()
+        self._condition = Condition()  # instead of the base's own
         self.output = call.output
         self._stream = stream
         self._mutation = call.mutation
@@ -151,10 +153,9 @@ class _Stream:
         self._session = session
         self._depth = depth
         self._mutating = threading.Lock()  # before _state: mutations are sent one after another
-        self._state = threading.Condition()  # guards what follows
-        self._under_way: Deque[Pending] = collections.deque()  # sent, not answered
+        self._state = Condition()  # guards what follows
+        self._under_way: Deque[Pending] = collections.deque()  # sent, not answered; with mutations: the turn is this one's
         self._ending = 0  # futures that are about to be done
-        self._mutations = 0  # of those under way; above 0 the session's turn is this stream's
         self._sequence = 0  # the last one sent
         self._applied = 0  # the last one that ran
         self._failed: Optional[LaminaError] = None  # the first failure since the last wait: a mutation's, or the stream's
@@ -178,18 +179,18 @@ class _Stream:
             return
         with self._mutating:
             while not self._join(pending):
-                first = self._session.begin_run()
-                if first is None:
-                    self._send_alone(pending)
-                    return
                 try:
+                    first = self._session.begin_run(self)
+                    if first is None:
+                        self._send_alone(pending)
+                        return
                     with self._state:
                         if self._ready(pending):
                             self._sequence, self._applied = first - 1, first - 1
                             self._send(pending)
                 finally:
                     if pending._id == 0:  # not sent
-                        self._session.end_run(first)
+                        self._session.drop_run(self)
                 return
 
     def _join(self, pending: Pending) -> bool:
@@ -197,10 +198,14 @@ class _Stream:
         with self._state:
             if not self._ready(pending):
                 return True
-            if self._mutations == 0:
+            if not self._has_mutations():
                 return False
             self._send(pending)
             return True
+
+    def _has_mutations(self) -> bool:
+        """Needs _state."""
+        return any(pending._mutation for pending in self._under_way)
 
     def _ready(self, pending: Pending) -> bool:
         """Waits until there is room for another call. False: it has ended instead. Needs _state."""
@@ -225,7 +230,6 @@ class _Stream:
             pending._request.mutation.sequence = self._sequence
         pending._id = pending._message.id = self._next_id()
         self._under_way.append(pending)
-        self._mutations += pending._mutation
         self.outbox.put(pending._message)
 
     def _next_id(self) -> int:
@@ -335,10 +339,9 @@ class _Stream:
                     self._applied = pending._request.mutation.sequence
                 elif self._failed is None:
                     self._failed = error
-                self._mutations -= 1
-                if self._mutations == 0:
+                if not self._has_mutations():
                     # After a failure the daemon refused all that had been sent behind: the failed one's is next.
-                    self._session.end_run(self._applied + 1)
+                    self._session.end_run(self, self._applied + 1)
             elif error is None:
                 # The daemon refuses a mutation behind a failed one by itself, but ran this over what was in the memory.
                 bad = next((n for n in pending._needs if n.exception() is not None), None)
@@ -357,7 +360,6 @@ class _Stream:
             if self._under_way or not self._closed:
                 self._failed = self._failed or error
             lost, self._under_way = list(self._under_way), collections.deque()
-            mutations, self._mutations = self._mutations, 0
             self._ending += len(lost)
             self._state.notify_all()
         unsettled: List[Lost] = []
@@ -371,8 +373,10 @@ class _Stream:
             del call
         for pending in lost:
             pending._close(None, _again(error))
-        if mutations > 0:
-            self._session.end_run(self._applied + 1, unsettled)
+        if unsettled:
+            self._session.end_run(self, self._applied + 1, unsettled)
+        else:
+            self._session.drop_run(self)  # whoever took it was interrupted
         with self._state:
             self._ending -= len(lost)
             self._state.notify_all()
@@ -538,7 +542,7 @@ class Pipeline:
             pending._message.timeout_seconds = timeout
         for need in pending._needs:
             if pending._mutation and not need._mutation:
-                concurrent.futures.wait([need])
+                need.exception()  # waits
             if need.done() and need.exception() is not None:
                 self._stream.refuse(pending, _unfounded(need))
                 return

@@ -19,6 +19,7 @@ from lamina.lease import Lease, call_with_retries
 from lamina.cuda import CudaError, shared_device
 from lamina.device import DeviceArray, Given, StreamFences
 from lamina.regions import DevicePool, RegionPool, map_region
+from lamina.turns import Turn
 from lamina.v1 import config_service_pb2 as config_pb
 from lamina.v1 import layer_service_pb2 as layer_pb
 from lamina.v1 import session_service_pb2 as pb
@@ -66,7 +67,7 @@ class Session:
         request = pb.CreateSessionRequest(client_name=client_name, resume_grace_seconds=resume_grace)
         opened = call_with_retries(stubs.session.CreateSession, request, timeout)
         self.id: str = opened.session_id
-        self._mutations = threading.Lock()  # whose turn it is: a mutation's, or a pipeline's that has some under way
+        self._turn = Turn()  # a mutation's, or a pipeline's that has some under way
         self._next_sequence = 1
         self._lost: List[Lost] = []  # mutations that may have taken _next_sequence or one above
         self._quarantine: List[Any] = []  # arrays that the daemon may be using until the session ends
@@ -209,7 +210,9 @@ class Session:
         the next mutation's: the daemon waits for a first user of it that still runs, says ALREADY_EXISTS if that one did
         run (the following sequence is right, then), and turns the first away if it comes later.
         """
-        with self._mutations:
+        holder = object()
+        try:
+            self._turn.take(holder)
             request.mutation.session_id = self.id
             while True:
                 request.mutation.sequence = self._next_sequence
@@ -229,20 +232,28 @@ class Session:
                         copy.CopyFrom(request)
                         self._lost.append(Lost(call, copy, keep))
                     raise
+        finally:
+            self._turn.give_back(holder)
 
-    def begin_run(self) -> Optional[int]:
-        """Takes the mutations' turn until end_run, for mutations that go out without waiting for each other's answers;
-        returns the first one's sequence. None, and no turn, while it is open whether that one was used: a call of
+    def begin_run(self, holder: object) -> Optional[int]:
+        """Takes the mutations' turn until end_run or drop_run, for mutations that go out without waiting for each other's
+        answers; returns the first one's sequence. None, and no turn, while it is open whether that one was used: a call of
         `mutate` finds out. Waits while others have the turn."""
-        self._mutations.acquire()
+        self._turn.take(holder)
         if self._lost:
-            self._mutations.release()
+            self._turn.give_back(holder)
             return None
         return self._next_sequence
 
-    def end_run(self, next_sequence: int, lost: Sequence[Lost] = ()) -> None:
+    def drop_run(self, holder: object) -> None:
+        """Gives back the holder's turn, if it has it, of which nothing came. From any thread."""
+        self._turn.give_back(holder)
+
+    def end_run(self, holder: object, next_sequence: int, lost: Sequence[Lost] = ()) -> None:
         """Gives the turn back, from any thread. next_sequence: after the last one that the daemon answered to have run.
         lost: those sent after it that were not answered; asks the daemon which of them have run."""
+        if not self._turn.is_of(holder):
+            return
         try:
             self._next_sequence = next_sequence
             if lost and self.over() is None:
@@ -251,7 +262,7 @@ class Session:
         except LaminaError:
             pass  # the next mutation finds out, or that the session has ended
         finally:
-            self._mutations.release()
+            self._turn.give_back(holder)
 
     def _drop_lost(self, applied: int) -> None:
         """The sequences up to `applied` are used. A lost Forward that used one has a context that nobody can reach: asks

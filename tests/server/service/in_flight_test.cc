@@ -188,6 +188,52 @@ TEST_F(InFlightTest, AnInputThatAStepStillWritesIsNotCopiedAhead) {
   EXPECT_EQ(Result(2), client.Do(again).output().inline_data());
 }
 
+// Large results: their copies to the host run beside what is enqueued next, and whatever reads or
+// writes the same bytes comes after them.
+TEST_F(InFlightTest, ResultsAreCopiedOutBesideTheNextStep) {
+  constexpr size_t kMiB = size_t{1} << 20;
+  const std::vector<int64_t> shape{2048, kS, kH};  // 1 MiB
+  v1::StackConfig config = TinyProto();
+  config.set_batch_size(shape[0]);
+  client.Create("wide", config);
+  const MappedRegion memory = client.Region(8 * kMiB);
+  const auto place = [&](size_t at) { return std::string(memory.data + at * kMiB, kMiB); };
+  const auto forward = [&](uint64_t from, uint64_t to) {
+    v1::ForwardRequest request = client.EvalRequest();
+    request.set_stack("wide");
+    *request.mutable_input() = SliceOf(memory.id, from * kMiB, kMiB, shape);
+    *request.mutable_output() = TargetOf(memory.id, to * kMiB, kMiB);
+    return request;
+  };
+  std::memcpy(memory.data, InlineNoise(5, shape).inline_data().data(), kMiB);
+  std::vector<std::string> chain{place(0)};  // each the stack's output for the one before
+  for (int i = 0; i < 4; ++i) {
+    client.Do(forward(0, 1));
+    chain.push_back(place(1));
+    std::memcpy(memory.data, chain.back().data(), kMiB);
+  }
+  std::memcpy(memory.data, chain[0].data(), kMiB);
+  std::memset(memory.data + kMiB, 0, 7 * kMiB);
+  EXPECT_EQ(service.backend().behind_copies, 0) << "nobody was behind those";
+
+  service.backend().hold_marks = true;
+  Send(Item(forward(0, 1)));
+  Send(Item(forward(1, 2)));
+  Send(Item(forward(2, 1)));  // over what the first has written
+  Send(Item(forward(1, 3)));
+  Send(Item(forward(0, 4)));
+  WaitUntil([&] { return service.backend().behind_copies == 2; });
+  EXPECT_EQ(place(2), std::string(kMiB, '\0')) << "it is on its way";
+  service.backend().hold_marks = false;
+  service.backend().late_marks = true;
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(Hear().code(), 0);
+  EXPECT_EQ(service.backend().behind_copies, 5);
+  EXPECT_EQ(place(2), chain[2]);
+  EXPECT_EQ(place(1), chain[3]);
+  EXPECT_EQ(place(3), chain[4]);
+  EXPECT_EQ(place(4), chain[1]);
+}
+
 TEST_F(InFlightTest, OthersTakeTheirTurns) {
   service.backend().hold_marks = true;
   for (int i = 0; i < kCalls; ++i) Send(Eval(i));

@@ -402,7 +402,7 @@ class Backend {
   virtual absl::Status CopyOut(void* host_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status CopyWithin(void* device_dst, const void* device_src, size_t bytes) = 0;
   virtual absl::Status SetZero(void* data, size_t bytes) = 0;
-  // Waits for all of it, and for CopyInAhead.
+  // Waits for all of it, and for CopyInAhead and CopyOutBehind.
   virtual absl::Status Synchronize() = 0;
 
   // --- a copy ahead of its turn, beside what runs: for the input of a step that is to come ---
@@ -417,6 +417,19 @@ class Backend {
   virtual absl::Status TakeAhead(void* device_dst, const void* ahead, size_t bytes) {
     return CopyWithin(device_dst, ahead, bytes);
   }
+
+  // --- a copy out behind its step, beside what runs next ---
+  // In stream order: copies a result to `behind`, a buffer of the device's for nothing else, and
+  // begins to copy it from there to host_dst, for which nothing that is enqueued afterwards waits
+  // but another CopyOutBehind, and what comes after JoinBehind. host_dst is the device's until
+  // Synchronize, or until `mark` has passed, which remembers the copy's end.
+  virtual absl::Status CopyOutBehind(void* host_dst, void* /*behind*/, const void* device_src,
+                                     size_t bytes, int mark) {
+    const absl::Status status = CopyOut(host_dst, device_src, bytes);
+    return status.ok() ? RecordMark(mark) : status;
+  }
+  // What is enqueued from now on comes after every CopyOutBehind so far.
+  virtual absl::Status JoinBehind() { return absl::OkStatus(); }
 
   // Stores `value` in `at`, host memory that was given to RegisterHost and is aligned to 8, once
   // everything enqueued before is done: who reads it there, on any processor or device, sees all of

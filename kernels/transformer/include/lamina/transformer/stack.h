@@ -206,8 +206,17 @@ class Stack {
 
   // Device copies of a call's tensors, for backends whose kernels can't read host memory; each
   // holds the largest call. kInputAhead: what the next call's kInput is to be
-  // (Backend::CopyInAhead). FAILED_PRECONDITION on the others.
-  enum class Staging : uint8_t { kInput, kOutput, kMask, kLengths, kCuSeqlens, kInputAhead };
+  // (Backend::CopyInAhead). kOutputBehind: what the last call's kOutput was
+  // (Backend::CopyOutBehind). FAILED_PRECONDITION on the others.
+  enum class Staging : uint8_t {
+    kInput,
+    kOutput,
+    kMask,
+    kLengths,
+    kCuSeqlens,
+    kInputAhead,
+    kOutputBehind
+  };
   virtual absl::StatusOr<TensorView> StagingView(Staging slot, DType dtype, const Shape& shape) = 0;
 
   // Floating-point operations of a call, as users count them: forward per layer
