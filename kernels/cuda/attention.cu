@@ -1,8 +1,8 @@
-// Purpose: the choice between the attention kernels, and the row sums that both backwards need.
+// Purpose: the choice between the attention kernels, and the row sums that the plain backward
+// needs.
 #include "attention.cuh"
 #include "attention_any.cuh"
 #include "attention_head.cuh"
-#include "attention_head_backward.cuh"
 #include "attention_mma.cuh"
 #include "attention_wgmma.cuh"
 #include "common/convert.cuh"
@@ -90,9 +90,6 @@ bool UseTensorCores(const AttentionParams& p) {
   return HasTensorCoreAttention(p.dtype, p.head_dim) && Aligned16(p.qkv, p.out, p.dout, p.dqkv);
 }
 
-// Whether a backward of attention_wgmma does it.
-bool FitsWarpgroups(const AttentionParams& p) { return UseTensorCores(p); }
-
 }  // namespace
 
 cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) {
@@ -106,21 +103,16 @@ cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) 
 }
 
 bool BackwardAddsToBias(const AttentionParams& params) {
-  return params.dbias != nullptr && params.sums != nullptr && FitsWarpgroups(params);
+  return params.dbias != nullptr && params.sums != nullptr && UseTensorCores(params);
 }
 
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
-  if (FitsWarpgroups(params)) {
-    const bool head = params.seq <= kWgmmaHeadRows;
-    if (params.head_dim > kWgmmaHeadDim) {
-      return head ? LaunchAttentionWgmmaWideHeadBackward(params, stream)
-                  : LaunchAttentionWgmmaWideBackward(params, stream);
-    }
-    return head ? LaunchAttentionWgmmaHeadBackward(params, stream)
-                : LaunchAttentionWgmmaBackward(params, stream);
+  if (UseTensorCores(params)) {
+    if (params.seq > kWgmmaHeadRows) return LaunchAttentionWgmmaBackward(params, stream);
+    return params.head_dim <= kWgmmaHeadDim ? LaunchAttentionWgmmaHeadBackward(params, stream)
+                                            : LaunchAttentionWgmmaWideHeadBackward(params, stream);
   }
-  if (UseTensorCores(params)) return LaunchAttentionHeadBackward(params, stream);
   if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
   return LaunchAttentionAnyBackward(params, stream);
 }

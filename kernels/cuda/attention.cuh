@@ -1,10 +1,9 @@
 // Scaled dot-product attention over a fused QKV matrix, in memory linear in S, forward and
 // backward.
 //
-// Three implementations: attention_mma (tensor cores; bf16 and fp16, head dims that are multiples
-// of 8 up to 128), whose backward is attention_head_backward's where a block can hold a head;
-// attention_wgmma, faster than it, head dims up to 64, the forward from 65 tokens on; and
-// attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here choose.
+// Three implementations: attention_wgmma (tensor cores; bf16 and fp16, head dims that are multiples
+// of 8 up to 128), whose forward is for 65 tokens and more; attention_mma, the forward for fewer;
+// and attention_any (fp32 arithmetic; every dtype, S and head dim). The launchers here choose.
 #pragma once
 
 #include <cuda_runtime_api.h>

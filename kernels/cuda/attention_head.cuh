@@ -1,4 +1,4 @@
-// Purpose: which sequence, head and rows a block of an attention kernel has; device code that both
+// Purpose: which sequence, head and rows a block of an attention kernel has; device code that the
 // implementations share.
 //
 // Every token of every head has one softmax row. Those of a (sequence, head) lie together:

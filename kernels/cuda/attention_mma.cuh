@@ -10,4 +10,5 @@
 namespace lamina::cuda {
 
 [[nodiscard]] cudaError_t LaunchAttentionMma(const AttentionParams& params, cudaStream_t stream);
+
 }  // namespace lamina::cuda

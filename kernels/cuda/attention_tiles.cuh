@@ -86,20 +86,6 @@ __device__ __forceinline__ void CutQueryRows(int query, int key0, float (&c)[kTi
   }
 }
 
-// The same in a tile whose rows are keys: `key` is that of row g, `query0` the query of column 0.
-template <int kTiles>
-__device__ __forceinline__ void CutKeyRows(int key, int query0, float (&c)[kTiles][4]) {
-  // Row g + 8 b is beyond column 8 n + 2 t + e where 8 n + e < key + 8 b - query0 - 2 t.
-  const int first = key - query0 - 2 * (static_cast<int>(threadIdx.x) & 3);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (8 * n + (i & 1) < first + 8 * (i >> 1)) c[n][i] = -INFINITY;
-    }
-  }
-}
-
 // o[kDim/8] += c (rounded) times the kTiles * 8 rows of `tile`.
 template <typename T, int kDim, int kTiles>
 __device__ __forceinline__ void MultiplyRounded(float (&o)[kDim / 8][4],
@@ -156,113 +142,6 @@ __device__ __forceinline__ void StoreFragments(T* dst, int64_t stride, int row, 
       if (n * 8 >= head_dim) continue;
       *reinterpret_cast<uint32_t*>(dst + r * stride + col) =
           PackPair<T>(o[n][2 * half] * factor[half], o[n][2 * half + 1] * factor[half]);
-    }
-  }
-}
-
-// Bit 8 p + g of lane 16 j + 8 b + r of the result: whether the probability of query
-// query0 + 16 p + 8 j + r and key key0 + 8 b + g is kept, for p < kTiles / 2.
-template <int kTiles>
-__device__ __forceinline__ uint32_t DrawKeyRows(const DropoutParams& dropout, const RngState& rng,
-                                                int64_t query_row0, int key0) {
-  static_assert(kTiles <= 8, "8 bits for each pair of tiles");
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  const uint32_t block = static_cast<uint32_t>(key0 >> 3) + ((lane >> 3) & 1);
-  uint32_t kept = 0;
-#pragma unroll
-  for (int pair = 0; pair < kTiles / 2; ++pair) {
-    const int64_t row = query_row0 + 16 * pair + 8 * (lane >> 4) + (lane & 7);
-    const Philox4 bits = DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row), block);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t draw = (bits.word[i >> 1] >> ((i & 1) * 16)) & 0xFFFFu;
-      kept |= (draw < dropout.threshold ? 1u : 0u) << (8 * pair + i);
-    }
-  }
-  return kept;
-}
-
-// What a backward needs to know of a query's softmax row.
-struct ScoreRow {
-  float max, inverse_sum;
-  float delta;  // sum of dout * out
-};
-
-// Of query `query`; beyond the sequence's end one whose probabilities are all 0.
-__device__ __forceinline__ ScoreRow ScoreRowOf(const AttentionParams& p, const Head& h, int query,
-                                               float delta) {
-  if (query >= h.length) return {INFINITY, 0.0f, 0.0f};
-  const SoftmaxRow row = p.softmax[h.row + query];
-  return {row.max, row.inverse_sum, delta};
-}
-
-// The tiles of a block of keys and of queries, in shared memory.
-template <typename T>
-struct KeyAndQueryTiles {
-  const T *k, *v;        // the block's keys
-  const T *q, *dout;     // queries
-  const ScoreRow* rows;  // of these queries
-};
-
-// For a warp's 16 keys, rows [warp_row, + 16) of the tiles, and kTiles * 8 queries from `q0`:
-// the probabilities after dropout, without its scale, and the gradients of the scores. Rows of the
-// fragments are keys g and g + 8, whose biases are `bias`; columns are queries.
-template <typename T, int kDim, int kTiles>
-__device__ __forceinline__ void ScoreGradsOfKeys(const AttentionParams& p, const Head& h,
-                                                 const RngState& rng,
-                                                 const KeyAndQueryTiles<T>& tiles, int warp_row,
-                                                 int key0, int q0, const float (&bias)[2],
-                                                 float (&probs)[kTiles][4],
-                                                 float (&ds)[kTiles][4]) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  const int g = lane >> 2;
-  const int t = lane & 3;
-  // Until the end `probs` are scores and `ds` the gradients of the probabilities.
-  {
-    uint32_t a[kDim / 16][4];
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], tiles.k, warp_row, k * 16);
-    MultiplyRows<T, kDim, kTiles>(probs, a, tiles.q);
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) LoadA<Stride(kDim)>(a[k], tiles.v, warp_row, k * 16);
-    MultiplyRows<T, kDim, kTiles>(ds, a, tiles.dout);
-  }
-  uint32_t drawn = 0;
-  if (p.dropout.rng != nullptr) drawn = DrawKeyRows<kTiles>(p.dropout, rng, h.row + q0, key0);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) probs[n][i] = probs[n][i] * p.scale + bias[i >> 1];
-  }
-  // Only where the tile's first query does not see this warp's last key.
-  if (p.causal && q0 < key0 + 15) CutKeyRows<kTiles>(key0 + g, q0, probs);
-    // Tile n = 2 * pair + j. For each j, key half b and query parity e, one shuffle brings the bits
-    // of all pairs.
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        uint32_t kept = 0xFFFFFFFFu;
-        float scale = 1.0f;
-        if (p.dropout.rng != nullptr) {
-          kept = __shfl_sync(0xFFFFFFFFu, drawn, 16 * j + 8 * b + 2 * t + e);
-          scale = p.dropout.scale;
-        }
-        kept >>= g;
-#pragma unroll
-        for (int pair = 0; pair < kTiles / 2; ++pair) {
-          const int n = 2 * pair + j;
-          const int i = 2 * b + e;
-          const ScoreRow& row = tiles.rows[n * 8 + 2 * t + e];
-          const bool keep = ((kept >> (8 * pair)) & 1u) != 0;
-          const float prob = Exp2((probs[n][i] - row.max) * kLog2E) * row.inverse_sum;
-          const float dprob = keep ? ds[n][i] * scale : 0.0f;
-          probs[n][i] = keep ? prob : 0.0f;
-          ds[n][i] = prob * (dprob - row.delta);
-        }
-      }
     }
   }
 }

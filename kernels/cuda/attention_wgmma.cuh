@@ -1,5 +1,6 @@
-// Attention on tensor cores, a warpgroup at a time: sequences of kWgmmaMinSeq tokens and more, head
-// dims up to kWgmmaHeadDim, otherwise as attention_mma.cuh, with the same SoftmaxRow.
+// Attention on tensor cores, a warpgroup at a time: as attention_mma.cuh, with the same SoftmaxRow,
+// the forward for sequences of kWgmmaMinSeq tokens and more. Of what is there twice, the wide one
+// is for head dims above kWgmmaHeadDim. Blocks go by params.multiprocessors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,15 +11,12 @@ namespace lamina::cuda {
 
 constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would have nothing to do
 
-// LaunchAttentionWgmma's for head dims above kWgmmaHeadDim. Needs params.multiprocessors.
+[[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaWide(const AttentionParams& params,
                                                    cudaStream_t stream);
-[[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
 // Fills params.delta itself, and adds to params.dbias where there is params.sums.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
                                                        cudaStream_t stream);
-[[nodiscard]] cudaError_t LaunchAttentionWgmmaWideBackward(const AttentionParams& params,
-                                                           cudaStream_t stream);
 // The same for sequences of up to kWgmmaHeadRows tokens, however short, without params.delta.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaHeadBackward(const AttentionParams& params,
                                                            cudaStream_t stream);

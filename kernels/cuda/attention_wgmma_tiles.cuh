@@ -271,34 +271,6 @@ __device__ __forceinline__ float KeptScale(const DropoutParams& dropout) {
   return kDropout ? dropout.scale * kMaskScale<T> : 1.0f;
 }
 
-// Where KeptPairs are kept, a word a thread and tile. Tiles are counted from the sequence's first.
-struct KeptTiles {
-  uint32_t* words;  // where p.kept is
-  int key_tiles;
-
-  __device__ __forceinline__ KeptTiles(const AttentionParams& p, const Head& h)
-      : words(p.kept), key_tiles(static_cast<int>((p.seq + kTile - 1) / kTile)) {
-    const int64_t query_tiles = (p.seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows * 2;
-    words += h.index * query_tiles * key_tiles * kWarpgroup + threadIdx.x % kWarpgroup;
-  }
-  __device__ __forceinline__ uint32_t& Word(int query_tile, int key_tile) const {
-    return words[(static_cast<int64_t>(query_tile) * key_tiles + key_tile) * kWarpgroup];
-  }
-};
-
-// Where a backward's kernel has the dropout's bits from, if there is one: it draws them, or reads
-// what another one has kept.
-enum class KeysFrom { kNone, kDrawn, kKept };
-
-template <KeysFrom kFrom>
-__device__ __forceinline__ KeptPairs PairsOfTile(const DropoutParams& dropout, const RngState& rng,
-                                                 int64_t row, const KeptTiles& tiles,
-                                                 int query_tile, int key_tile) {
-  if constexpr (kFrom == KeysFrom::kKept) return {tiles.Word(query_tile, key_tile)};
-  if constexpr (kFrom == KeysFrom::kDrawn) return DrawPairs(dropout, rng, row, key_tile);
-  return {};
-}
-
 // What a thread needs to know of its rows g and g + 8 of a score tile.
 struct RowPair {
   SoftmaxRow softmax[2];

@@ -1,14 +1,16 @@
-// Purpose: the forward of attention with wgmma for wide heads; attention_wgmma.cuh.
+// Purpose: the forward of attention with wgmma for head dims above 64; attention_wgmma.cuh.
 //
-// As attention_wgmma.cu, by blocks that stay (attention_wgmma_wide_tiles.cuh). The queries pass
-// through the ring too, into registers. Dropout's bits are drawn while a tile's products run.
+// As attention_wgmma.cu, by blocks that stay (attention_wgmma_ring.cuh). The queries pass through
+// the ring too, into registers. While one warpgroup computes exponentials, the other's products
+// run: they take turns in starting them.
 #include "attention_wgmma.cuh"
-#include "attention_wgmma_wide_tiles.cuh"
+#include "attention_wgmma_ring.cuh"
 #include "common/dispatch.cuh"
 
 namespace lamina::cuda {
 namespace {
 
+constexpr int kDim = 128;
 constexpr int kSlots = 6;
 
 // The row maximum that probabilities are taken against lags behind by up to this: they stay below
@@ -17,16 +19,17 @@ constexpr float kMaxLag = 5.5f;
 
 template <typename T>
 struct ForwardShared {
-  WideTile<T> slots[kSlots][2];  // two tiles of queries; or keys and their values
+  // A tile of queries a warpgroup; or keys and their values.
+  HeadTile<T, kDim> slots[kSlots][Shape<kDim>::kGroups];
   float bias[kSlots][kTile];
-  Ring<kSlots> ring;
+  Ring<kSlots, kDim> ring;
 };
 
 template <typename T>
 __device__ __forceinline__ void Copy(const AttentionParams& p, ForwardShared<T>& shared,
-                                     WideBlocks blocks) {
+                                     BlocksInTurn<kDim> blocks) {
   const int64_t stride = 3 * p.width;
-  const WideCopies copies(static_cast<int>(p.head_dim));
+  const TileCopies<kDim> copies(static_cast<int>(p.head_dim));
   const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
   RingPlace<kSlots> place;
   for (; blocks.Any(); blocks.Next()) {
@@ -35,7 +38,7 @@ __device__ __forceinline__ void Copy(const AttentionParams& p, ForwardShared<T>&
     const T* next = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
     shared.ring.WaitEmpty(place);
 #pragma unroll
-    for (int i = 0; i < kWideGroups; ++i) {
+    for (int i = 0; i < Shape<kDim>::kGroups; ++i) {
       const int first = h.first + i * kTile;
       copies.Start<TileOrder::kPlain>(shared.slots[place.slot][i],
                                       next + min(first, h.length - 1) * stride, stride,
@@ -63,7 +66,7 @@ __device__ __forceinline__ void Copy(const AttentionParams& p, ForwardShared<T>&
 
 template <typename T, bool kDropout>
 __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<T>& shared,
-                                        WideBlocks blocks) {
+                                        BlocksInTurn<kDim> blocks) {
   const int head_dim = static_cast<int>(p.head_dim);
   const int tid = static_cast<int>(threadIdx.x);
   const int lane = tid & 31;
@@ -73,26 +76,28 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
   RngState rng{};
   if (kDropout) rng = UniformState(p.dropout.rng);
   RingPlace<kSlots> place;
+  const Turns<kDim> turns(group);
 
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kQueries>(p);
     if (h.first >= h.length) continue;
     const int group_query = h.first + group * kTile;
     const int query = group_query + warp_row + (lane >> 2);  // of row g
-    uint32_t q[8][4];
+    uint32_t q[kDim / 16][4];
     shared.ring.WaitFull(place);
     LoadRowFragments(q, shared.slots[place.slot][group], warp_row);
     shared.ring.Release(place.slot);
     place.Advance();
 
-    float o[16][4] = {};
+    float o[kDim / 8][4] = {};
     uint32_t probs[4][4];                         // of the tile before
     float reference[2] = {-INFINITY, -INFINITY};  // rows g and g + 8
     float row_sum[2] = {0.0f, 0.0f};              // this lane's columns only, until the end
     const int tiles = (h.keys + kTile - 1) / kTile;
-    // Of this warpgroup: what a causal block's first queries do not see is left out.
+    // Of this warpgroup: what a causal block's first queries do not see is left out, and all where
+    // it has no query.
     const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
-    const int group_tiles = (keys + kTile - 1) / kTile;
+    const int group_tiles = group_query < h.length ? (keys + kTile - 1) / kTile : 0;
     int before = 0;  // the slot of the tile before
 
     const auto step = [&](int tile, auto first) {
@@ -100,13 +105,15 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
       shared.ring.WaitFull(place);
       auto& slot = shared.slots[place.slot];
       float s[8][4];
+      turns.Begin();
       BeginProducts();
-      MultiplyRowsOfTile<T>(s, q, DescribeTile(&slot[0]));
+      MultiplyRowsOfHeadTile<T>(s, q, DescribeTile(&slot[0]));
       CommitProducts();
       if constexpr (!first) {
         MultiplyTile<T>(o, probs, DescribeColumns(shared.slots[before][1]));
         CommitProducts();
       }
+      turns.End();
       KeptPairs kept{};
       if (kDropout) {
         kept = DrawPairs(p.dropout, rng, h.row + query, tile);
@@ -171,7 +178,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
         shared.ring.Release(before);
         if (__any_sync(0xFFFFFFFFu, above)) {
 #pragma unroll
-          for (int n = 0; n < 16; ++n) {
+          for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
           }
@@ -209,6 +216,8 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
     }
     for (int tile = group_tiles; tile < tiles; ++tile) {
       shared.ring.WaitFull(place);
+      turns.Begin();
+      turns.End();
       shared.ring.Release(place.slot);
       place.Advance();
     }
@@ -229,24 +238,24 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
             SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
       }
     }
-    StoreWideRows(static_cast<T*>(p.out) + h.token * p.width + h.column, p.width, row, head_dim, o,
+    StoreHeadRows(static_cast<T*>(p.out) + h.token * p.width + h.column, p.width, row, head_dim, o,
                   factor[0], factor[1]);
   }
 }
 
 template <typename T, bool kDropout>
-__global__ void __launch_bounds__(kWideThreads, 1)
+__global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     AttentionWgmmaWideKernel(const AttentionParams p, unsigned number, unsigned per_head) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ForwardShared<T>*>(shared_bytes);
   if (threadIdx.x == 0) shared.ring.Start();
   __syncthreads();
-  const WideBlocks blocks(number, per_head);
-  if (threadIdx.x >= kWideComputing) {
-    GiveRegisters<kCopyRegisters>();
+  const BlocksInTurn<kDim> blocks(number, per_head);
+  if (threadIdx.x >= Shape<kDim>::kComputing) {
+    GiveRegisters<Shape<kDim>::kCopyRegisters>();
     Copy(p, shared, blocks);
   } else {
-    TakeRegisters<kComputeRegisters>();
+    TakeRegisters<Shape<kDim>::kComputeRegisters>();
     Compute<T, kDropout>(p, shared, blocks);
   }
 }
@@ -256,8 +265,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 cudaError_t LaunchAttentionWgmmaWide(const AttentionParams& p, cudaStream_t stream) {
   return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
     using T = typename decltype(tag)::type;
-    return LaunchWide(AttentionWgmmaWideKernel<T, dropout.value>, sizeof(ForwardShared<T>), p,
-                      stream);
+    return LaunchBlocks<kDim>(AttentionWgmmaWideKernel<T, dropout.value>, sizeof(ForwardShared<T>),
+                              p, stream);
   });
 }
 

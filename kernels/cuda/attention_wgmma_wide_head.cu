@@ -1,16 +1,16 @@
-// Purpose: the backward of attention with wgmma for wide heads and sequences of up to 128 tokens, a
-// head at a time; attention_wgmma.cuh.
+// Purpose: the backward of attention with wgmma for head dims above 64 and sequences of up to 128
+// tokens, a head at a time; attention_wgmma.cuh.
 //
 // All of a head lies in shared memory: two tiles each of Q, K, V, dout and out. A warpgroup has a
 // tile of keys, computes the scores with each tile of queries once, where the kernels for longer
-// sequences (attention_wgmma_wide_backward.cu) do so twice, and multiplies dV and dK of its keys.
+// sequences (attention_wgmma_backward.cu) do so twice, and multiplies dV and dK of its keys.
 // It leaves the gradients of the scores in shared memory; when all are there it multiplies dQ of a
 // tile of queries. The block stays and does one head after another
-// (attention_wgmma_wide_tiles.cuh): whatever has been used for the last time makes room for the
+// (attention_wgmma_ring.cuh): whatever has been used for the last time makes room for the
 // next head's at once. What such a head takes is its way to and from memory. No two blocks write
 // the same element, so the order of every sum is fixed.
 #include "attention_wgmma.cuh"
-#include "attention_wgmma_wide_tiles.cuh"
+#include "attention_wgmma_ring.cuh"
 #include "column_sum.cuh"
 #include "common/dispatch.cuh"
 
@@ -18,20 +18,23 @@ namespace lamina::cuda {
 namespace {
 
 constexpr int kTiles = 2;  // of queries, and of keys
-static_assert(kTiles * kTile == kWgmmaHeadRows && kTiles == kWideGroups, "a warpgroup a tile");
+constexpr int kDim = 128;
+constexpr int kComputing = Shape<kDim>::kComputing;
+static_assert(kTiles * kTile == kWgmmaHeadRows && kTiles == Shape<kDim>::kGroups,
+              "a warpgroup a tile");
 
 // What is copied by itself, in this order.
 enum Part { kOut, kV, kRows, kK, kParts };
 
 template <typename T>
 struct HeadGradShared {
-  WideTile<T> q[kTiles], k[kTiles], v[kTiles], dout[kTiles], out[kTiles];
+  HeadTile<T, kDim> q[kTiles], k[kTiles], v[kTiles], dout[kTiles], out[kTiles];
   SwizzledTile<T> ds[kTiles][kTiles];  // [tile of keys][of queries], as [key][query]
   SoftmaxRow softmax[kTiles][kTile];
   float shift[kTiles][kTile];
   float delta[kTiles][kTile];
-  uint32_t drawn[kWideComputing / 32][kTile];
-  WarpSums sums[3][2][kWideComputing / 32];  // of dq, dk and dv, each half of their columns
+  uint32_t drawn[kComputing / 32][kTile];
+  WarpSums sums[3][2][kComputing / 32];  // of dq, dk and dv, each half of their columns
   uint64_t full[kParts], empty[kParts];
 };
 
@@ -40,16 +43,17 @@ __device__ __forceinline__ int TilesOf(const Head& h) { return (h.length + kTile
 
 template <typename T>
 __device__ __forceinline__ void CopyHeads(const AttentionParams& p, HeadGradShared<T>& shared,
-                                          WideBlocks blocks) {
+                                          BlocksInTurn<kDim> blocks) {
   const int64_t stride = 3 * p.width;
-  const WideCopies copies(static_cast<int>(p.head_dim));
+  const TileCopies<kDim> copies(static_cast<int>(p.head_dim));
   const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
   uint32_t parity = 0;
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kKeys>(p);
     if (h.length == 0) continue;
     const int tiles = TilesOf(h);
-    const auto start = [&](WideTile<T>(&to)[kTiles], const void* src, int64_t step, int rows) {
+    const auto start = [&](HeadTile<T, kDim>(&to)[kTiles], const void* src, int64_t step,
+                           int rows) {
       const T* from = static_cast<const T*>(src) + h.token * step + h.column;
 #pragma unroll 1
       for (int i = 0; i < tiles; ++i) {
@@ -87,7 +91,7 @@ __device__ __forceinline__ void CopyHeads(const AttentionParams& p, HeadGradShar
 
 template <typename T, bool kDropout>
 __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradShared<T>& shared,
-                                             WideBlocks blocks) {
+                                             BlocksInTurn<kDim> blocks) {
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t stride = 3 * p.width;
   const int tid = static_cast<int>(threadIdx.x);
@@ -130,7 +134,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
         for (int i = 0; i < 8; ++i) {
           const int c = 2 * i + (lane & 1);
           const int offset = Swizzled(query % kTile, c % 8);
-          const auto row = [&](const WideTile<T>(&of)[kTiles]) {
+          const auto row = [&](const HeadTile<T, kDim>(&of)[kTiles]) {
             return reinterpret_cast<const T*>(
                 reinterpret_cast<const char*>(of[query / kTile].halves[c / 8].rows) + offset);
           };
@@ -149,7 +153,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
     WaitForPhase(&shared.full[kK], parity);
     ShareWithEngines();
     // delta is there, and what was left of the head before has been read.
-    ComputingBarrier();
+    ComputingBarrier<kDim>();
 
     const KeyTile keys(p, h, group * kTile, warp_row);
     float dk[16][4] = {};
@@ -160,7 +164,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
     for (int tile = first; tile < tiles; ++tile) {
       float s[8][4], dp[8][4];
       BeginProducts();
-      MultiplyRowsOfWideTiles<T>(s, k_tile, DescribeTile(&shared.q[tile]));
+      MultiplyRowsOfHeadTiles<T, kDim>(s, k_tile, DescribeTile(&shared.q[tile]));
       CommitProducts();
       const QueryTile queries{shared.softmax[tile], shared.shift[tile], shared.delta[tile],
                               shared.drawn[warp]};
@@ -173,7 +177,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
       keys.Probabilities<T, kDropout>(s, probs, p, queries, tile * kTile);
       BeginProducts();
       MultiplyTile<T>(dv, probs, DescribeColumns(shared.dout[tile]));
-      MultiplyRowsOfWideTiles<T>(dp, v_tile, DescribeTile(&shared.dout[tile]));
+      MultiplyRowsOfHeadTiles<T, kDim>(dp, v_tile, DescribeTile(&shared.dout[tile]));
       CommitProducts();
       WaitForProducts<0>();
       PinProduct(dv);
@@ -190,7 +194,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
     release(kV);
     release(kRows);
     ShareWithEngines();
-    ComputingBarrier();
+    ComputingBarrier<kDim>();
 
     float dq[16][4] = {};
     // Of the tiles of keys those that the group's queries see.
@@ -217,9 +221,9 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
       row[half] = keys.Row(half) < h.length ? keys.Row(half) : -1;
     }
     // Queries lie in a tile as keys do.
-    StoreWideRows(dst, stride, row, head_dim, dq, p.scale, p.scale);
-    StoreWideRows(dst + p.width, stride, row, head_dim, dk, p.scale, p.scale);
-    StoreWideRows(dst + 2 * p.width, stride, row, head_dim, dv, p.dropout.scale, p.dropout.scale);
+    StoreHeadRows(dst, stride, row, head_dim, dq, p.scale, p.scale);
+    StoreHeadRows(dst + p.width, stride, row, head_dim, dk, p.scale, p.scale);
+    StoreHeadRows(dst + 2 * p.width, stride, row, head_dim, dv, p.dropout.scale, p.dropout.scale);
     if (p.sums == nullptr) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -227,19 +231,19 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
       shared.sums[1][half][warp].pairs[lane] = ColumnSums(HalfOf(dk, half));
       shared.sums[2][half][warp].pairs[lane] = ColumnSums(HalfOf(dv, half));
     }
-    ComputingBarrier();
-    for (int i = tid; i < 3 * 128; i += kWideComputing) {
+    ComputingBarrier<kDim>();
+    for (int i = tid; i < 3 * 128; i += kComputing) {
       const int part = i / 128;
       const int column = i % 128;
       if (column >= head_dim) continue;
-      sums_of(part)[column] = AddWarpSums(shared.sums[part][column / 64], kWideComputing / 32,
+      sums_of(part)[column] = AddWarpSums(shared.sums[part][column / 64], kComputing / 32,
                                           part == 2 ? p.dropout.scale : p.scale, column % 64);
     }
   }
 }
 
 template <typename T, bool kDropout>
-__global__ void __launch_bounds__(kWideThreads, 1)
+__global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     WideHeadGradKernel(const AttentionParams p, unsigned number, unsigned per_head) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<HeadGradShared<T>*>(shared_bytes);
@@ -247,16 +251,16 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     for (int part = 0; part < kParts; ++part) {
       // Of the rows the threads tell what they have stored, too.
       StartBarrier(&shared.full[part], part == kRows ? 2 * kWarpgroup : kWarpgroup);
-      StartBarrier(&shared.empty[part], kWideComputing / 32);
+      StartBarrier(&shared.empty[part], kComputing / 32);
     }
   }
   __syncthreads();
-  const WideBlocks blocks(number, per_head);
-  if (threadIdx.x >= kWideComputing) {
-    GiveRegisters<kCopyRegisters>();
+  const BlocksInTurn<kDim> blocks(number, per_head);
+  if (threadIdx.x >= kComputing) {
+    GiveRegisters<Shape<kDim>::kCopyRegisters>();
     CopyHeads(p, shared, blocks);
   } else {
-    TakeRegisters<kComputeRegisters>();
+    TakeRegisters<Shape<kDim>::kComputeRegisters>();
     ComputeHeads<T, kDropout>(p, shared, blocks);
   }
 }
@@ -267,8 +271,8 @@ cudaError_t LaunchAttentionWgmmaWideHeadBackward(const AttentionParams& p, cudaS
   if (p.seq > kWgmmaHeadRows) return cudaErrorInvalidValue;
   return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
     using T = typename decltype(tag)::type;
-    const cudaError_t error =
-        LaunchWide(WideHeadGradKernel<T, dropout.value>, sizeof(HeadGradShared<T>), p, stream);
+    const cudaError_t error = LaunchBlocks<kDim>(WideHeadGradKernel<T, dropout.value>,
+                                                 sizeof(HeadGradShared<T>), p, stream);
     if (error != cudaSuccess || p.sums == nullptr) return error;
     return LaunchFinishColumnSum({p.sums, p.batch, 3 * p.width, {p.dbias}}, stream);
   });

@@ -23,8 +23,8 @@ constexpr size_t kLambWorkspaceBytes = size_t{4} << 20;
 // What attention saves of each softmax row: a SoftmaxRow.
 constexpr size_t kSoftmaxRowBytes = 8;
 
-// Whether attention_mma.cuh has a kernel for it; its pointers must be aligned to 16 bytes too,
-// which the arena's are.
+// Whether attention_wgmma.cuh and attention_mma.cuh have kernels for it; their pointers must be
+// aligned to 16 bytes too, which the arena's are.
 constexpr bool HasTensorCoreAttention(DType dtype, int64_t head_dim) {
   return (dtype == DType::kBF16 || dtype == DType::kF16) && head_dim > 0 && head_dim % 8 == 0 &&
          head_dim <= 128;
@@ -37,15 +37,11 @@ constexpr size_t GeluProductWorkspaceBytes(int64_t rows, int64_t cols) {
          static_cast<size_t>(cols) * sizeof(float);
 }
 
-// Tokens of a head whose backward is one block's with wgmma; and for longer sequences the queries
-// and the keys of a block.
+// Tokens of a head whose backward is one block's with wgmma; and for longer sequences the queries,
+// or the keys, of a block.
 constexpr int64_t kWgmmaHeadRows = 128;
-constexpr int64_t kWgmmaQueryRows = 128;
-constexpr int64_t kWgmmaKeyRows = 192;
-// Head dims up to this have these kernels; wider ones, up to HasTensorCoreAttention's, have their
-// own, whose blocks have 128 keys too.
-constexpr int64_t kWgmmaHeadDim = 64;
-constexpr int64_t kWgmmaWideKeyRows = 128;
+constexpr int64_t kWgmmaHeadDim = 64;  // wider ones have their own kernels, or shapes of them
+constexpr int64_t WgmmaBlockRows(int64_t head_dim) { return head_dim <= kWgmmaHeadDim ? 192 : 128; }
 
 // How many sums of each column of dq, and of dk and dv, the blocks of those backwards leave for
 // dbias. None where a block has fewer than kBiasSliceRows tokens on average: a pass over dqkv then
@@ -61,9 +57,9 @@ struct BiasSlices {
 constexpr BiasSlices BiasSlicesOf(int64_t tokens, int64_t batch, int64_t seq, int64_t head_dim) {
   BiasSlices slices{batch, batch};
   if (seq > kWgmmaHeadRows) {
-    const int64_t key_rows = head_dim <= kWgmmaHeadDim ? kWgmmaKeyRows : kWgmmaWideKeyRows;
-    slices.q *= (seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows;
-    slices.kv *= (seq + key_rows - 1) / key_rows;
+    const int64_t rows = WgmmaBlockRows(head_dim);
+    slices.q *= (seq + rows - 1) / rows;
+    slices.kv = slices.q;
   }
   return slices.q * kBiasSliceRows <= tokens ? slices : BiasSlices{};
 }
@@ -79,9 +75,8 @@ constexpr size_t MostBiasSliceBytes(int64_t tokens, int64_t hidden) {
 constexpr size_t kMostKeptBitsBytes = size_t{40} << 20;
 constexpr size_t KeptBitsBytes(int64_t seq) {
   if (seq <= kWgmmaHeadRows) return 0;
-  const int64_t query_tiles =
-      (seq + kWgmmaQueryRows - 1) / kWgmmaQueryRows * (kWgmmaQueryRows / 64);
-  return static_cast<size_t>(query_tiles * ((seq + 63) / 64)) * (64 * 64 / 8);
+  const int64_t tiles = (seq + 63) / 64;
+  return static_cast<size_t>(tiles * tiles) * (64 * 64 / 8);
 }
 // Of a call with `heads` heads in all; 0 where not even one fits.
 constexpr size_t KeptBitsBytes(int64_t seq, int64_t heads) {

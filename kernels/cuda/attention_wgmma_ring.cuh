@@ -1,9 +1,10 @@
-// Purpose: what the warpgroup kernels for wide heads (head dims above 64) have in common: tiles of
-// 128 columns, the ring that they pass through, the blocks of rows that a block does in turn.
+// Purpose: what warpgroup kernels have in common whose tiles a warpgroup copies and others compute
+// with: tiles of up to 128 columns, the ring that they pass through, the blocks of rows that a
+// block does in turn, score tiles whose rows are keys.
 //
-// A thread's share of a sum over 128 columns is 64 registers, so that a multiprocessor has room for
-// one block: two warpgroups, which compute, and one which copies. The block stays and does one
-// block of rows after another, and what copies is ahead of what computes, across their bounds.
+// A multiprocessor has one block. It stays and does one block of rows after another, and what
+// copies is ahead of what computes, across their bounds. What computes has nearly all registers: a
+// thread's share of a sum over 128 columns is 64 of them, and a backward has two such sums.
 #pragma once
 
 #include <cstdint>
@@ -16,46 +17,52 @@
 
 namespace lamina::cuda {
 
-constexpr int kWideGroups = 2;  // that compute
-constexpr int kWideComputing = kWideGroups * kWarpgroup;
-constexpr int kWideThreads = kWideComputing + kWarpgroup;
-constexpr int kWideRows = kWideGroups * kTile;  // of a block
-static_assert(kWideRows == kWgmmaQueryRows, "what the dropout's bits are laid out by");
-// Registers of a thread that copies, and of one that computes; of 65536: 128 * 56 + 256 * 224.
-constexpr int kCopyRegisters = 56;
-constexpr int kComputeRegisters = 224;
+// Of kernels for head dims up to kDim.
+template <int kDim>
+struct Shape {
+  static constexpr int kGroups = kDim == 64 ? 3 : 2;  // that compute
+  static constexpr int kComputing = kGroups * kWarpgroup;
+  static constexpr int kThreads = kComputing + kWarpgroup;
+  static constexpr int kRows = kGroups * kTile;  // of a block
+  static constexpr int kHalves = kDim / 64;
+  static_assert(kRows == WgmmaBlockRows(kDim), "what the sums are counted by");
+  // Registers of a thread that copies, and of one that computes: of 65536 for 512 threads, of 64512
+  // for 384.
+  static constexpr int kCopyRegisters = kDim == 64 ? 32 : 56;
+  static constexpr int kComputeRegisters = kDim == 64 ? 160 : 224;
+};
 
-// 64 rows of a head: its first 64 columns, and the others.
-template <typename T>
-struct WideTile {
-  SwizzledTile<T> halves[2];
+// 64 rows of a head, by 64 columns.
+template <typename T, int kDim>
+struct HeadTile {
+  SwizzledTile<T> halves[kDim / 64];
 };
 
 constexpr uint64_t kNextHalf = kSwizzledBytes >> 4;  // in a description
 
-// A wide tile whose columns are those of an operand.
-template <typename T>
-__device__ __forceinline__ uint64_t DescribeColumns(const WideTile<T>& tile) {
+// A tile whose columns are those of an operand.
+template <typename T, int kDim>
+__device__ __forceinline__ uint64_t DescribeColumns(const HeadTile<T, kDim>& tile) {
   return DescribeTile(&tile, kSwizzledBytes);
 }
 
-// c = a b^T over a depth of 128, a in registers.
-template <typename T>
-__device__ __forceinline__ void MultiplyRowsOfTile(float (&c)[8][4], const uint32_t (&a)[8][4],
-                                                   uint64_t b) {
+// c = a b^T over a depth of 16 kSteps, a in registers.
+template <typename T, int kSteps>
+__device__ __forceinline__ void MultiplyRowsOfHeadTile(float (&c)[8][4],
+                                                       const uint32_t (&a)[kSteps][4], uint64_t b) {
   ProductStep<T, false, false>(c, a[0], b);
 #pragma unroll
-  for (int k = 1; k < 8; ++k) {
+  for (int k = 1; k < kSteps; ++k) {
     ProductStep<T, true, false>(c, a[k], b + k / 4 * kNextHalf + k % 4 * kStepAlongRow);
   }
 }
 
 // The same, both tiles.
-template <typename T>
-__device__ __forceinline__ void MultiplyRowsOfWideTiles(float (&c)[8][4], uint64_t a, uint64_t b) {
+template <typename T, int kDim>
+__device__ __forceinline__ void MultiplyRowsOfHeadTiles(float (&c)[8][4], uint64_t a, uint64_t b) {
   ProductStep<T, false, false, false>(c, a, b);
 #pragma unroll
-  for (int k = 1; k < 8; ++k) {
+  for (int k = 1; k < kDim / 16; ++k) {
     const uint64_t step = k / 4 * kNextHalf + k % 4 * kStepAlongRow;
     ProductStep<T, true, false, false>(c, a + step, b + step);
   }
@@ -70,25 +77,49 @@ __device__ __forceinline__ void MultiplyTile(float (&c)[16][4], const uint32_t (
 }
 
 // A of products over a tile's columns: rows [row, row + 16), columns [16 k, 16 k + 16).
-template <typename T>
-__device__ __forceinline__ void LoadRowFragment(uint32_t (&a)[4], const WideTile<T>& tile, int row,
-                                                int k) {
+template <typename T, int kDim>
+__device__ __forceinline__ void LoadRowFragment(uint32_t (&a)[4], const HeadTile<T, kDim>& tile,
+                                                int row, int k) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
   LoadMatrices(a, reinterpret_cast<const char*>(tile.halves[k / 4].rows) +
                       Swizzled(row + (lane & 15), 2 * (k % 4) + (lane >> 4)));
 }
 // All columns.
-template <typename T>
-__device__ __forceinline__ void LoadRowFragments(uint32_t (&a)[8][4], const WideTile<T>& tile,
-                                                 int row) {
+template <typename T, int kDim>
+__device__ __forceinline__ void LoadRowFragments(uint32_t (&a)[kDim / 16][4],
+                                                 const HeadTile<T, kDim>& tile, int row) {
 #pragma unroll
-  for (int k = 0; k < 8; ++k) LoadRowFragment(a[k], tile, row, k);
+  for (int k = 0; k < kDim / 16; ++k) LoadRowFragment(a[k], tile, row, k);
 }
 
 // A barrier of the threads that compute.
+template <int kDim>
 __device__ __forceinline__ void ComputingBarrier() {
-  asm volatile("bar.sync 3, %0;" ::"n"(kWideComputing) : "memory");
+  asm volatile("bar.sync 4, %0;" ::"n"(Shape<kDim>::kComputing) : "memory");
 }
+
+// Turns of the warpgroups that compute, in their order: while one's products run that it has
+// started in its turn, another has its own of the time between products. Left to themselves they
+// start theirs together and then wait for each other.
+template <int kDim>
+struct Turns {
+  int group;
+
+  // One warpgroup's turn is ended before the first one's begins.
+  __device__ __forceinline__ explicit Turns(int group) : group(group) {
+    if (group == Shape<kDim>::kGroups - 1) End();
+  }
+  __device__ __forceinline__ void Begin() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(kFirst + group), "n"(2 * kWarpgroup) : "memory");
+  }
+  __device__ __forceinline__ void End() const {
+    const int next = group == Shape<kDim>::kGroups - 1 ? 0 : group + 1;
+    asm volatile("bar.arrive %0, %1;" ::"r"(kFirst + next), "n"(2 * kWarpgroup) : "memory");
+  }
+
+ private:
+  static constexpr int kFirst = 5;  // of the barriers' numbers
+};
 
 // Has `value` computed here. Left to itself ptxas moves what does not depend on products to behind
 // the wait for them, across branches too; a sleep that may depend on it it leaves where it is.
@@ -100,49 +131,50 @@ __device__ __forceinline__ void DoFirst(uint32_t value) {
       : "memory");
 }
 
-// Half `half` of 128 columns.
-__device__ __forceinline__ const float (&HalfOf(const float (&c)[16][4], int half))[8][4] {
-  return reinterpret_cast<const float(&)[8][4]>(c[8 * half]);
-}
-__device__ __forceinline__ float (&HalfOf(float (&c)[16][4], int half))[8][4] {
+// 64 columns of a sum.
+template <int kTiles>
+__device__ __forceinline__ float (&HalfOf(float (&c)[kTiles][4], int half))[8][4] {
   return reinterpret_cast<float(&)[8][4]>(c[8 * half]);
 }
 
-// StoreRows of 128 columns.
-template <typename T>
-__device__ __forceinline__ void StoreWideRows(T* dst, int64_t stride, const int (&row)[2],
-                                              int head_dim, const float (&c)[16][4], float factor0,
+// StoreRows of all columns.
+template <typename T, int kTiles>
+__device__ __forceinline__ void StoreHeadRows(T* dst, int64_t stride, const int (&row)[2],
+                                              int head_dim, float (&c)[kTiles][4], float factor0,
                                               float factor1) {
   const float factor[2] = {factor0, factor1};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < kTiles / 8; ++half) {
     StoreRows(dst + 64 * half, stride, row, head_dim - 64 * half, HalfOf(c, half), factor);
   }
 }
 
 // The part in copying tiles that a thread of the copying warpgroup has: a chunk of eight columns,
-// and every eighth row.
-struct WideCopies {
+// and every kStep-th row.
+template <int kDim>
+struct TileCopies {
+  static constexpr int kChunks = kDim / 8;
+  static constexpr int kStep = kWarpgroup / kChunks;
   int row, chunk;
   bool inside;  // of the head's columns
 
-  __device__ __forceinline__ explicit WideCopies(int head_dim)
-      : row(static_cast<int>(threadIdx.x) % kWarpgroup / 16),
-        chunk(static_cast<int>(threadIdx.x) % 16),
+  __device__ __forceinline__ explicit TileCopies(int head_dim)
+      : row(static_cast<int>(threadIdx.x) % kWarpgroup / kChunks),
+        chunk(static_cast<int>(threadIdx.x) % kChunks),
         inside(chunk * 8 < head_dim) {}
 
   // Starts to copy `rows` rows from `src` on, the head's first column of the first one, and writes
   // zeros where the tile has more. Where there is no row at all `src` may be anything.
   template <TileOrder kOrder, typename T>
-  __device__ __forceinline__ void Start(WideTile<T>& tile, const T* src, int64_t stride,
+  __device__ __forceinline__ void Start(HeadTile<T, kDim>& tile, const T* src, int64_t stride,
                                         int rows) const {
     char* dst = reinterpret_cast<char*>(tile.halves[chunk / 8].rows);
     const T* from = src + row * stride + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < kTile / 8; ++i) {
-      const int r = row + 8 * i;
+    for (int i = 0; i < kTile / kStep; ++i) {
+      const int r = row + kStep * i;
       CopyAsync16(dst + Swizzled(kOrder == TileOrder::kKeys ? Reordered(r) : r, chunk % 8),
-                  from + i * 8 * stride, inside && r < rows);
+                  from + i * kStep * stride, inside && r < rows);
     }
   }
 };
@@ -317,7 +349,7 @@ struct RingPlace {
 };
 
 // What the copying warpgroup fills and the warps of the others empty.
-template <int kSlots>
+template <int kSlots, int kDim>
 struct Ring {
   uint64_t full[kSlots], empty[kSlots];
 
@@ -326,7 +358,7 @@ struct Ring {
   __device__ __forceinline__ void Start(int others = 0) {
     for (int i = 0; i < kSlots; ++i) {
       StartBarrier(&full[i], kWarpgroup + others);
-      StartBarrier(&empty[i], kWideComputing / 32);
+      StartBarrier(&empty[i], Shape<kDim>::kComputing / 32);
     }
   }
   // Until the slot may be filled. What has been copied into it is told by Fill.
@@ -350,11 +382,12 @@ struct Ring {
 
 // The blocks of rows of a launch, `number` in all and `per_head` a head, that one block does: every
 // gridDim.x-th, there and back, so that long and short ones come in turn.
-struct WideBlocks {
+template <int kDim>
+struct BlocksInTurn {
   unsigned number, per_head;
   unsigned first = 0;  // of the round
 
-  __device__ __forceinline__ WideBlocks(unsigned number, unsigned per_head)
+  __device__ __forceinline__ BlocksInTurn(unsigned number, unsigned per_head)
       : number(number), per_head(per_head) {}
   __device__ __forceinline__ unsigned Index() const {
     const bool back = (first / gridDim.x & 1u) != 0;
@@ -373,16 +406,16 @@ struct WideBlocks {
     const unsigned all = static_cast<unsigned>(p.first_head) + index;
     const unsigned heads = static_cast<unsigned>(p.heads);
     const unsigned batch = all / heads;
-    return HeadAt<kWideRows, kBlockRows>(p, index, batch, all - batch * heads, block);
+    return HeadAt<Shape<kDim>::kRows, kBlockRows>(p, index, batch, all - batch * heads, block);
   }
 };
 
 // Launches `kernel`(p, number of blocks of rows, of a head) over the heads of the launch.
-template <typename Kernel>
-cudaError_t LaunchWide(Kernel kernel, size_t shared, const AttentionParams& p,
-                       cudaStream_t stream) {
+template <int kDim, typename Kernel>
+cudaError_t LaunchBlocks(Kernel kernel, size_t shared, const AttentionParams& p,
+                         cudaStream_t stream) {
   const int64_t heads = p.head_count > 0 ? p.head_count : p.batch * p.heads;
-  const int64_t per_head = (p.seq + kWideRows - 1) / kWideRows;
+  const int64_t per_head = (p.seq + Shape<kDim>::kRows - 1) / Shape<kDim>::kRows;
   const int64_t number = heads * per_head;
   // Half of what an index may be, as the last round goes beyond it.
   if (number > 0x7FFFFFFF || p.batch * p.heads > 0x7FFFFFFF) return cudaErrorInvalidValue;
@@ -390,7 +423,7 @@ cudaError_t LaunchWide(Kernel kernel, size_t shared, const AttentionParams& p,
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
   const int64_t blocks = number < p.multiprocessors ? number : p.multiprocessors;
-  kernel<<<static_cast<unsigned>(blocks), kWideThreads, shared, stream>>>(
+  kernel<<<static_cast<unsigned>(blocks), Shape<kDim>::kThreads, shared, stream>>>(
       p, static_cast<unsigned>(number), static_cast<unsigned>(per_head));
   return cudaGetLastError();
 }
