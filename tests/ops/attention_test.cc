@@ -126,6 +126,8 @@ std::vector<AttentionCase> AttentionCases() {
   // More heads than a device computes at once.
   add_many_blocks({{110, 70, 48, 3, 8}, KeyKind::kLengths, 0.1f, 0, false});
   add_many_blocks({{150, 66, 80, 2, 8}, KeyKind::kBias, 0.1f, 0, true});
+  add_many_blocks({{70, 200, 32, 1, 8}, KeyKind::kLengths, 0.1f, 0, true});
+  add_many_blocks({{140, 130, 16, 1, 8}, KeyKind::kInfinite, 0.1f, 0, false});
   Packing many{"many", {}};
   for (int32_t b = 0; b < 300; ++b) many.lengths.push_back(b * 37 % 128 + 1);
   add_many_blocks(Packed(many, 1, 16, 0.1f, false));
