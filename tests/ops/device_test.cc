@@ -244,6 +244,52 @@ TEST_P(DeviceTest, ASignalComesAfterWhatWentBeforeIt) {
   std::free(host);
 }
 
+// What the daemon lets run beside a step: the next one's input, and the last one's result.
+TEST_P(DeviceTest, CopiesBesideTheStreamKeepTheirOrder) {
+  constexpr size_t kBytes = size_t{8} << 20;
+  auto* host = static_cast<uint8_t*>(std::aligned_alloc(4096, 3 * kBytes));
+  ASSERT_NE(host, nullptr);
+  ASSERT_TRUE(backend_->RegisterHost(host, 3 * kBytes).ok());
+  uint8_t *const in = host, *const out = host + kBytes, *const last = host + 2 * kBytes;
+  void *const ahead = Allocate(kBytes), *const input = Allocate(kBytes),
+              *const behind = Allocate(kBytes);
+  const auto all_are = [](const uint8_t* bytes, uint8_t value) {
+    return std::all_of(bytes, bytes + kBytes, [value](uint8_t b) { return b == value; });
+  };
+  for (int round = 1; round <= 3; ++round) {
+    std::fill(in, in + kBytes, static_cast<uint8_t>(round));
+    std::fill(out, out + 2 * kBytes, uint8_t{0});
+    ASSERT_TRUE(backend_->CopyInAhead(ahead, in, kBytes, 0).ok());
+    ASSERT_TRUE(backend_->TakeAhead(input, ahead, kBytes).ok());
+    // The input's memory is free again, and taken for something else.
+    ASSERT_TRUE(backend_->WaitMark(0).ok());
+    std::fill(in, in + kBytes, uint8_t{99});
+    ASSERT_TRUE(backend_->CopyOutBehind(out, behind, input, kBytes, 1).ok());
+    // Nothing waits for that: what it comes from may be written at once.
+    ASSERT_TRUE(backend_->SetZero(input, kBytes).ok());
+    // But for who reads what it writes, or writes there, and says so.
+    ASSERT_TRUE(backend_->JoinBehind().ok());
+    ASSERT_TRUE(backend_->CopyIn(input, out, kBytes).ok());
+    ASSERT_TRUE(backend_->CopyOutBehind(last, behind, input, kBytes, 2).ok());
+    ASSERT_TRUE(backend_->WaitMark(2).ok());
+    EXPECT_TRUE(all_are(out, static_cast<uint8_t>(round))) << "the first came before the second";
+    EXPECT_TRUE(all_are(last, static_cast<uint8_t>(round)));
+    for (const int mark : {0, 1, 2}) {
+      const auto passed = backend_->MarkPassed(mark);
+      ASSERT_TRUE(passed.ok()) << passed.status();
+      EXPECT_TRUE(*passed) << mark;
+    }
+    // Synchronize waits for them too.
+    ASSERT_TRUE(backend_->SetZero(input, kBytes).ok());
+    ASSERT_TRUE(backend_->CopyOutBehind(last, behind, input, kBytes, 2).ok());
+    ASSERT_TRUE(backend_->Synchronize().ok());
+    EXPECT_TRUE(all_are(last, 0));
+  }
+  backend_->UnregisterHost(host);
+  for (void* memory : {ahead, input, behind}) backend_->Free(memory);
+  std::free(host);
+}
+
 TEST_P(DeviceTest, MarksTellTime) {
   // Work between the marks that no device does in no time.
   constexpr size_t kBytes = size_t{32} << 20;

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -58,6 +60,7 @@ class CountingBackend final : public Backend {
   std::atomic<int64_t> fail_allocation{-1};     // this Allocate from now on fails; 0 is the next
   std::atomic<int64_t> failing_allocations{1};  // so many from that one on
   // What was enqueued is done at once, but a test may have it look as if the device was slow:
+  std::atomic<int64_t> mark_us{0};      // each mark passes so long after the one before it
   std::atomic<bool> late_marks{false};  // none has passed yet; who waits for one does not wait long
   std::atomic<bool> hold_marks{false};  // none passes until a test makes this false
   std::atomic<bool> fail_marks{false};  // the device fails instead
@@ -122,6 +125,7 @@ class CountingBackend final : public Backend {
   }
   absl::Status CopyInAhead(void* ahead, const void* src, size_t bytes, int mark) override {
     ++ahead_copies;
+    Passes(mark);
     return inner_->CopyInAhead(ahead, src, bytes, mark);
   }
   absl::Status TakeAhead(void* dst, const void* ahead, size_t bytes) override {
@@ -138,7 +142,7 @@ class CountingBackend final : public Backend {
       std::lock_guard<std::mutex> lock(mutex_);
       behind_.push_back({mark, dst, std::string(static_cast<const char*>(behind), bytes)});
     }
-    return inner_->RecordMark(mark);
+    return RecordMark(mark);
   }
   absl::Status JoinBehind() override {
     Arrive(-1);
@@ -147,22 +151,27 @@ class CountingBackend final : public Backend {
   absl::Status SetZero(void* data, size_t bytes) override { return inner_->SetZero(data, bytes); }
   absl::Status Synchronize() override {
     ++synchronizations;
+    std::this_thread::sleep_until(Passes(-1));
     Arrive(-1);
     return inner_->Synchronize();
   }
-  absl::Status RecordMark(int mark) override { return inner_->RecordMark(mark); }
+  absl::Status RecordMark(int mark) override {
+    Passes(mark);
+    return inner_->RecordMark(mark);
+  }
   absl::StatusOr<double> SecondsBetween(int begin, int end) override {
     return inner_->SecondsBetween(begin, end);
   }
   absl::Status WaitMark(int mark) override {
     ++mark_waits;
     while (hold_marks) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::this_thread::sleep_until(passes_at(mark));
     if (fail_marks) return absl::InternalError("a mark failed on demand");
     Arrive(mark);
     return inner_->WaitMark(mark);
   }
   absl::StatusOr<bool> MarkPassed(int mark) override {
-    if (late_marks || hold_marks) return false;
+    if (late_marks || hold_marks || Clock::now() < passes_at(mark)) return false;
     Arrive(mark);
     return inner_->MarkPassed(mark);
   }
@@ -302,6 +311,20 @@ class CountingBackend final : public Backend {
   LAMINA_FORWARD_OP(Lamb)
 #undef LAMINA_FORWARD_OP
 
+  using Clock = std::chrono::steady_clock;
+  // When what is enqueued so far is done; as of now, of this mark.
+  Clock::time_point Passes(int mark) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (mark < 0) return busy_until_;
+    if (mark_us > 0)
+      busy_until_ = std::max(busy_until_, Clock::now()) + std::chrono::microseconds(mark_us);
+    if (mark < kMarks) passes_[static_cast<size_t>(mark)] = busy_until_;
+    return busy_until_;
+  }
+  Clock::time_point passes_at(int mark) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return passes_.at(static_cast<size_t>(mark));
+  }
   // Ends the copies behind, up to the last one of `mark` if that has one; -1: all.
   void Arrive(int mark) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -320,7 +343,9 @@ class CountingBackend final : public Backend {
 
   std::unique_ptr<Backend> inner_;
   std::mutex mutex_;
-  std::vector<Behind> behind_;  // guarded by mutex_: on their way
+  std::vector<Behind> behind_;                      // guarded by mutex_: on their way
+  Clock::time_point busy_until_;                    // guarded by mutex_
+  std::array<Clock::time_point, kMarks> passes_{};  // guarded by mutex_
   Sizes op_sizes_;
   StepLog* log_ = nullptr;  // of the step that runs
   std::map<void*, size_t> sizes_;

@@ -248,7 +248,7 @@ TEST_F(InFlightTest, OthersTakeTheirTurns) {
 }
 
 TEST_F(InFlightTest, ManyStreamsAtATime) {
-  service.backend().late_marks = true;
+  service.backend().mark_us = 100;
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t)
     threads.emplace_back([this] {
