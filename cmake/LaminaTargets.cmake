@@ -36,6 +36,14 @@ if(LAMINA_SANITIZE AND NOT LAMINA_FUZZ)
   target_compile_options(lamina_quick_to_build INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-O0>)
 endif()
 
+# lamina_quick_under_sanitizers(NAME): for a library that computes little: sanitizers' builds are compiled for the run
+# of the tests alone, and optimizing such a room takes as long as all else of its compilation.
+function(lamina_quick_under_sanitizers name)
+  if(LAMINA_SANITIZE AND NOT LAMINA_FUZZ)
+    target_compile_options(${name} PRIVATE -O0)
+  endif()
+endfunction()
+
 # lamina_fast_under_sanitizers(NAME): for a library that tests alone use and that is most of their time: its memory
 # is checked, its arithmetic is not, as in the tests' own code.
 function(lamina_fast_under_sanitizers name)

@@ -161,7 +161,8 @@ def test_sigterm_drains_saves_and_exits_with_0():
             assert next(watch) == b"\x08\x01"  # SERVING
             daemon.process.send_signal(signal.SIGTERM)
             assert next(watch) == b"\x08\x02"  # NOT_SERVING, and from now on or a moment later:
-            with pytest.raises(lamina.Unavailable):
+            # Cancelled: the daemon was at its end before it came to refuse a call, as on a busy machine.
+            with pytest.raises((lamina.Unavailable, lamina.Cancelled)):
                 while True:
                     stack.forward(x, training=False)
         assert daemon.process.wait(30) == 0
