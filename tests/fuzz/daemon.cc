@@ -87,9 +87,12 @@ Daemon::Daemon() : metrics_({.version = "0", .commit = "", .backend = "cpu", .de
   });
   auto backend = std::make_unique<testing::CountingBackend>(Must(Backend::Create("cpu", 1)));
   backend_ = backend.get();
-  engine_ = Must(Engine::Create(
-      std::move(backend), &metrics_,
-      {.checkpoint_dir = checkpoints_, .queue_capacity = 64, .inline_cap_bytes = kRegionBytes}));
+  // Nobody is there to store the number that a call's `ready` waits for.
+  engine_ = Must(Engine::Create(std::move(backend), &metrics_,
+                                {.checkpoint_dir = checkpoints_,
+                                 .queue_capacity = 64,
+                                 .inline_cap_bytes = kRegionBytes,
+                                 .ready_cap = absl::Milliseconds(2)}));
   SessionHooks hooks;
   hooks.ended = [this](uint64_t key, const std::string&) {
     engine_->EndSession(key);
