@@ -18,10 +18,6 @@ constexpr int kRows = kGroups * kTile;  // queries of a block
 constexpr int kStages = 4;
 constexpr int kAhead = 2;  // tiles on their way; one stage is being emptied, one computed on
 
-// The row maximum that probabilities are taken against lags behind by up to this: they stay below
-// 2^8, and the sums so far need not be scaled for every tile.
-constexpr float kMaxLag = 5.5f;
-
 template <typename T>
 struct ForwardShared {
   struct Stage {
@@ -90,9 +86,10 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
   __syncthreads();
 
   float o[8][4] = {};
-  uint32_t probs[4][4] = {};                    // of the tile before
-  float reference[2] = {-INFINITY, -INFINITY};  // rows g and g + 8
-  float row_sum[2] = {0.0f, 0.0f};              // this lane's columns only, until the end
+  uint32_t probs[4][4] = {};  // of the tile before
+  float reference[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {0.0f, 0.0f};
+  RunningSoftmax softmax{reference, row_sum};
   const float scale_log2 = p.scale * kLog2E;
   // Of this warpgroup: what a causal block's first queries do not see is left out.
   const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
@@ -126,50 +123,8 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
       MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[tile % kStages] : nullptr,
                  h.keys - key0, cut, query - key0);
     }
-    float tile_max[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
-    }
     float factor[2];
-    bool above = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float m = tile_max[half];
-      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 2));
-      m = plain ? m * p.scale : m;
-      factor[half] = 1.0f;
-      if (m > reference[half] + kMaxLag) {
-        above = true;
-        factor[half] = Exp2((reference[half] - m) * kLog2E);
-        reference[half] = m;
-        row_sum[half] *= factor[half];
-      }
-    }
-    // Nothing seen but -inf: any finite reference gives exp(-inf) = 0 rather than NaN.
-    float shift[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      shift[half] = reference[half] == -INFINITY ? 0.0f : reference[half];
-    }
-    if (plain) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) shift[half] *= kLog2E;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
-      }
-    } else {
-      // The difference first: a score near the lowest fp32 number has no multiple.
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = Exp2((s[n][i] - shift[i >> 1]) * kLog2E);
-      }
-    }
+    const bool above = softmax.Exponentials(s, plain, p.scale, scale_log2, factor);
     WaitForProducts<0>();
     PinProduct(o);
     if (tile > 0 && lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
@@ -180,21 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
         for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
       }
     }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const float* pair = &s[4 * part + m][2 * half];
-          row_sum[half] += pair[0];
-          row_sum[half] += pair[1];
-          uint32_t& word = probs[2 * part + m / 2][half + 2 * (m & 1)];
-          word = PackPair<T>(pair[0], pair[1]);
-          if (kDropout) word = DropPair<T>(word, kept.Pair(half, part, m));
-        }
-      }
-    }
+    softmax.Take<T, kDropout>(s, kept, probs);
   }
   if (group_tiles > 0) {
     BeginProducts();
@@ -206,20 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
 
   float factor[2];
   int row[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float sum = row_sum[half];
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
-    const bool inside = query + 8 * half < h.length;
-    row[half] = inside ? query + 8 * half : -1;
-    if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
-      p.softmax[h.row + query + 8 * half] =
-          SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
-    }
-  }
+  softmax.Finish<T, kDropout>(p, h, query, factor, row);
   StoreRows(static_cast<T*>(p.out) + h.token * p.width + h.column, p.width, row, head_dim, o,
             factor);
 }

@@ -56,7 +56,6 @@ __device__ __forceinline__ void CopyForQueries(const AttentionParams& p,
                                                BlocksInTurn<kDim> blocks) {
   const int64_t stride = 3 * p.width;
   const TileCopies<kDim> copies(static_cast<int>(p.head_dim));
-  const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
   RingPlace<kQuerySlots> place;
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.template At<BlockRows::kQueries>(p);
@@ -78,20 +77,7 @@ __device__ __forceinline__ void CopyForQueries(const AttentionParams& p,
     start_rows(p.dout, p.width);
     start_rows(p.out, p.width);
     const T* next = static_cast<const T*>(p.qkv) + h.token * stride + h.column + p.width;
-    for (int key0 = 0; key0 < h.keys; key0 += kTile) {
-      shared.ring.WaitEmpty(place);
-      auto& slot = shared.slots[place.slot];
-      copies.template Start<TileOrder::kKeys>(slot[0], next, stride, h.keys - key0);
-      copies.template Start<TileOrder::kKeys>(slot[1], next + p.width, stride, h.keys - key0);
-      if (p.mask != nullptr && tid < kTile) {
-        const bool inside = key0 + tid < h.keys;
-        CopyAsyncSmall<4>(&shared.bias[place.slot][tid],
-                          p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
-      }
-      shared.ring.Fill(place);
-      place.Advance();
-      next += kTile * stride;
-    }
+    CopyKeys(p, h, copies, next, shared, place);
   }
 }
 
@@ -271,13 +257,8 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
   if (threadIdx.x == 0) shared.ring.Start();
   __syncthreads();
   const BlocksInTurn<kDim> blocks(number, per_head);
-  if (threadIdx.x >= Shape<kDim>::kComputing) {
-    GiveRegisters<Shape<kDim>::kCopyRegisters>();
-    CopyForQueries(p, shared, blocks);
-  } else {
-    TakeRegisters<Shape<kDim>::kComputeRegisters>();
-    ComputeQueryGrads<T, kDim, kFrom>(p, shared, blocks);
-  }
+  CopyOrCompute<kDim>([&] { CopyForQueries(p, shared, blocks); },
+                      [&] { ComputeQueryGrads<T, kDim, kFrom>(p, shared, blocks); });
 }
 
 constexpr int kKeySlots = 4;
@@ -536,13 +517,8 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
   }
   __syncthreads();
   const BlocksInTurn<kDim> blocks(number, per_head);
-  if (threadIdx.x >= Shape<kDim>::kComputing) {
-    GiveRegisters<Shape<kDim>::kCopyRegisters>();
-    CopyForKeys<T, kDim, kFrom>(p, shared, blocks);
-  } else {
-    TakeRegisters<Shape<kDim>::kComputeRegisters>();
-    ComputeKeyGrads<T, kDim, kFrom>(p, shared, blocks);
-  }
+  CopyOrCompute<kDim>([&] { CopyForKeys<T, kDim, kFrom>(p, shared, blocks); },
+                      [&] { ComputeKeyGrads<T, kDim, kFrom>(p, shared, blocks); });
 }
 
 constexpr int kDrawThreads = kWarpgroup;

@@ -380,6 +380,29 @@ struct Ring {
   }
 };
 
+// Fills the ring with a head's keys and values, a tile of each a slot, and the keys' masks.
+template <typename Shared, typename T, int kSlots, int kDim>
+__device__ __forceinline__ void CopyKeys(const AttentionParams& p, const Head& h,
+                                         const TileCopies<kDim>& copies, const T* keys,
+                                         Shared& shared, RingPlace<kSlots>& place) {
+  const int64_t stride = 3 * p.width;
+  const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
+  for (int key0 = 0; key0 < h.keys; key0 += kTile) {
+    shared.ring.WaitEmpty(place);
+    auto& slot = shared.slots[place.slot];
+    copies.template Start<TileOrder::kKeys>(slot[0], keys, stride, h.keys - key0);
+    copies.template Start<TileOrder::kKeys>(slot[1], keys + p.width, stride, h.keys - key0);
+    if (p.mask != nullptr && tid < kTile) {
+      const bool inside = key0 + tid < h.keys;
+      CopyAsyncSmall<4>(&shared.bias[place.slot][tid],
+                        p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
+    }
+    shared.ring.Fill(place);
+    place.Advance();
+    keys += kTile * stride;
+  }
+}
+
 // The blocks of rows of a launch, `number` in all and `per_head` a head, that one block does: every
 // gridDim.x-th, there and back, so that long and short ones come in turn.
 template <int kDim>
@@ -409,6 +432,18 @@ struct BlocksInTurn {
     return HeadAt<Shape<kDim>::kRows, kBlockRows>(p, index, batch, all - batch * heads, block);
   }
 };
+
+// What a kernel's warpgroups do for all of their time: the last one copy(), the others compute().
+template <int kDim, typename Copy, typename Compute>
+__device__ __forceinline__ void CopyOrCompute(const Copy& copy, const Compute& compute) {
+  if (threadIdx.x >= Shape<kDim>::kComputing) {
+    GiveRegisters<Shape<kDim>::kCopyRegisters>();
+    copy();
+  } else {
+    TakeRegisters<Shape<kDim>::kComputeRegisters>();
+    compute();
+  }
+}
 
 // Launches `kernel`(p, number of blocks of rows, of a head) over the heads of the launch.
 template <int kDim, typename Kernel>

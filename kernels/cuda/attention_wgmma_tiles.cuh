@@ -301,6 +301,16 @@ __device__ __forceinline__ void DropGrads(const float (&s)[8][4], const float (&
   }
 }
 
+// s = 2^(s * scale_log2 - shift), `shift` being that of the row
+__device__ __forceinline__ void ShiftedExponentials(float (&s)[8][4], float scale_log2,
+                                                    const float (&shift)[2]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
+  }
+}
+
 // s = exp(s - max) * inverse_sum, of products without their scale where `plain`, otherwise of
 // scores as MaskScores leaves them.
 __device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, float scale,
@@ -312,12 +322,7 @@ __device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, floa
     for (int half = 0; half < 2; ++half) {
       shift[half] = rows[half].max * kLog2E - __log2f(rows[half].inverse_sum);
     }
-    const float scale_log2 = scale * kLog2E;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
-    }
+    ShiftedExponentials(s, scale * kLog2E, shift);
   } else {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -329,6 +334,110 @@ __device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, floa
     }
   }
 }
+
+// The softmax of a thread's rows g and g + 8 over tiles of keys that come one after another.
+//
+// Probabilities are taken against a maximum that lags behind by up to kMaxLag: they stay below 2^8,
+// and what has been summed up so far need not be scaled for every tile.
+struct RunningSoftmax {
+  static constexpr float kMaxLag = 5.5f;
+  // The kernel's, which sets them where it sets its sums: to -infinity and 0.
+  float (&reference)[2];
+  float (&row_sum)[2];  // this lane's columns only, until the end
+
+  // s: from a tile's products without their scale where `plain`, otherwise from scores as
+  // MaskScores leaves them, to probabilities without their sums. What was summed up before is to be
+  // multiplied by `factor`; whether one of this thread's is not 1. `scale_log2` is the scale times
+  // log2 e.
+  __device__ __forceinline__ bool Exponentials(float (&s)[8][4], bool plain, float scale,
+                                               float scale_log2, float (&factor)[2]) {
+    float tile_max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
+    }
+    bool above = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float m = tile_max[half];
+      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 2));
+      m = plain ? m * scale : m;
+      factor[half] = 1.0f;
+      if (m > reference[half] + kMaxLag) {
+        above = true;
+        factor[half] = Exp2((reference[half] - m) * kLog2E);
+        reference[half] = m;
+        row_sum[half] *= factor[half];
+      }
+    }
+    // Nothing seen but -inf: any finite reference gives exp(-inf) = 0 rather than NaN.
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shift[half] = reference[half] == -INFINITY ? 0.0f : reference[half];
+    }
+    if (plain) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) shift[half] *= kLog2E;
+      ShiftedExponentials(s, scale_log2, shift);
+    } else {
+      // The difference first: a score near the lowest fp32 number has no multiple.
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = Exp2((s[n][i] - shift[i >> 1]) * kLog2E);
+      }
+    }
+    return above;
+  }
+
+  // Sums them up, and gives what dropout keeps of them as left operands of products over the keys.
+  // The scale of the kept ones goes into Finish's factor.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void Take(const float (&s)[8][4], KeptPairs kept,
+                                       uint32_t (&probs)[4][4]) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const float* pair = &s[4 * part + m][2 * half];
+          row_sum[half] += pair[0];
+          row_sum[half] += pair[1];
+          uint32_t& word = probs[2 * part + m / 2][half + 2 * (m & 1)];
+          word = PackPair<T>(pair[0], pair[1]);
+          if (kDropout) word = DropPair<T>(word, kept.Pair(half, part, m));
+        }
+      }
+    }
+  }
+
+  // At the end: what the products' sums are to be multiplied by, and the rows where they go, -1
+  // beyond the sequence's end, for StoreRows; and stores what a backward needs to know of the rows.
+  // `query` is that of row g.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void Finish(const AttentionParams& p, const Head& h, int query,
+                                         float (&factor)[2], int (&row)[2]) const {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = row_sum[half];
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
+      const bool inside = query + 8 * half < h.length;
+      row[half] = inside ? query + 8 * half : -1;
+      if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
+        p.softmax[h.row + query + 8 * half] =
+            SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
+      }
+    }
+  }
+};
 
 // The sums of c's columns over a warp's 16 rows: lane i has those of columns 2 i and 2 i + 1.
 __device__ __forceinline__ float2 ColumnSums(const float (&c)[8][4]) {

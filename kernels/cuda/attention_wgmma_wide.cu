@@ -13,10 +13,6 @@ namespace {
 constexpr int kDim = 128;
 constexpr int kSlots = 6;
 
-// The row maximum that probabilities are taken against lags behind by up to this: they stay below
-// 2^8, and the sums so far need not be scaled for every tile.
-constexpr float kMaxLag = 5.5f;
-
 template <typename T>
 struct ForwardShared {
   // A tile of queries a warpgroup; or keys and their values.
@@ -30,7 +26,6 @@ __device__ __forceinline__ void Copy(const AttentionParams& p, ForwardShared<T>&
                                      BlocksInTurn<kDim> blocks) {
   const int64_t stride = 3 * p.width;
   const TileCopies<kDim> copies(static_cast<int>(p.head_dim));
-  const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
   RingPlace<kSlots> place;
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kQueries>(p);
@@ -47,20 +42,7 @@ __device__ __forceinline__ void Copy(const AttentionParams& p, ForwardShared<T>&
     shared.ring.Fill(place);
     place.Advance();
     next += p.width;
-    for (int key0 = 0; key0 < h.keys; key0 += kTile) {
-      shared.ring.WaitEmpty(place);
-      auto& slot = shared.slots[place.slot];
-      copies.Start<TileOrder::kKeys>(slot[0], next, stride, h.keys - key0);
-      copies.Start<TileOrder::kKeys>(slot[1], next + p.width, stride, h.keys - key0);
-      if (p.mask != nullptr && tid < kTile) {
-        const bool inside = key0 + tid < h.keys;
-        CopyAsyncSmall<4>(&shared.bias[place.slot][tid],
-                          p.mask + h.batch * p.seq + (inside ? key0 + tid : 0), inside);
-      }
-      shared.ring.Fill(place);
-      place.Advance();
-      next += kTile * stride;
-    }
+    CopyKeys(p, h, copies, next, shared, place);
   }
 }
 
@@ -90,9 +72,10 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
     place.Advance();
 
     float o[kDim / 8][4] = {};
-    uint32_t probs[4][4];                         // of the tile before
-    float reference[2] = {-INFINITY, -INFINITY};  // rows g and g + 8
-    float row_sum[2] = {0.0f, 0.0f};              // this lane's columns only, until the end
+    uint32_t probs[4][4];  // of the tile before
+    float reference[2] = {-INFINITY, -INFINITY};
+    float row_sum[2] = {0.0f, 0.0f};
+    RunningSoftmax softmax{reference, row_sum};
     const int tiles = (h.keys + kTile - 1) / kTile;
     // Of this warpgroup: what a causal block's first queries do not see is left out, and all where
     // it has no query.
@@ -128,50 +111,8 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
         MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[place.slot] : nullptr, h.keys - key0,
                    cut, query - key0);
       }
-      float tile_max[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) tile_max[i >> 1] = fmaxf(tile_max[i >> 1], s[n][i]);
-      }
       float factor[2];
-      bool above = false;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float m = tile_max[half];
-        m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 2));
-        m = plain ? m * p.scale : m;
-        factor[half] = 1.0f;
-        if (m > reference[half] + kMaxLag) {
-          above = true;
-          factor[half] = Exp2((reference[half] - m) * kLog2E);
-          reference[half] = m;
-          row_sum[half] *= factor[half];
-        }
-      }
-      // Nothing seen but -inf: any finite reference gives exp(-inf) = 0 rather than NaN.
-      float shift[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        shift[half] = reference[half] == -INFINITY ? 0.0f : reference[half];
-      }
-      if (plain) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) shift[half] *= kLog2E;
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][i] = Exp2(fmaf(s[n][i], scale_log2, -shift[i >> 1]));
-        }
-      } else {
-        // The difference first: a score near the lowest fp32 number has no multiple.
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][i] = Exp2((s[n][i] - shift[i >> 1]) * kLog2E);
-        }
-      }
+      const bool above = softmax.Exponentials(s, plain, p.scale, scale_log2, factor);
       if constexpr (!first) {
         WaitForProducts<0>();
         PinProduct(o);
@@ -184,22 +125,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
           }
         }
       }
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            const float* pair = &s[4 * part + m][2 * half];
-            row_sum[half] += pair[0];
-            row_sum[half] += pair[1];
-            uint32_t& word = probs[2 * part + m / 2][half + 2 * (m & 1)];
-            word = PackPair<T>(pair[0], pair[1]);
-            // The scale of the kept ones goes into the last factor.
-            if (kDropout) word = DropPair<T>(word, kept.Pair(half, part, m));
-          }
-        }
-      }
+      softmax.Take<T, kDropout>(s, kept, probs);
       before = place.slot;
       place.Advance();
     };
@@ -224,20 +150,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
 
     float factor[2];
     int row[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = row_sum[half];
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-      factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
-      const bool inside = query + 8 * half < h.length;
-      row[half] = inside ? query + 8 * half : -1;
-      if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
-        p.softmax[h.row + query + 8 * half] =
-            SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
-      }
-    }
+    softmax.Finish<T, kDropout>(p, h, query, factor, row);
     StoreHeadRows(static_cast<T*>(p.out) + h.token * p.width + h.column, p.width, row, head_dim, o,
                   factor[0], factor[1]);
   }
@@ -251,13 +164,8 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
   if (threadIdx.x == 0) shared.ring.Start();
   __syncthreads();
   const BlocksInTurn<kDim> blocks(number, per_head);
-  if (threadIdx.x >= Shape<kDim>::kComputing) {
-    GiveRegisters<Shape<kDim>::kCopyRegisters>();
-    Copy(p, shared, blocks);
-  } else {
-    TakeRegisters<Shape<kDim>::kComputeRegisters>();
-    Compute<T, kDropout>(p, shared, blocks);
-  }
+  CopyOrCompute<kDim>([&] { Copy(p, shared, blocks); },
+                      [&] { Compute<T, kDropout>(p, shared, blocks); });
 }
 
 }  // namespace

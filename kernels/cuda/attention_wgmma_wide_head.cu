@@ -256,13 +256,8 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
   }
   __syncthreads();
   const BlocksInTurn<kDim> blocks(number, per_head);
-  if (threadIdx.x >= kComputing) {
-    GiveRegisters<Shape<kDim>::kCopyRegisters>();
-    CopyHeads(p, shared, blocks);
-  } else {
-    TakeRegisters<Shape<kDim>::kComputeRegisters>();
-    ComputeHeads<T, kDropout>(p, shared, blocks);
-  }
+  CopyOrCompute<kDim>([&] { CopyHeads(p, shared, blocks); },
+                      [&] { ComputeHeads<T, kDropout>(p, shared, blocks); });
 }
 
 }  // namespace

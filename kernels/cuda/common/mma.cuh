@@ -70,16 +70,6 @@ __device__ __forceinline__ void LoadA(uint32_t (&a)[4], const T* tile, int row, 
   LoadMatrices(a, tile + (row + (lane & 15)) * kStride + col + (lane >> 4) * 8);
 }
 
-// A of a transposed matrix: its rows are the tile's columns [col, col + 16), its columns the tile's
-// rows [row, row + 16).
-template <int kStride, typename T>
-__device__ __forceinline__ void LoadAFromColumns(uint32_t (&a)[4], const T* tile, int row,
-                                                 int col) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  LoadMatricesTransposed(
-      a, tile + (row + (lane & 7) + (lane >> 4) * 8) * kStride + col + ((lane >> 3) & 1) * 8);
-}
-
 // B of a b^T: columns are the tile's rows [row, row + 16), two column tiles; k is [col, col + 16).
 // Registers 0, 1 are the first column tile's, 2, 3 the second's.
 template <int kStride, typename T>
