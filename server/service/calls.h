@@ -54,6 +54,36 @@ inline absl::StatusOr<std::shared_ptr<Session>> MutatingSession(SharedState& sta
   return state.sessions.Find(mutation.session_id(), control.caller);
 }
 
+// A mutation's sequence while its call runs. Whatever comes: one that stays in flight would block
+// the session for good, so it is aborted unless it was committed or left.
+class OpenSequence {
+ public:
+  // log null: the call is no mutation, and nothing happens.
+  OpenSequence(std::shared_ptr<MutationLog> log, uint64_t sequence)
+      : log_(std::move(log)), sequence_(sequence) {}
+  OpenSequence(const OpenSequence&) = delete;
+  OpenSequence& operator=(const OpenSequence&) = delete;
+  ~OpenSequence() {
+    if (log_ != nullptr) log_->Abort(sequence_);
+  }
+  template <typename Response>
+  void Commit(const Response& response) {
+    if (log_ != nullptr) log_->Commit(sequence_, response.SerializeAsString());
+    log_ = nullptr;
+  }
+  // To whoever ends what the call has left.
+  void Leave(Left& left) {
+    left.log = log_;
+    left.sequence = sequence_;
+    log_->Leave(sequence_);
+    log_ = nullptr;
+  }
+
+ private:
+  std::shared_ptr<MutationLog> log_;
+  const uint64_t sequence_;
+};
+
 // Runs `run` (absl::Status()) once for the request's (session, sequence), or answers as the first
 // run did. `run` fills `response`. Where it leaves work to the device (CallControl::left), the
 // sequence's place in the log is EndLeft's to settle.
@@ -74,25 +104,14 @@ absl::Status RunOnce(SharedState& state, const Session& session, const Request& 
     }
     return absl::OkStatus();
   }
-  // Whatever comes: a sequence that stays in flight would block the session for good.
-  struct Slot {
-    MutationLog& log;
-    const uint64_t sequence;
-    bool committed = false;
-    ~Slot() {
-      if (!committed) log.Abort(sequence);
-    }
-  } slot{*log, sequence};
+  OpenSequence open(log, sequence);
   const absl::Status status = run();
   if (!status.ok()) return status;
   if (control.left != nullptr && control.left->step != nullptr) {
-    control.left->log = log;
-    control.left->sequence = sequence;
-    log->Leave(sequence);
+    open.Leave(*control.left);
   } else {
-    log->Commit(sequence, response->SerializeAsString());
+    open.Commit(*response);
   }
-  slot.committed = true;
   return status;
 }
 
@@ -100,18 +119,11 @@ absl::Status RunOnce(SharedState& state, const Session& session, const Request& 
 // INTERNAL: the device failed, and the call's mutation is not applied.
 template <typename Response>
 absl::Status EndLeft(const Left& left, Response* response) {
-  struct Slot {
-    const Left& left;
-    bool committed = false;
-    ~Slot() {
-      if (left.log != nullptr && !committed) left.log->Abort(left.sequence);
-    }
-  } slot{left};
+  OpenSequence open(left.log, left.sequence);
   const auto times = left.step->Wait();
   if (!times.ok()) return times.status();
   *response->mutable_timing() = ToProto(*times);
-  if (left.log != nullptr) left.log->Commit(left.sequence, response->SerializeAsString());
-  slot.committed = true;
+  open.Commit(*response);
   return absl::OkStatus();
 }
 
