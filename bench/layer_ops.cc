@@ -131,7 +131,8 @@ class Cases {
   }
 
   void LayerNorm() {
-    Add("LayerNorm", {.pre_norm = 1}, [*this](Operands& o) {
+    // The first layer's of a call. Further up the sum below has it.
+    Add("LayerNorm", {}, [*this](Operands& o) {
       return Call(o, &Backend::LayerNorm,
                   {.x = o.Read(act_, {t_, h_}),
                    .gamma = o.Read(act_, {h_}),
@@ -142,11 +143,11 @@ class Cases {
     });
   }
 
-  // The layer has the norm's output again, over dy; without normalize_invertible.
+  // The first layer's of a call too. The layer has the norm's output again, over dy; without
+  // normalize_invertible.
   void LayerNormBackward() {
     for (const bool again : {true, false})
-      Add(absl::StrCat("LayerNormBackward, residual", again ? ", y again" : ""),
-          again ? Calls{.pre_norm = 1} : Calls{},
+      Add(absl::StrCat("LayerNormBackward, residual", again ? ", y again" : ""), {},
           [=, *this](Operands& o) {
             const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
             return Call(o, &Backend::LayerNormBackward,
@@ -166,7 +167,8 @@ class Cases {
   }
 
   void DropoutAddNorm() {
-    Add("DropoutAddNorm, norm, in place", {.pre_norm = 1, .post_norm = 2}, [*this](Operands& o) {
+    // Pre-LN: attention's sum with its norm, and the layer's with the norm above.
+    Add("DropoutAddNorm, norm, in place", {.pre_norm = 2, .post_norm = 2}, [*this](Operands& o) {
       const TensorView x = o.Update(act_, {t_, h_});
       return Call(o, &Backend::DropoutAddNorm,
                   {.x = x,
@@ -180,7 +182,7 @@ class Cases {
                    .mean = o.Write(kF32, {t_}),
                    .rstd = o.Write(kF32, {t_})});
     });
-    AddDropoutAdd("DropoutAddNorm, no norm, in place", {.pre_norm = 1}, dropout_);
+    AddDropoutAdd("DropoutAddNorm, no norm, in place", {}, dropout_);  // Pre-LN's last layer
     AddDropoutAdd("DropoutAddNorm, plain sum", {.post_norm = 2}, 0.0f);
   }
 
@@ -198,13 +200,13 @@ class Cases {
 
   void DropoutAddNormBackward() {
     // Pre-LN: attention's sum is also the feed-forward branch's residual, so it has a gradient
-    // beside the norm's.
+    // beside the norm's; and so is the sum of the layer below attention's.
     for (const bool pre_norm : {true, false})
       for (const bool again : {true, false})
         Add(absl::StrCat("DropoutAddNormBackward, norm", pre_norm ? ", dsum" : "",
                          again ? ", y again" : ""),
             !again     ? Calls{}
-            : pre_norm ? Calls{.pre_norm = 1}
+            : pre_norm ? Calls{.pre_norm = 2}
                        : Calls{.post_norm = 2},
             [=, *this](Operands& o) {
               const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
@@ -225,7 +227,8 @@ class Cases {
                            .dbeta = o.Update(kF32, {h_})});
             })
             .sums_tokens = true;
-    Add("DropoutAddNormBackward, no norm", {.pre_norm = 1}, [*this](Operands& o) {
+    // Pre-LN's last layer.
+    Add("DropoutAddNormBackward, no norm", {}, [*this](Operands& o) {
       return Call(o, &Backend::DropoutAddNormBackward,
                   {.dsum = o.Read(act_, {t_, h_}),
                    .dropout = DropoutOf(o, dropout_),

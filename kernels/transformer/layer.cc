@@ -87,13 +87,14 @@ Dropout Layer::DropoutAt(const LayerCall& call, DropoutSite site) const {
 }
 
 absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
-                            const TensorView& y) const {
+                            const TensorView& y, const Layer* below, const Layer* above,
+                            const LayerActivations& above_saved) const {
   Ops ops(backend_, call.workspace);
   const bool pre_norm = call.pre_layer_norm;
   const bool evaluation = !s.norm_rstd;
 
   // n = LN(x; norm), or x itself
-  if (pre_norm)
+  if (pre_norm && below == nullptr)
     ops.LayerNorm({.x = x,
                    .gamma = w_.norm_w,
                    .beta = w_.norm_b,
@@ -144,10 +145,19 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
   if (pre_norm && !y) {
     // Nothing else reads y's product.
   } else if (pre_norm) {
-    // y = attn_sum + drop(inter Wout + bout), summed where the product lies
+    // y = attn_sum + drop(inter Wout + bout), summed where the product lies;  and n above
     ops.Linear({.x = s.inter, .w = w_.output_w, .y = y});
-    ops.DropoutAddNorm(
-        {.x = y, .bias = w_.output_b, .residual = s.attn_sum, .dropout = drop, .sum = y});
+    DropoutAddNormArgs sum{
+        .x = y, .bias = w_.output_b, .residual = s.attn_sum, .dropout = drop, .sum = y};
+    if (above != nullptr) {
+      sum.gamma = above->w_.norm_w;
+      sum.beta = above->w_.norm_b;
+      sum.eps = call.eps;
+      sum.y = above_saved.attn_in;
+      sum.mean = above_saved.norm_mean;
+      sum.rstd = above_saved.norm_rstd;
+    }
+    ops.DropoutAddNorm(sum);
   } else {
     // ffn_sum = ffn_in + drop(inter Wout + bout);  y = LN(ffn_sum; norm)
     ops.Linear({.x = s.inter, .w = w_.output_w, .y = s.ffn_sum});
@@ -168,7 +178,7 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
 
 absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
                              const TensorView& dy, const LayerScratch& scratch,
-                             const TensorView& dx, const Layer* above) const {
+                             const TensorView& dx, const Layer* above, const Layer* below) const {
   Ops ops(backend_, call.workspace);
   const bool pre_norm = call.pre_layer_norm;
   const TensorView dproduct = scratch.product;
@@ -185,11 +195,13 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   const TensorView inter = s.inter ? s.inter : dinter;
 
   // Through y to the output product. Pre-LN: y is the sum, and dy is also attn_sum's gradient by
-  // the residual. Post-LN: y is the norm of ffn_sum, and ffn_sum's gradient is also ffn_in's.
+  // the residual; the layer above has been here already. Post-LN: y is the norm of ffn_sum, and
+  // ffn_sum's gradient is also ffn_in's.
   const Dropout ffn_drop = DropoutAt(call, DropoutSite::kFeedForward);
   if (pre_norm) {
-    ops.DropoutAddNormBackward(
-        {.dsum = dy, .dropout = ffn_drop, .dx = dproduct, .dbias = g_.output_b});
+    if (above == nullptr)
+      ops.DropoutAddNormBackward(
+          {.dsum = dy, .dropout = ffn_drop, .dx = dproduct, .dbias = g_.output_b});
   } else {
     ops.DropoutAddNormBackward({.dy = dy,
                                 .sum = s.ffn_sum,
@@ -257,8 +269,25 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                          .dbias = g_.attn_qkvb});
   ops.LinearInputGrad({.dy = dqkv, .w = w_.attn_qkvw, .dx = dbranch});
 
-  // And to x, with what came by the residual. Post-LN without x: the layer below makes it again.
-  if (pre_norm) {
+  // And to x, with what came by the residual. Pre-LN goes on to the output product of the layer
+  // below in the same pass. Post-LN without x: the layer below makes it again.
+  if (pre_norm && below != nullptr) {
+    ops.DropoutAddNormBackward({.dy = dbranch,
+                                .dsum = dsum,
+                                .sum = invert ? TensorView{} : x,
+                                .y = invert ? s.attn_in : TensorView{},
+                                .beta = w_.norm_b,
+                                .y_again = again,
+                                .gamma = w_.norm_w,
+                                .mean = s.norm_mean,
+                                .rstd = s.norm_rstd,
+                                .dropout = below->DropoutAt(call, DropoutSite::kFeedForward),
+                                .dresidual = dx,
+                                .dx = dproduct,
+                                .dbias = below->g_.output_b,
+                                .dgamma = g_.norm_w,
+                                .dbeta = g_.norm_b});
+  } else if (pre_norm) {
     ops.LayerNormBackward({.dy = dbranch,
                            .x = invert ? TensorView{} : x,
                            .y = invert ? s.attn_in : TensorView{},
@@ -271,6 +300,8 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                            .dx = dx,
                            .dgamma = g_.norm_w,
                            .dbeta = g_.norm_b});
+  }
+  if (pre_norm) {
     ops.LinearWeightGrad({.dy = dqkv, .x = invert ? s.attn_in : again, .dw = g_.attn_qkvw});
   } else {
     if (x) ops.LinearWeightGrad({.dy = dqkv, .x = x, .dw = g_.attn_qkvw});

@@ -182,6 +182,8 @@ struct DropoutAddNormArgs {
 // With ds = d(LayerNorm)/d(sum) . dy + dsum:
 //   dresidual = ds;  dx = mask * scale * ds;  dbias += column sums of dx;  dgamma, dbeta
 //   accumulated.
+// Where dresidual is wanted, dx and dbias are of ds as act has it: the same op of dresidual alone,
+// as dsum, has their bits.
 struct DropoutAddNormBackwardArgs {
   TensorView dy;  // act [T, H]: gradient of the norm's output; absent where Forward had no norm
   TensorView
