@@ -88,18 +88,28 @@ class Cases {
   }
 
   void LinearInputGrad(const std::string& part, int64_t n, int64_t k) {
-    // fc2's goes on through GELU, and sums fc1's bias gradient.
-    const bool gelu = part == "fc2";
-    OpCase& c = Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", GELU, dbias" : ""), {1, 1},
-                    [=, *this](Operands& o) {
-                      return Call(o, &Backend::LinearInputGrad,
-                                  {.dy = o.Read(act_, {t_, n}),
-                                   .w = o.Read(act_, {n, k}),
-                                   .dx = o.Write(act_, {t_, k}),
-                                   .apply_gelu = gelu,
-                                   .pre = gelu ? o.Read(act_, {t_, k}) : TensorView{},
-                                   .dbias = gelu ? o.Update(kF32, {k}) : TensorView{}});
-                    });
+    // fc2's goes on through GELU, and sums fc1's bias gradient. Post-LN's branches end in qkv's and
+    // fc1's, which add to the gradient that came by the residual.
+    const bool gelu = part == "fc2", branch = part == "qkv" || part == "fc1";
+    AddLinearInputGrad(part, n, k, gelu, false, branch ? Calls{.pre_norm = 1} : Calls{1, 1});
+    if (branch) AddLinearInputGrad(part, n, k, false, true, {.post_norm = 1});
+  }
+
+  void AddLinearInputGrad(const std::string& part, int64_t n, int64_t k, bool gelu, bool accumulate,
+                          Calls calls) {
+    OpCase& c =
+        Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", GELU, dbias" : "",
+                         accumulate ? ", onto dx" : ""),
+            calls, [=, *this](Operands& o) {
+              return Call(o, &Backend::LinearInputGrad,
+                          {.dy = o.Read(act_, {t_, n}),
+                           .w = o.Read(act_, {n, k}),
+                           .dx = accumulate ? o.Update(act_, {t_, k}) : o.Write(act_, {t_, k}),
+                           .accumulate = accumulate,
+                           .apply_gelu = gelu,
+                           .pre = gelu ? o.Read(act_, {t_, k}) : TensorView{},
+                           .dbias = gelu ? o.Update(kF32, {k}) : TensorView{}});
+            });
     c.flops = ProductFlops(t_, n, k);
     c.sums_tokens = gelu;
   }
@@ -182,18 +192,14 @@ class Cases {
                    .mean = o.Write(kF32, {t_}),
                    .rstd = o.Write(kF32, {t_})});
     });
-    AddDropoutAdd("DropoutAddNorm, no norm, in place", {}, dropout_);  // Pre-LN's last layer
-    AddDropoutAdd("DropoutAddNorm, plain sum", {.post_norm = 2}, 0.0f);
-  }
-
-  void AddDropoutAdd(const char* name, Calls calls, float ratio) {
-    Add(name, calls, [=, *this](Operands& o) {
+    // Pre-LN's last layer.
+    Add("DropoutAddNorm, no norm, in place", {}, [*this](Operands& o) {
       const TensorView x = o.Update(act_, {t_, h_});
       return Call(o, &Backend::DropoutAddNorm,
                   {.x = x,
                    .bias = o.Read(act_, {h_}),
                    .residual = o.Read(act_, {t_, h_}),
-                   .dropout = DropoutOf(o, ratio),
+                   .dropout = DropoutOf(o, dropout_),
                    .sum = x});
     });
   }

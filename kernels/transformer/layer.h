@@ -52,10 +52,9 @@ struct LayerActivations {
 struct LayerScratch {
   TensorView wide;     // act [T, max(3H, I)]: gradient of inter, then of qkv
   TensorView product;  // act [T, H]: gradient of an output product, before its bias
-  TensorView branch;   // act [T, H]: gradient that comes back through a branch's input; then the
-                       // input itself, where the norm's backward makes it again
-  TensorView sum;      // act [T, H]: gradient of a residual sum
-  TensorView zeros;    // act [H]: zeros, never written
+  TensorView branch;   // act [T, H]: gradient of a branch's input or attention's output
+  TensorView sum;      // act [T, H]: gradient of a residual sum. A norm's backward may make its
+                       // output again over its gradient, in this one or in branch
 };
 
 // Where evaluation keeps a layer's activations: in the scratch that Backward would use.

@@ -234,8 +234,6 @@ absl::Status StackImpl::Init() {
                           DeviceArena::Allocate(backend_, workspace_size.bytes()));
   Placer workspace(workspace_arena_.data());
   workspace_ = PlaceWorkspace(workspace, config_, backend_.sizes());
-  const TensorView& zeros = workspace_.scratch.zeros;
-  LAMINA_RETURN_IF_ERROR(backend_.SetZero(zeros.data, zeros.bytes()));
 
   if (config_.training) LAMINA_RETURN_IF_ERROR(AllocateTraining());
   MakeLayers();
