@@ -148,11 +148,13 @@ TEST_P(LinearTest, InputGrad) {
         param().offset);
     Vec dx = product, bound = accumulation;
     for (size_t i = 0; i < dx.size(); ++i) {
-      // As one more term of the sum.
-      const double added = accumulate ? before[i] : 0.0;
-      dx[i] += added;
-      bound[i] += kF32Roundoff * (std::abs(added) + std::abs(dx[i])) +
-                  UnitRoundoff(act()) * std::abs(dx[i]) + Tiny(act());
+      if (accumulate) {
+        // The product may be as act has it when it is added.
+        bound[i] += UnitRoundoff(act()) * std::abs(dx[i]) + Tiny(act()) +
+                    kF32Roundoff * (std::abs(before[i]) + std::abs(dx[i] + before[i]));
+        dx[i] += before[i];
+      }
+      bound[i] += UnitRoundoff(act()) * std::abs(dx[i]) + Tiny(act());
     }
     ExpectWithin("dx", results.Values("dx", act()), dx, bound);
   }

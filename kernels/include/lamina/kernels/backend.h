@@ -92,8 +92,9 @@ struct LinearArgs {
                    // then gelu of it as stored, so that Gelu of it gives y's bits
 };
 
-// dx = dy w, or with accumulate dx + dy w, rounded once;  with apply_gelu dx = (dy w) * gelu'(pre),
-// and dbias += column sums of dx: the gradients of the pre-activation and of its bias
+// dx = dy w, or with accumulate dx + dy w, whose product may be rounded to act by itself;  with
+// apply_gelu dx = (dy w) * gelu'(pre), and dbias += column sums of dx: the gradients of the
+// pre-activation and of its bias
 struct LinearInputGradArgs {
   TensorView dy;            // act [T, N]
   TensorView w;             // act [N, K]
