@@ -269,41 +269,36 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
 
   // And to x, with what came by the residual. Pre-LN goes on to the output product of the layer
   // below in the same pass. Post-LN is there; without x, the layer below makes it again.
-  if (pre_norm && below != nullptr) {
-    ops.DropoutAddNormBackward({.dy = dn,
-                                .dsum = dattn_sum,
-                                .sum = invert ? TensorView{} : x,
-                                .y = invert ? s.attn_in : TensorView{},
-                                .beta = w_.norm_b,
-                                .y_again = again,
-                                .gamma = w_.norm_w,
-                                .mean = s.norm_mean,
-                                .rstd = s.norm_rstd,
-                                .dropout = below->DropoutAt(call, DropoutSite::kFeedForward),
-                                .dresidual = dx,
-                                .dx = dproduct,
-                                .dbias = below->g_.output_b,
-                                .dgamma = g_.norm_w,
-                                .dbeta = g_.norm_b});
-  } else if (pre_norm) {
-    ops.LayerNormBackward({.dy = dn,
-                           .x = invert ? TensorView{} : x,
-                           .y = invert ? s.attn_in : TensorView{},
-                           .beta = w_.norm_b,
-                           .y_again = again,
-                           .gamma = w_.norm_w,
-                           .mean = s.norm_mean,
-                           .rstd = s.norm_rstd,
-                           .residual_grad = dattn_sum,
-                           .dx = dx,
-                           .dgamma = g_.norm_w,
-                           .dbeta = g_.norm_b});
-  }
   if (pre_norm) {
-    ops.LinearWeightGrad({.dy = dqkv, .x = invert ? s.attn_in : again, .dw = g_.attn_qkvw});
-  } else if (x) {
-    ops.LinearWeightGrad({.dy = dqkv, .x = x, .dw = g_.attn_qkvw});
+    // What both ops call the same.
+    const auto through_norm = [&](auto args) {
+      args.dy = dn;
+      args.y = invert ? s.attn_in : TensorView{};
+      args.beta = w_.norm_b;
+      args.y_again = again;
+      args.gamma = w_.norm_w;
+      args.mean = s.norm_mean;
+      args.rstd = s.norm_rstd;
+      args.dgamma = g_.norm_w;
+      args.dbeta = g_.norm_b;
+      return args;
+    };
+    const TensorView input = invert ? TensorView{} : x;
+    if (below != nullptr) {
+      ops.DropoutAddNormBackward(through_norm(
+          DropoutAddNormBackwardArgs{.dsum = dattn_sum,
+                                     .sum = input,
+                                     .dropout = below->DropoutAt(call, DropoutSite::kFeedForward),
+                                     .dresidual = dx,
+                                     .dx = dproduct,
+                                     .dbias = below->g_.output_b}));
+    } else {
+      ops.LayerNormBackward(
+          through_norm(LayerNormBackwardArgs{.x = input, .residual_grad = dattn_sum, .dx = dx}));
+    }
   }
+  const TensorView n = !pre_norm ? x : invert ? s.attn_in : again;
+  if (n) ops.LinearWeightGrad({.dy = dqkv, .x = n, .dw = g_.attn_qkvw});
   return ops.status();
 }
 

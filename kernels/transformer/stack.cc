@@ -577,6 +577,7 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
   };
   const auto run = [&]() -> absl::Status {
     TensorView x = input;
+    LayerActivations own = activations(0);
     for (int64_t i = 0; i < layers; ++i) {
       const ProfilerRange range(backend_, "layer.forward", args.layers.begin + i);
       const ContextBuffers::SavedLayer& saved = c.buffers.layers[static_cast<size_t>(i)];
@@ -585,9 +586,11 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
       const TensorView passing = (layers - 1 - i) % 2 == 0 ? output : chain;
       const TensorView y = saved.output && !last ? saved.output : passing;
       const int64_t index = args.layers.begin + i;
-      LAMINA_RETURN_IF_ERROR(LayerAt(index).Forward(
-          c.call, x, activations(i), y, LayerIn(args.layers, index - 1),
-          LayerIn(args.layers, index + 1), last ? LayerActivations{} : activations(i + 1)));
+      const LayerActivations above = last ? LayerActivations{} : activations(i + 1);
+      LAMINA_RETURN_IF_ERROR(LayerAt(index).Forward(c.call, x, own, y,
+                                                    LayerIn(args.layers, index - 1),
+                                                    LayerIn(args.layers, index + 1), above));
+      own = above;
       if (saved.output && last)
         LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(saved.output.data, y.data, y.bytes()));
       x = y;
