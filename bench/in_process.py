@@ -76,7 +76,7 @@ class Ours:
         return self
 
     def run(self, steps, *lengths):
-        """`lengths`: none, or "packed" or "padded", the shortest, the longest and a seed."""
+        """`lengths`: none, or "padded", "packed" or "filled", the shortest, the longest and a seed."""
         return self.command("run", str(steps), *map(str, lengths))
 
     def close(self):

@@ -31,7 +31,7 @@ class StepLog {
     Add(1, a.x, a.w, a.bias, a.y, a.apply_gelu, a.gelu, a.slope, a.pre);
   }
   void AddArgs(const LinearInputGradArgs& a) {
-    Add(2, a.dy, a.w, a.dx, a.apply_gelu, a.gelu, a.slope, a.pre, a.y_again, a.dbias);
+    Add(2, a.dy, a.w, a.dx, a.accumulate, a.apply_gelu, a.gelu, a.slope, a.pre, a.y_again, a.dbias);
   }
   void AddArgs(const LinearWeightGradArgs& a) { Add(3, a.dy, a.x, a.dw); }
   void AddArgs(const GeluArgs& a) { Add(4, a.x, a.y, a.slope, a.gelu); }
