@@ -14,7 +14,6 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 #include "server/service/device_memory.h"
-#include "server/service/rpc_metrics.h"
 #include "tests/server/session/broker_client.h"
 
 namespace lamina::testing {
@@ -22,11 +21,10 @@ namespace lamina::testing {
 Service::Service(const ServiceOptions& options)
     : address_("unix:" + folder_.path() + "/s.sock"),
       metrics_({.version = "0", .commit = "", .backend = "cpu", .device = "test"}) {
-  OrderedByGrpc();  // another service's calls, which have been answered, logged to the last one
-  auto logger = std::make_shared<spdlog::logger>(
+  logger_ = std::make_shared<spdlog::logger>(
       "test", std::make_shared<spdlog::sinks::ostream_sink_mt>(log_));
-  logger->set_pattern("%v");
-  spdlog::set_default_logger(std::move(logger));
+  logger_->set_pattern("%v");
+  spdlog::set_default_logger(logger_);
   auto backend = std::make_unique<CountingBackend>(Value(Backend::Create("cpu", 1)));
   backend->set_host_memory(options.host_memory);
   backend_ = backend.get();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <grpcpp/channel.h>
+#include <spdlog/logger.h>
 
 #include <memory>
 #include <mutex>
@@ -61,6 +62,8 @@ class Service {
  private:
   TemporaryFolder folder_, checkpoints_;
   std::ostringstream log_;
+  // Lives as long as the threads that log to it, also where another service has put its own in.
+  std::shared_ptr<spdlog::logger> logger_;
   std::string address_;
   MetricSet metrics_;
   CountingBackend* backend_ = nullptr;
