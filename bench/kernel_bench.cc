@@ -1,7 +1,9 @@
 // bench/kernels calls it. Times every op of a layer by itself, at a layer's shapes, through the
 // Backend API, and sets each against what this device did in the same run: a large product's FLOP/s
 // and a copy's bytes a second. An op's floor is the larger of its FLOPs and its bytes at those
-// rates; its share is floor by time.
+// rates; its share is floor by time. Beside an op that bytes alone bound stands what a copy that
+// moves as many bytes takes, called and timed alike: a short one never reaches the large copy's
+// rate.
 //
 // Operands are not in the cache: each call takes the next of several sets. Within a layer some are,
 // so that a layer may take less than the sum of its ops.
@@ -10,6 +12,7 @@
 #include <ctime>
 #include <exception>
 #include <fstream>
+#include <map>
 #include <optional>
 #include <regex>
 #include <string>
@@ -125,8 +128,8 @@ class Bench {
                 static_cast<long>(dims.hidden), static_cast<long>(dims.heads),
                 static_cast<long>(dims.intermediate), Name(dims.dtype), options_.dropout,
                 device_.backend().sizes().FusedAttention(dims) ? "" : ", plain attention");
-    std::printf("%-48s %9s %9s %9s %9s %9s %9s %9s  %5s\n", "", "us", "min", "max", "MB", "GFLOP",
-                "GB/s", "TFLOP/s", "share");
+    std::printf("%-48s %9s %9s %9s %9s %9s %9s %9s  %5s %9s\n", "", "us", "min", "max", "MB",
+                "GFLOP", "GB/s", "TFLOP/s", "share", "copy us");
 
     const Scratch scratch(device_, dims);
     LayerSum pre_norm, post_norm;
@@ -178,7 +181,10 @@ class Bench {
       std::printf(" %9.3f %9.1f %9.3f", op.flops * 1e-9, gbs, tflops);
     else
       std::printf(" %9s %9.1f %9s", "-", gbs, "-");
-    std::printf("  %4.0f%%\n", 100 * floor / t.median_us);
+    std::printf("  %4.0f%%", 100 * floor / t.median_us);
+    const double copy_us = op.flops > 0 ? 0.0 : CopyUs(t.moved_bytes);
+    if (copy_us > 0) std::printf(" %9.2f", copy_us);
+    std::printf("\n");
     std::fflush(stdout);
 
     row.update({{"calls_pre_norm", op.calls_pre_norm},
@@ -189,9 +195,25 @@ class Bench {
                 {"gbs", gbs},
                 {"tflops", tflops},
                 {"floor_us", floor},
-                {"share", floor / t.median_us}});
+                {"share", floor / t.median_us},
+                {"copy_us", copy_us > 0 ? Json(copy_us) : Json()}});
     result_["rows"].push_back(std::move(row));
     return t;
+  }
+
+  // What a copy takes that reads and writes `moved_bytes` together; 0 where it failed, for lack of
+  // memory say. Larger ones than the ceiling's go at the ceiling's rate.
+  double CopyUs(size_t moved_bytes) {
+    constexpr size_t kLargest = size_t{1} << 30;
+    if (moved_bytes > kLargest) return static_cast<double>(moved_bytes) / ceilings_.bytes * 1e6;
+    if (const auto known = copy_us_.find(moved_bytes); known != copy_us_.end())
+      return known->second;
+    try {
+      const auto bytes = static_cast<int64_t>((moved_bytes + 7) / 8 * 4);  // a side's, in fp32
+      return copy_us_[moved_bytes] = timer_.Time(CopyCeiling(bytes), Workspace{}).median_us;
+    } catch (const std::exception&) {
+      return 0.0;
+    }
   }
 
   void PrintSum(const char* order, const LayerSum& sum, bool pre_norm, int64_t layers) {
@@ -222,6 +244,7 @@ class Bench {
   Device device_;
   OpTimer timer_;
   Ceilings ceilings_;
+  std::map<size_t, double> copy_us_;  // by the bytes that are moved
   Json shape_, result_;
 };
 

@@ -1,6 +1,7 @@
 #include "layer_ops.h"
 
 #include <cmath>
+#include <memory>
 
 #include "absl/strings/str_cat.h"
 
@@ -35,6 +36,7 @@ class Cases {
     LayerNormBackward();
     DropoutAddNorm();
     DropoutAddNormBackward();
+    FinishSums();
     for (const bool causal : {false, true}) {
       if (dropout_ > 0) Attention(dropout_, causal);
       Attention(0.0f, causal);
@@ -58,8 +60,10 @@ class Cases {
   template <typename Args>
   static OpCall Call(Operands& o, absl::Status (Backend::*op)(const Workspace&, const Args&),
                      const Args& args) {
-    return
-        [&backend = o.backend(), op, args](const Workspace& ws) { return (backend.*op)(ws, args); };
+    return [&backend = o.backend(), op, args](const Workspace& ws) {
+      if (ws.pending != nullptr) ws.pending->Clear();
+      return (backend.*op)(ws, args);
+    };
   }
 
   lamina::Dropout DropoutOf(Operands& o, float ratio) const {
@@ -246,22 +250,8 @@ class Cases {
             : pre_norm ? Calls{.pre_norm = 2}
                        : Calls{.post_norm = 2},
             [=, *this](Operands& o) {
-              const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
               return Call(o, &Backend::DropoutAddNormBackward,
-                          {.dy = dy,
-                           .dsum = pre_norm ? o.Read(act_, {t_, h_}) : TensorView{},
-                           .sum = o.Read(act_, {t_, h_}),
-                           .beta = again ? o.Read(act_, {h_}) : TensorView{},
-                           .y_again = again ? dy : TensorView{},
-                           .gamma = o.Read(act_, {h_}),
-                           .mean = o.Read(kF32, {t_}),
-                           .rstd = o.Read(kF32, {t_}),
-                           .dropout = DropoutOf(o, dropout_),
-                           .dresidual = o.Write(act_, {t_, h_}),
-                           .dx = o.Write(act_, {t_, h_}),
-                           .dbias = o.Update(kF32, {h_}),
-                           .dgamma = o.Update(kF32, {h_}),
-                           .dbeta = o.Update(kF32, {h_})});
+                          DropoutAddNormBackwardArgsOf(o, pre_norm, again));
             })
             .sums_tokens = true;
     // Pre-LN's last layer.
@@ -272,6 +262,50 @@ class Cases {
                    .dx = o.Write(act_, {t_, h_}),
                    .dbias = o.Update(kF32, {h_})});
     }).sums_tokens = true;
+  }
+
+  DropoutAddNormBackwardArgs DropoutAddNormBackwardArgsOf(Operands& o, bool pre_norm,
+                                                          bool again) const {
+    const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
+    return {.dy = dy,
+            .dsum = pre_norm ? o.Read(act_, {t_, h_}) : TensorView{},
+            .sum = o.Read(act_, {t_, h_}),
+            .beta = again ? o.Read(act_, {h_}) : TensorView{},
+            .y_again = again ? dy : TensorView{},
+            .gamma = o.Read(act_, {h_}),
+            .mean = o.Read(kF32, {t_}),
+            .rstd = o.Read(kF32, {t_}),
+            .dropout = DropoutOf(o, dropout_),
+            .dresidual = o.Write(act_, {t_, h_}),
+            .dx = o.Write(act_, {t_, h_}),
+            .dbias = o.Update(kF32, {h_}),
+            .dgamma = o.Update(kF32, {h_}),
+            .dbeta = o.Update(kF32, {h_})};
+  }
+
+  // Of what a layer's two norms have left, where they leave anything. In a layer the first of it
+  // may have gone from the cache; here nothing has.
+  void FinishSums() {
+    if (workspace_.pending == nullptr) return;
+    Add("FinishSums, the norms'", {1, 1}, [*this](Operands& o) {
+      const size_t bytes = o.backend().PendingSumBytes(dims_);
+      auto pending = std::make_shared<PendingSums>(
+          o.tensors().Zeros(DType::kU8, {static_cast<int64_t>(bytes)}).data, bytes);
+      auto operands = std::make_shared<Operands>(o.tensors().device());
+      Workspace ws = workspace_;
+      ws.pending = pending.get();
+      for (int norm = 0; norm < 2; ++norm)
+        Check(o.backend().DropoutAddNormBackward(
+            ws, DropoutAddNormBackwardArgsOf(*operands, true, true)));
+      for (int i = 0; i < pending->count(); ++i) {
+        const PendingSums::Vector& sum = (*pending)[i];
+        o.Count(static_cast<size_t>((sum.slices + 2) * sum.cols) * sizeof(float));
+      }
+      return OpCall([&backend = o.backend(), pending, operands](const Workspace&) {
+        PendingSums copy = *pending;
+        return backend.FinishSums(copy);
+      });
+    });
   }
 
   void Attention(float ratio, bool causal) {

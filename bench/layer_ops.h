@@ -1,4 +1,5 @@
-// Every op of a layer, with the arguments that kernels/transformer/layer.cc calls it with.
+// Every op of a layer, with the arguments that kernels/transformer/layer.cc calls it with: where a
+// layer leaves sums to FinishSums, so does each call here, and FinishSums is an op of its own.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,8 @@ class Operands {
   TensorView Write(DType dtype, const Shape& shape) { return Moved(dtype, shape, 1); }
   TensorView Update(DType dtype, const Shape& shape) { return Moved(dtype, shape, 2); }
   TensorView UpdateZeros(DType dtype, const Shape& shape);
+  // Moved besides.
+  void Count(size_t bytes) { moved_bytes_ += bytes; }
 
   size_t moved_bytes() const { return moved_bytes_; }
   Tensors& tensors() { return tensors_; }  // for what is too small to count

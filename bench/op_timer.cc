@@ -59,6 +59,10 @@ Scratch::Scratch(Device& device, const LayerDims& dims) : tensors_(device) {
   const size_t bytes = device.backend().WorkspaceBytes(dims);
   if (bytes > 0)
     workspace_ = {tensors_.Zeros(DType::kU8, {static_cast<int64_t>(bytes)}).data, bytes};
+  const size_t pending = device.backend().PendingSumBytes(dims);
+  if (pending == 0) return;
+  pending_ = {tensors_.Zeros(DType::kU8, {static_cast<int64_t>(pending)}).data, pending};
+  workspace_.pending = &pending_;
 }
 
 double Ceilings::FloorUs(double op_flops, double op_bytes) const {

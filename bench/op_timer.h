@@ -34,14 +34,18 @@ class OpTimer {
   size_t next_ = 0;
 };
 
-// Workspace that is enough for any op at these dims.
+// Workspace that is enough for any op at these dims, and for what a layer's ops leave to
+// FinishSums.
 class Scratch {
  public:
   Scratch(Device& device, const LayerDims& dims);
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   const Workspace& workspace() const { return workspace_; }
 
  private:
   Tensors tensors_;
+  PendingSums pending_;
   Workspace workspace_;
 };
 

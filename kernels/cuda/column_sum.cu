@@ -52,24 +52,32 @@ __global__ void __launch_bounds__(32 * kThreadRows, kBlocks)
   }
 }
 
+// Of each vector, in blocks of 32 columns: those of vector i end before block end[i].
+struct FinishParams {
+  PendingSums::Vector vectors[PendingSums::kMostVectors];
+  uint32_t end[PendingSums::kMostVectors];
+};
+
 __global__ void __launch_bounds__(32 * kFinishRows)
-    FinishColumnSumKernel(FinishColumnSumArgs args) {
+    FinishColumnSumsKernel(const __grid_constant__ FinishParams params) {
   __shared__ float shared[kFinishRows][33];
-  // Selected without indexing, which would copy the array to local memory.
-  float* dst = blockIdx.y == 0 ? args.dst[0] : blockIdx.y == 1 ? args.dst[1] : args.dst[2];
-  if (dst == nullptr) return;
-  const int64_t col = int64_t{blockIdx.x} * 32 + threadIdx.x;
+  int i = 0;
+  while (blockIdx.x >= params.end[i]) ++i;
+  const PendingSums::Vector& vector = params.vectors[i];
+  const int64_t first = int64_t{blockIdx.x - (i == 0 ? 0 : params.end[i - 1])} * 32;
+  const int64_t cols = vector.cols, slices = vector.slices;
+  const int64_t col = first + threadIdx.x;
   float sum = 0.0f;
-  if (col < args.cols) {
-    const float* partials = args.partials + blockIdx.y * args.slices * args.cols + col;
-    for (int64_t s = threadIdx.y; s < args.slices; s += kFinishRows) sum += partials[s * args.cols];
+  if (col < cols) {
+    const float* partials = vector.partials + col;
+    for (int64_t s = threadIdx.y; s < slices; s += kFinishRows) sum += partials[s * cols];
   }
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   // A warp a column: its lane r has the sum of thread row r.
-  const int64_t out = int64_t{blockIdx.x} * 32 + threadIdx.y;
+  const int64_t out = first + threadIdx.y;
   const float total = WarpSum(shared[threadIdx.x][threadIdx.y]);
-  if (threadIdx.x == 0 && out < args.cols) dst[out] += total;
+  if (threadIdx.x == 0 && out < cols) vector.dst[out] += total;
 }
 
 template <typename T, int kWidth>
@@ -108,10 +116,40 @@ int64_t RowSlices(const SliceArgs& a) {
       {std::max<int64_t>(wanted, 1), std::max<int64_t>(useful, 1), fitting, int64_t{65535}});
 }
 
-cudaError_t LaunchFinishColumnSum(const FinishColumnSumArgs& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((args.cols + 31) / 32), 3);
-  FinishColumnSumKernel<<<grid, dim3(32, kFinishRows), 0, stream>>>(args);
+namespace {
+
+// Of `count` vectors; f(i) gives the i-th.
+template <typename F>
+cudaError_t Finish(int count, cudaStream_t stream, F&& f) {
+  if (count == 0) return cudaSuccess;
+  FinishParams params{};
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    params.vectors[i] = f(i);
+    blocks += (params.vectors[i].cols + 31) / 32;
+    params.end[i] = static_cast<uint32_t>(blocks);
+  }
+  if (blocks > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  FinishColumnSumsKernel<<<static_cast<unsigned>(blocks), dim3(32, kFinishRows), 0, stream>>>(
+      params);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchFinishColumnSum(const FinishColumnSumArgs& args, cudaStream_t stream) {
+  PendingSums::Vector vectors[3];
+  int count = 0;
+  for (int a = 0; a < 3; ++a) {
+    if (args.dst[a] == nullptr) continue;
+    vectors[count++] = {args.partials + a * args.slices * args.cols, args.dst[a], args.slices,
+                        args.cols};
+  }
+  return Finish(count, stream, [&](int i) { return vectors[i]; });
+}
+
+cudaError_t LaunchFinishColumnSums(const PendingSums& pending, cudaStream_t stream) {
+  return Finish(pending.count(), stream, [&](int i) { return pending[i]; });
 }
 
 cudaError_t LaunchColumnSum(const ColumnSumArgs& args, cudaStream_t stream) {

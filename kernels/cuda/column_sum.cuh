@@ -11,6 +11,7 @@
 
 #include "kernel_limits.h"
 #include "lamina/kernels/dtype.h"
+#include "lamina/kernels/pending_sums.h"
 
 namespace lamina::cuda {
 
@@ -36,6 +37,8 @@ struct FinishColumnSumArgs {
 };
 [[nodiscard]] cudaError_t LaunchFinishColumnSum(const FinishColumnSumArgs& args,
                                                 cudaStream_t stream);
+// The same, in the same order, for all of a list in one launch.
+[[nodiscard]] cudaError_t LaunchFinishColumnSums(const PendingSums& pending, cudaStream_t stream);
 
 // dst += column sums of x.
 struct ColumnSumArgs {

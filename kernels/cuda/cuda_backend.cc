@@ -159,6 +159,8 @@ class CudaBackend final : public Backend {
 
   const OpSizes& sizes() const override { return *sizes_; }
 
+  absl::Status FinishSums(PendingSums& pending) override;
+
   std::unique_ptr<StepCache> MakeStepCache() override {
     return std::make_unique<cuda::GraphCache>(info_.ordinal, stream_);
   }
@@ -189,7 +191,7 @@ class CudaBackend final : public Backend {
   absl::Status UseDevice() const { return Check(cudaSetDevice(info_.ordinal), "cudaSetDevice"); }
   absl::Status Copy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
                     const char* what);
-  absl::Status RunRowNorm(const RowNormParams& params, const char* op);
+  absl::Status RunRowNorm(RowNormParams params, const char* op);
   absl::Status RunRowNormBackward(RowNormBackwardParams params, const Workspace& ws,
                                   const char* op);
 
@@ -574,13 +576,14 @@ absl::Status CudaBackend::DoGeluBackward(const Workspace& ws, const GeluBackward
 
 // --- norms ---
 
-absl::Status CudaBackend::RunRowNorm(const RowNormParams& params, const char* op) {
+absl::Status CudaBackend::RunRowNorm(RowNormParams params, const char* op) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   if (params.cols > cuda::MaxRowNormCols()) {
     return absl::InvalidArgumentError(absl::StrCat(op, ": hidden ", params.cols,
                                                    " is above this backend's limit of ",
                                                    cuda::MaxRowNormCols()));
   }
+  params.multiprocessors = info_.threads;
   return Check(cuda::LaunchRowNorm(params, stream_), op);
 }
 
@@ -591,6 +594,7 @@ absl::Status CudaBackend::RunRowNormBackward(RowNormBackwardParams params, const
   if (!status.ok()) return status;
   params.workspace = ws.data;
   params.workspace_bytes = ws.bytes;
+  params.pending = ws.pending;
   params.multiprocessors = info_.threads;
   return Check(cuda::LaunchRowNormBackward(params, stream_), op);
 }
@@ -673,6 +677,13 @@ absl::Status CudaBackend::DoDropoutAddNormBackward(const Workspace& ws,
   p.cols = ColsOf(args.dx);
   p.dtype = args.dx.dtype;
   return RunRowNormBackward(p, ws, "DropoutAddNormBackward");
+}
+
+absl::Status CudaBackend::FinishSums(PendingSums& pending) {
+  if (absl::Status status = UseDevice(); !status.ok()) return status;
+  const cudaError_t error = cuda::LaunchFinishColumnSums(pending, stream_);
+  pending.Clear();
+  return Check(error, "FinishSums");
 }
 
 // --- attention ---

@@ -62,6 +62,11 @@ class Sizes final : public OpSizes {
                              cuda::kGradientStatsWorkspaceBytes, cuda::kLambWorkspaceBytes}));
   }
 
+  size_t PendingSumBytes(const LayerDims& dims) const override {
+    const auto blocks = static_cast<int64_t>(multiprocessors_) * cuda::kRowNormBackwardBlocks;
+    return cuda::kPendingNormArrays * PendingSums::RoomFor(1, blocks, dims.hidden);
+  }
+
   bool host_memory() const override { return false; }
 
   bool FusedAttention(const LayerDims& dims) const override {

@@ -94,6 +94,10 @@ constexpr int kColumnSumWidth = 256;
 constexpr int kRowNormBackwardBlocks = 2;
 constexpr int kRowNormBackwardArrays = 3;
 
+// What the norms of one layer's backward leave to FinishSums, at most: three sums each of two
+// norms, and in Pre-LN's last layer one of the sum that it ends with.
+constexpr int kPendingNormArrays = 7;
+
 // Captured steps of a stack (graph_cache.h): the device memory that they may take, and what a node
 // of a graph is counted as. The driver takes about 3,100 bytes a node on an H100, in pages of 2 MiB
 // that it doesn't always fill.

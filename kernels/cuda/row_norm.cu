@@ -4,8 +4,8 @@
 // group of whole warps holds a row in registers, kChunks chunks of eight columns a thread; a block
 // holds several groups. Backward: a thread keeps its columns over all rows of its block, so the
 // column sums stay in registers until the block's end. Otherwise: forward holds the row in shared
-// memory; backward reads its row twice, and column sums are a kernel of their own. The backward of
-// 16-bit rows of usual widths is row_norm_staged.cu's.
+// memory; backward reads its row twice, and column sums are a kernel of their own. 16-bit rows of
+// usual widths are row_norm_ring.cu's and row_norm_staged.cu's.
 #include <algorithm>
 
 #include "column_sum.cuh"
@@ -16,6 +16,7 @@
 #include "common/reduce.cuh"
 #include "kernel_limits.h"
 #include "row_norm.cuh"
+#include "row_norm_ring.cuh"
 #include "row_norm_staged.cuh"
 
 namespace lamina::cuda {
@@ -38,12 +39,12 @@ __device__ __forceinline__ void LoadSum(const RowNormParams& p, const RngState& 
   if (p.bias != nullptr) {
     LoadWide<T, kWidth>(static_cast<const T*>(p.bias) + col, other);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) v[i] += other[i];
+    for (int i = 0; i < kWidth; ++i) v[i] = __fadd_rn(v[i], other[i]);
   }
   if (p.dropout.rng != nullptr) ApplyDropout<kWidth>(p.dropout, rng, row, col, v);
   LoadWide<T, kWidth>(static_cast<const T*>(p.residual) + offset, other);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) v[i] += other[i];
+  for (int i = 0; i < kWidth; ++i) v[i] = __fadd_rn(v[i], other[i]);
 }
 
 template <typename T, int kChunks>
@@ -196,8 +197,8 @@ constexpr int BackwardThreads(int chunks_per_thread) { return chunks_per_thread 
 // Of such blocks a multiprocessor has at once.
 constexpr int BackwardBlocksAtOnce(int chunks_per_thread) { return chunks_per_thread == 1 ? 2 : 1; }
 
-// Partial sums go to partials[(array * gridDim.x + block) * cols + col]: dgamma, dbeta, dbias.
-// kFromOutput: y and beta are there, not sum.
+// Partial sums go to partials[(array * gridDim.x + block) * cols + col]: dgamma and dbeta where
+// there is a norm, and then dbias. kFromOutput: y and beta are there, not sum.
 template <typename T, int kChunks, bool kFromOutput>
 __global__ void __launch_bounds__(BackwardThreads(kChunks), BackwardBlocksAtOnce(kChunks))
     RowNormBackwardKernel(RowNormBackwardParams p, float* partials, int group_threads) {
@@ -297,7 +298,8 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks), BackwardBlocksAtOnce
   for (int array = 0; array < 3; ++array) {
     float* gradient = array == 0 ? p.dgamma : array == 1 ? p.dbeta : p.dbias;
     if (gradient == nullptr) continue;
-    float* out = partials + (array * int64_t{gridDim.x} + blockIdx.x) * p.cols;
+    const int place = p.dy != nullptr ? array : 0;
+    float* out = partials + (place * int64_t{gridDim.x} + blockIdx.x) * p.cols;
     for (int turn = 0; turn < groups; ++turn) {
       if (group == turn) {
         const bool last = turn + 1 == groups;
@@ -434,23 +436,44 @@ int64_t BackwardBlocks(const RowNormBackwardParams& p, int64_t rows) {
       {(p.rows + rows - 1) / rows, int64_t{p.multiprocessors} * kRowNormBackwardBlocks, fitting});
 }
 
-// Adds up what so many blocks have left in the workspace.
-cudaError_t FinishBackward(const RowNormBackwardParams& p, int64_t blocks, cudaStream_t stream) {
+// launch(q) starts a kernel whose `blocks` blocks leave their sums in q.workspace: where they may
+// be finished later, in the memory for that; else they are finished here. Sums are dgamma and dbeta
+// where there is a norm, and behind them dbias where there is a dx.
+template <typename F>
+cudaError_t LaunchAndSum(const RowNormBackwardParams& p, int64_t blocks, cudaStream_t stream,
+                         F&& launch) {
+  if (blocks == 0) return cudaErrorInvalidValue;
   FinishColumnSumArgs finish;
-  finish.partials = static_cast<const float*>(p.workspace);
   finish.slices = blocks;
   finish.cols = p.cols;
-  finish.dst[0] = p.dgamma;
-  finish.dst[1] = p.dbeta;
-  finish.dst[2] = p.dbias;
+  int count = 0;
+  if (p.dy != nullptr) {
+    finish.dst[count++] = p.dgamma;
+    finish.dst[count++] = p.dbeta;
+  }
+  if (p.dx != nullptr) finish.dst[count++] = p.dbias;
+  float* const later =
+      p.pending == nullptr ? nullptr : p.pending->Leave(finish.dst, count, blocks, p.cols);
+  RowNormBackwardParams q = p;
+  if (later != nullptr) q.workspace = later;
+  const cudaError_t error = launch(q);
+  if (error != cudaSuccess || later != nullptr) return error;
+  finish.partials = static_cast<const float*>(p.workspace);
   return LaunchFinishColumnSum(finish, stream);
 }
 
 cudaError_t LaunchBackwardStaged(const RowNormBackwardParams& p, cudaStream_t stream) {
   const int64_t blocks = BackwardBlocks(p, kStagedRows);
-  if (blocks == 0) return cudaErrorInvalidValue;
-  const cudaError_t error = LaunchStagedRowNormBackward(p, blocks, stream);
-  return error != cudaSuccess ? error : FinishBackward(p, blocks, stream);
+  return LaunchAndSum(p, blocks, stream, [&](const RowNormBackwardParams& q) {
+    return LaunchStagedRowNormBackward(q, blocks, stream);
+  });
+}
+
+cudaError_t LaunchBackwardRing(const RowNormBackwardParams& p, cudaStream_t stream) {
+  const int64_t blocks = std::min(BackwardBlocks(p, 1), int64_t{p.multiprocessors});
+  return LaunchAndSum(p, blocks, stream, [&](const RowNormBackwardParams& q) {
+    return LaunchRingRowNormBackward(q, blocks, stream);
+  });
 }
 
 template <typename T, int kChunks, bool kFromOutput>
@@ -458,13 +481,13 @@ cudaError_t LaunchBackwardFast(const RowNormBackwardParams& p, cudaStream_t stre
   const int group_threads = GroupThreads(p.cols / 8, kChunks);
   const int groups = std::max(1, BackwardThreads(kChunks) / group_threads);
   const int64_t blocks = BackwardBlocks(p, groups);
-  if (blocks == 0) return cudaErrorInvalidValue;
-  RowNormBackwardKernel<T, kChunks, kFromOutput>
-      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
-         static_cast<size_t>(p.cols) * sizeof(float), stream>>>(p, static_cast<float*>(p.workspace),
-                                                                group_threads);
-  const cudaError_t error = cudaGetLastError();
-  return error != cudaSuccess ? error : FinishBackward(p, blocks, stream);
+  return LaunchAndSum(p, blocks, stream, [&](const RowNormBackwardParams& q) {
+    RowNormBackwardKernel<T, kChunks, kFromOutput>
+        <<<static_cast<unsigned>(blocks), static_cast<unsigned>(groups * group_threads),
+           static_cast<size_t>(q.cols) * sizeof(float), stream>>>(
+            q, static_cast<float*>(q.workspace), group_threads);
+    return cudaGetLastError();
+  });
 }
 
 template <typename T, bool kFromOutput>
@@ -522,6 +545,7 @@ cudaError_t LaunchBackward(const RowNormBackwardParams& p, cudaStream_t stream) 
 cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
   if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  if (HasRingRowNorm(p)) return LaunchRingRowNorm(p, stream);
   const bool wide =
       p.cols % 8 == 0 && Aligned16(p.x, p.bias, p.residual, p.sum, p.gamma, p.beta, p.y);
   return DispatchFloat(p.dtype, [&](auto tag) {
@@ -538,6 +562,7 @@ cudaError_t LaunchRowNorm(const RowNormParams& p, cudaStream_t stream) {
 cudaError_t LaunchRowNormBackward(const RowNormBackwardParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
   if (p.rows > 0x7FFFFFFF) return cudaErrorInvalidValue;
+  if (HasRingRowNormBackward(p)) return LaunchBackwardRing(p, stream);
   if (HasStagedRowNormBackward(p)) return LaunchBackwardStaged(p, stream);
   return DispatchFloat(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -13,6 +13,7 @@
 
 #include "common/dropout_params.h"
 #include "lamina/kernels/dtype.h"
+#include "lamina/kernels/pending_sums.h"
 
 namespace lamina::cuda {
 
@@ -31,6 +32,7 @@ struct RowNormParams {
   float* rstd = nullptr;  // [rows]; null: not wanted
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kF32;
+  int multiprocessors = 1;
 };
 // cudaErrorInvalidValue for cols above MaxRowNormCols() or more than 2^31 - 1 rows.
 [[nodiscard]] cudaError_t LaunchRowNorm(const RowNormParams& params, cudaStream_t stream);
@@ -64,6 +66,7 @@ struct RowNormBackwardParams {
   DType dtype = DType::kF32;
   void* workspace = nullptr;  // 3 * cols * 4 bytes at least
   size_t workspace_bytes = 0;
+  PendingSums* pending = nullptr;  // where there is room: the sums' ends are left to it
   int multiprocessors = 1;
 };
 // cudaErrorInvalidValue for more than 2^31 - 1 rows.

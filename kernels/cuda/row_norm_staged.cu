@@ -74,7 +74,8 @@ __device__ __forceinline__ void Normalise(const Statistics& statistics,
 }
 
 // kUnits: of four columns, a thread. Partial sums go to
-// partials[(array * gridDim.x + block) * cols + col]: dgamma, dbeta, dbias.
+// partials[(array * gridDim.x + block) * cols + col]: dgamma and dbeta where there is a norm, and
+// then dbias.
 template <typename T, int kUnits, bool kFromOutput>
 __global__ void __launch_bounds__(kThreads, 2)
     StagedBackwardKernel(RowNormBackwardParams p, Layout layout, float* partials) {
@@ -250,7 +251,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int array = 0; array < 3; ++array) {
     if (gradients[array] == nullptr) continue;
-    float* out = partials + (array * int64_t{gridDim.x} + blockIdx.x) * cols;
+    const int place = p.dy != nullptr ? array : 0;
+    float* out = partials + (place * int64_t{gridDim.x} + blockIdx.x) * cols;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int unit = static_cast<int>(threadIdx.x) + u * kThreads;

@@ -12,8 +12,8 @@ constexpr int kStagedRows = 8;  // that a block has at once
 
 // Whether it takes this one: dtype, width, alignment.
 [[nodiscard]] bool HasStagedRowNormBackward(const RowNormBackwardParams& params);
-// Only where it does. Each of `blocks` blocks leaves its sums in the workspace: of block b and
-// array a, 0 for dgamma, 1 for dbeta, 2 for dbias, fp32 [cols] from (a * blocks + b) * cols on.
+// Only where it does. Each of `blocks` blocks leaves its sums in the workspace, as those of
+// row_norm_ring.cuh do.
 [[nodiscard]] cudaError_t LaunchStagedRowNormBackward(const RowNormBackwardParams& params,
                                                       int64_t blocks, cudaStream_t stream);
 

@@ -23,6 +23,10 @@ class Ops {
   void Attention(const AttentionArgs& a) { Run(&Backend::Attention, a); }
   void AttentionBackward(const AttentionBackwardArgs& a) { Run(&Backend::AttentionBackward, a); }
 
+  void FinishSums(PendingSums& pending) {
+    if (status_.ok()) status_ = backend_.FinishSums(pending);
+  }
+
   const absl::Status& status() const { return status_; }
 
  private:
@@ -172,7 +176,11 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
 absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
                              const TensorView& dy, const LayerScratch& scratch,
                              const TensorView& dx, const Layer* above, const Layer* below) const {
-  Ops ops(backend_, call.workspace);
+  // What the parameters' gradients by sums over tokens lack is added at the end, in one go.
+  PendingSums pending = call.pending;
+  Workspace workspace = call.workspace;
+  workspace.pending = &pending;
+  Ops ops(backend_, workspace);
   const bool pre_norm = call.pre_layer_norm;
   const TensorView dproduct = scratch.product;
   const TensorView dbranch = scratch.branch;
@@ -299,6 +307,7 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   }
   const TensorView n = !pre_norm ? x : invert ? s.attn_in : again;
   if (n) ops.LinearWeightGrad({.dy = dqkv, .x = n, .dw = g_.attn_qkvw});
+  ops.FinishSums(pending);
   return ops.status();
 }
 

@@ -24,6 +24,9 @@ struct LayerCall {
   TensorView lengths;     // int32 [B]; absent: none
   TensorView cu_seqlens;  // int32 [B + 1]; present exactly where packed
   Workspace workspace;
+  // The backend's memory for what a layer's backward leaves to FinishSums; without any it leaves
+  // nothing.
+  PendingSums pending;
 };
 
 // What a layer's Forward leaves for its Backward, besides its input. In evaluation the views marked

@@ -83,6 +83,10 @@ WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const
   b.ops.bytes =
       std::max(sizes.WorkspaceBytes(dims), sizes.WorkspaceBytes(LargestPackedCall(config)));
   b.ops.data = placer.PlaceBytes(kKind, "workspace.ops", b.ops.bytes);
+  const size_t pending =
+      std::max(sizes.PendingSumBytes(dims), sizes.PendingSumBytes(LargestPackedCall(config)));
+  if (pending > 0)
+    b.pending = PendingSums(placer.PlaceBytes(kKind, "workspace.sums", pending), pending);
   LayerScratch& s = b.scratch;
   s.wide = placer.Place(kKind, "workspace.wide", config.dtype,
                         {tokens, std::max(3 * dims.hidden, dims.intermediate)});

@@ -75,6 +75,7 @@ LayerDims LargestPackedCall(const StackConfig& config);
 // --- scratch: as long as the stack lives ---
 struct WorkspaceBuffers {
   Workspace ops;
+  PendingSums pending;
   LayerScratch scratch;   // for the largest call; cut down by CutScratch
   TensorView chain;       // act [T, H]: a layer's output or input gradient on its way to the next
   TensorView staging[7];  // uint8, by Stack::Staging; absent where kernels read host memory

@@ -497,7 +497,8 @@ LayerCall StackImpl::CallFor(const ForwardArgs& args) const {
                    .mask = args.mask,
                    .lengths = args.lengths,
                    .cu_seqlens = args.cu_seqlens,
-                   .workspace = workspace_.ops};
+                   .workspace = workspace_.ops,
+                   .pending = workspace_.pending};
 }
 
 absl::Status StackImpl::ForwardEval(const ForwardArgs& args) {

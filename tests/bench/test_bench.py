@@ -56,6 +56,7 @@ def test_rates_and_floors_follow_from_times(kernels):
         floor = max(row["flops"] / ceiling["product_tflops"], row["bytes"] / ceiling["copy_tbs"]) / 1e6
         assert row["floor_us"] == pytest.approx(floor)
         assert row["share"] == pytest.approx(floor / row["us"]["median"])
+        assert row["copy_us"] is None if row["flops"] else row["copy_us"] > 0
 
 
 def test_a_linear_moves_its_operands_once(kernels):

@@ -57,6 +57,7 @@ TEST(OpSizes, OfTheCpuAreItsBackends) {
         for (const int64_t packed : {int64_t{0}, s.batch + s.seq - 1}) {
           dims.packed_tokens = packed;
           EXPECT_EQ((*sizes)->WorkspaceBytes(dims), (*backend)->WorkspaceBytes(dims)) << s.Name();
+          EXPECT_EQ((*sizes)->PendingSumBytes(dims), (*backend)->PendingSumBytes(dims)) << s.Name();
           EXPECT_EQ((*sizes)->AttentionSavedBytes(dims), (*backend)->AttentionSavedBytes(dims))
               << s.Name();
           EXPECT_TRUE((*sizes)->FusedAttention(dims)) << s.Name();
@@ -83,6 +84,44 @@ TEST(OpSizes, RefusesOtherKinds) {
   ASSERT_FALSE(sizes.ok());
   EXPECT_EQ(sizes.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(sizes.status().message()), HasSubstr("-1"));
+}
+
+TEST(PendingSumsTest, TakesWhatHasRoom) {
+  alignas(256) char memory[1024];
+  float a = 0, b = 0, c = 0;
+  PendingSums pending(memory, sizeof(memory));
+  float* const two[] = {&a, nullptr, &b};
+  float* const parts = pending.Leave(two, 3, 2, 5);
+  EXPECT_EQ(static_cast<void*>(parts), memory);
+  ASSERT_EQ(pending.count(), 2);
+  EXPECT_EQ(pending[0].dst, &a);
+  EXPECT_EQ(pending[1].dst, &b);
+  EXPECT_EQ(pending[1].partials, parts + 2 * 2 * 5);
+  EXPECT_EQ(pending[1].slices, 2);
+  EXPECT_EQ(pending[1].cols, 5);
+
+  // One that is in the list already; one that does not fit; and what fits still, to the byte.
+  float* const again[] = {&c, &b};
+  EXPECT_EQ(pending.Leave(again, 2, 1, 1), nullptr);
+  float* const other[] = {&c};
+  EXPECT_EQ(pending.Leave(other, 1, 1, 193), nullptr);
+  EXPECT_EQ(pending.count(), 2);
+  EXPECT_EQ(static_cast<void*>(pending.Leave(other, 1, 1, 192)), memory + 256);
+  EXPECT_EQ(pending.count(), 3);
+  pending.Clear();
+  EXPECT_EQ(pending.count(), 0);
+  EXPECT_EQ(static_cast<void*>(pending.Leave(other, 1, 4, 64)), memory);
+}
+
+TEST(PendingSumsTest, HasAnEndAndMayHaveNoRoom) {
+  alignas(256) char memory[256 * (PendingSums::kMostVectors + 1)];
+  float sums[PendingSums::kMostVectors + 1];
+  PendingSums pending(memory, sizeof(memory)), none;
+  for (int i = 0; i <= PendingSums::kMostVectors; ++i) {
+    float* const dst[] = {&sums[i]};
+    EXPECT_EQ(pending.Leave(dst, 1, 1, 1) != nullptr, i < PendingSums::kMostVectors) << i;
+    EXPECT_EQ(none.Leave(dst, 1, 1, 1), nullptr);
+  }
 }
 
 class DeviceTest : public ::testing::TestWithParam<const char*> {

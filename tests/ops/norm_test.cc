@@ -30,6 +30,8 @@ std::vector<RowCase> RowCases() {
     cases.push_back({{2, 9, 37, 1, 8}, ratio, 1});
   }
   cases.push_back({{2, 5, 64, 4, 96}, 0.1f, 3});
+  // More rows than a GPU's blocks have on their way at once.
+  cases.push_back({{3, 3001, 8, 1, 8}, 0.1f});
   return cases;
 }
 
@@ -605,6 +607,68 @@ TEST_P(DropoutAddNormTest, BackwardOfANormAndOfTheSumBelowHasTheSameBitsApart) {
     EXPECT_EQ(together.Bytes(name), of_norm.Bytes(name)) << name;
   for (const char* name : {"dx", "dbias"})
     EXPECT_EQ(together.Bytes(name), of_sum.Bytes(name)) << name;
+}
+
+// The three norms of a Pre-LN layer's backward leave their sums to FinishSums, or, where the memory
+// for that is too small for some or all of them, finish them by themselves.
+TEST_P(DropoutAddNormTest, SumsFinishedTogetherHaveTheSameBits) {
+  const auto noise = [&](uint64_t seed) { return Noise(act(), seed, t() * h()); };
+  const NormPoint p = PointOf(noise(61), NormInputs());
+  const auto layer = [&](OpRun& run, PendingSums* pending) -> absl::Status {
+    Workspace workspace = run.WorkspaceFor(Dims());
+    workspace.pending = pending;
+    const auto sum = [&](const char* name) {
+      return run.InOut(name, DType::kF32, {h()}, Noise(DType::kF32, 62, h()));
+    };
+    const auto norm = [&](auto& args) {
+      args.dy = run.In(act(), {t(), h()}, p.dy);
+      args.gamma = run.In(act(), {h()}, p.gamma);
+      args.mean = run.In(DType::kF32, {t()}, p.mean);
+      args.rstd = run.In(DType::kF32, {t()}, p.rstd);
+    };
+    DropoutAddNormBackwardArgs last, middle;
+    last.dsum = run.In(act(), {t(), h()}, noise(63));
+    last.dropout = middle.dropout = DeviceMask(run);
+    last.dx = run.Out("last dx", act(), {t(), h()});
+    last.dbias = sum("last dbias");
+    norm(middle);
+    middle.sum = run.In(act(), {t(), h()}, p.x);
+    middle.dresidual = run.Out("middle dresidual", act(), {t(), h()});
+    middle.dx = run.Out("middle dx", act(), {t(), h()});
+    middle.dbias = sum("middle dbias");
+    middle.dgamma = sum("middle dgamma");
+    middle.dbeta = sum("middle dbeta");
+    LayerNormBackwardArgs first;
+    norm(first);
+    first.x = run.In(act(), {t(), h()}, p.x);
+    first.dx = run.Out("first dx", act(), {t(), h()});
+    first.dgamma = sum("first dgamma");
+    first.dbeta = sum("first dbeta");
+    absl::Status status = backend().DropoutAddNormBackward(workspace, last);
+    if (status.ok()) status = backend().DropoutAddNormBackward(workspace, middle);
+    if (status.ok()) status = backend().LayerNormBackward(workspace, first);
+    if (!status.ok() || pending == nullptr) return status;
+    status = backend().FinishSums(*pending);
+    EXPECT_EQ(pending->count(), 0);
+    return status;
+  };
+  const Results each = RunTwice(
+      backend(), [&](OpRun& run) { return layer(run, nullptr); }, param().offset);
+  const size_t enough = backend().PendingSumBytes(Dims());
+  for (const size_t bytes : {enough, enough / 8, size_t{0}}) {
+    SCOPED_TRACE(::testing::Message() << bytes << " bytes");
+    const Results together = RunTwice(
+        backend(),
+        [&](OpRun& run) {
+          PendingSums pending = run.PendingFor(bytes);
+          return layer(run, &pending);
+        },
+        param().offset);
+    for (const char* name : {"last dbias", "middle dbias", "middle dgamma", "middle dbeta",
+                             "first dgamma", "first dbeta", "last dx", "middle dx", "first dx"})
+      EXPECT_EQ(together.Bytes(name), each.Bytes(name)) << name;
+    if (enough == 0) break;
+  }
 }
 
 LAMINA_OP_SUITE(DropoutAddNormTest, RowCases());

@@ -166,6 +166,14 @@ const LambSegment* OpRun::Segments(const std::vector<LambSegment>& segments) {
 Workspace OpRun::WorkspaceFor(const LayerDims& dims) {
   const size_t bytes = backend_.WorkspaceBytes(dims);
   if (bytes == 0) return Workspace{.unordered = unordered_};
+  return Workspace{Scratch(bytes), bytes, unordered_};
+}
+
+PendingSums OpRun::PendingFor(size_t bytes) {
+  return bytes == 0 ? PendingSums() : PendingSums(Scratch(bytes), bytes);
+}
+
+char* OpRun::Scratch(size_t bytes) {
   Buffer& buffer = AddBuffer("", kGuard, bytes);
   buffer.before.resize(2 * kGuard);
   for (size_t i = 0; i < buffer.before.size(); ++i) buffer.before[i] = GuardByte(i);
@@ -179,7 +187,7 @@ Workspace OpRun::WorkspaceFor(const LayerDims& dims) {
   for (size_t at = 0; at < bytes; at += poison.size())
     Check(backend_.CopyIn(data + at, poison.data(), std::min(poison.size(), bytes - at)));
   Check(backend_.Synchronize());
-  return Workspace{data, bytes, unordered_};
+  return data;
 }
 
 void OpRun::CheckGuards(const Buffer& workspace) {

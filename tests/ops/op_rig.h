@@ -55,6 +55,8 @@ class OpRun {
   const LambSegment* Segments(const std::vector<LambSegment>& segments);
   // Exactly WorkspaceBytes(dims), guarded too.
   Workspace WorkspaceFor(const LayerDims& dims);
+  // Memory of so many bytes for sums to be left in, guarded and poisoned like a workspace.
+  PendingSums PendingFor(size_t bytes);
   // From now on, workspaces allow sums in any order.
   void AllowAnyOrder() { unordered_ = true; }
 
@@ -71,6 +73,7 @@ class OpRun {
     bool scratch = false;         // workspace: its contents are nobody's business
   };
   Buffer& AddBuffer(const std::string& name, size_t begin, size_t bytes);
+  char* Scratch(size_t bytes);
   void* Place(const std::string& name, std::vector<uint8_t> contents, size_t element_size);
   void CheckGuards(const Buffer& workspace);
 

@@ -175,6 +175,7 @@ class CountingBackend final : public Backend {
     Arrive(mark);
     return inner_->MarkPassed(mark);
   }
+  absl::Status FinishSums(PendingSums& pending) override { return inner_->FinishSums(pending); }
   // Ranges as a profiler would see them, "(name:index" and ")"; looked at only while no call is on
   // its way.
   std::string ranges;
@@ -197,6 +198,9 @@ class CountingBackend final : public Backend {
     }
     size_t WorkspaceBytes(const LayerDims& dims) const override {
       return sizes.WorkspaceBytes(dims);
+    }
+    size_t PendingSumBytes(const LayerDims& dims) const override {
+      return sizes.PendingSumBytes(dims);
     }
     bool host_memory() const override { return claimed_host_memory; }
     bool FusedAttention(const LayerDims& dims) const override { return sizes.FusedAttention(dims); }

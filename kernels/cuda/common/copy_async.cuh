@@ -40,13 +40,17 @@ __device__ __forceinline__ void WaitForCopies() {
 
 // Starts to copy `bytes`, a multiple of 16, and to tell the barrier of it, whose phase must expect
 // them. Both pointers are aligned to 16 bytes.
-__device__ __forceinline__ void CopyBulk(void* dst_shared, const void* src, uint32_t bytes,
-                                         uint64_t* barrier) {
+__device__ __forceinline__ void CopyBulk(uint32_t dst_shared, const void* src, uint32_t bytes,
+                                         uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(dst_shared)),
-      "l"(src), "r"(bytes), "r"(SharedAddress(barrier))
+          "r"(dst_shared),
+      "l"(src), "r"(bytes), "r"(barrier)
       : "memory");
+}
+__device__ __forceinline__ void CopyBulk(void* dst_shared, const void* src, uint32_t bytes,
+                                         uint64_t* barrier) {
+  CopyBulk(SharedAddress(dst_shared), src, bytes, SharedAddress(barrier));
 }
 
 }  // namespace lamina::cuda

@@ -1,4 +1,5 @@
-// Purpose: the application of a dropout to neighbouring elements of a row.
+// Purpose: the application of a dropout to neighbouring elements of a row. The product has a
+// rounding of its own, whatever is added to it: every kernel has the same bits.
 //
 // Draws are compared by arithmetic of fp16 pairs. A byte b below a biased exponent is 1024 + b, a
 // difference of two such numbers is a whole number, and saturated it is 1 where it is above 0, else
@@ -43,6 +44,7 @@ __device__ __forceinline__ float2 PairToFloats(uint32_t pair) {
 // What a call's bytes must be below, to be kept.
 class KeepLimits {
  public:
+  KeepLimits() = default;
   __device__ __forceinline__ KeepLimits(const Philox4& bytes, uint32_t threshold) {
     const uint32_t whole = kBytePair + (threshold >> 8) * 0x10001u;
     const uint32_t part = kBytePair + (threshold & 0xFFu) * 0x10001u;
@@ -64,6 +66,40 @@ class KeepLimits {
   uint32_t limit_[2];
 };
 
+// The draws of one call, for a thread that has all 16 columns of it: [col, col + 8) and
+// [col + 32, col + 40) of a row, where `call` is the number of col's in the row. Half of the calls
+// of ApplyDropout. Without a dropout it keeps everything.
+class CallDropout {
+ public:
+  CallDropout() = default;
+  __device__ __forceinline__ CallDropout(const DropoutParams& dropout, const RngState& rng,
+                                         int64_t row, uint32_t call)
+      : CallDropout(dropout.rng == nullptr
+                        ? Philox4{}
+                        : DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row), call),
+                    dropout) {}
+
+  // v *= mask * scale for the first 8 columns, or for the second.
+  __device__ __forceinline__ void Apply(bool second, float (&v)[8]) const {
+    const uint32_t words[2] = {second ? bytes_.word[2] : bytes_.word[0],
+                               second ? bytes_.word[3] : bytes_.word[1]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 kept = PairToFloats(limits_.Kept(words[i / 2], i % 2));
+      v[2 * i] = __fmul_rn(v[2 * i], kept.x * scale_);
+      v[2 * i + 1] = __fmul_rn(v[2 * i + 1], kept.y * scale_);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ CallDropout(const Philox4& bytes, const DropoutParams& dropout)
+      : bytes_(bytes), limits_(bytes, dropout.threshold), scale_(dropout.scale) {}
+
+  Philox4 bytes_;
+  KeepLimits limits_;
+  float scale_;
+};
+
 // v *= mask * scale for columns [col, col + kWidth) of `row`. A width of 8 needs col % 8 == 0.
 template <int kWidth>
 __device__ __forceinline__ void ApplyDropout(const DropoutParams& dropout, const RngState& rng,
@@ -80,8 +116,8 @@ __device__ __forceinline__ void ApplyDropout(const DropoutParams& dropout, const
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 kept = PairToFloats(limits.Kept(words[i / 2], i % 2));
-      v[2 * i] *= kept.x * dropout.scale;
-      v[2 * i + 1] *= kept.y * dropout.scale;
+      v[2 * i] = __fmul_rn(v[2 * i], kept.x * dropout.scale);
+      v[2 * i + 1] = __fmul_rn(v[2 * i + 1], kept.y * dropout.scale);
     }
   } else {
     const Philox4 bits = DropoutBits(rng, dropout.stream, static_cast<uint64_t>(row), eight);
@@ -91,7 +127,7 @@ __device__ __forceinline__ void ApplyDropout(const DropoutParams& dropout, const
     const uint32_t high = (i & 2u) != 0 ? bits.word[3] : bits.word[2];
     const uint32_t word = (i & 4u) != 0 ? high : low;
     const uint32_t lane = (word >> ((i & 1u) * 16u)) & 0xFFFFu;
-    v[0] = lane < dropout.threshold ? v[0] * dropout.scale : 0.0f;
+    v[0] = lane < dropout.threshold ? __fmul_rn(v[0], dropout.scale) : 0.0f;
   }
 }
 

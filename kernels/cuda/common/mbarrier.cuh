@@ -25,11 +25,12 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
 }
 
 // Arrives; the phase then also waits for `bytes` of bulk copies to land.
+__device__ __forceinline__ void ArriveAndExpect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void ArriveAndExpect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
+  ArriveAndExpect(SharedAddress(barrier), bytes);
 }
 
 // Arrives at the barrier that block `rank` of the cluster has in the same place. It tells that
@@ -52,14 +53,17 @@ __device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
 
 // Waits for the end of a phase: that of the first, third, ... with `parity` 0, of the second,
 // fourth, ... with 1. With 1 it returns at once from a barrier in its first phase.
-__device__ __forceinline__ void WaitForPhase(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void WaitForPhase(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "WAIT_%=:\n"
       "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra WAIT_%=;\n}" ::"r"(SharedAddress(barrier)),
+      "@!done bra WAIT_%=;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void WaitForPhase(uint64_t* barrier, uint32_t parity) {
+  WaitForPhase(SharedAddress(barrier), parity);
 }
 
 // What this thread wrote to shared memory by ordinary stores or copies, or has seen of others', is

@@ -30,6 +30,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "lamina/kernels/dtype.h"
+#include "lamina/kernels/pending_sums.h"
 #include "lamina/kernels/philox.h"
 #include "lamina/kernels/tensor.h"
 
@@ -58,6 +59,10 @@ struct Workspace {
   // may then differ in their last bits from run to run. A backend that gains nothing ignores it:
   // the CPU's does, whose ordered sums are the fastest.
   bool unordered = false;
+  // Ops that sum over tokens may leave their last additions to FinishSums, which makes them for all
+  // of them at once: dbias, dgamma and dbeta are theirs only then. The bits are the same. Null, or
+  // without room for them: every op finishes its own.
+  PendingSums* pending = nullptr;
 };
 
 // The dimensions that decide workspace and saved bytes.
@@ -330,6 +335,8 @@ class OpSizes {
   virtual size_t AttentionSavedBytes(const LayerDims& dims) const = 0;
   // Enough for any op at these dims, for GradientStats and Lamb of any length too.
   virtual size_t WorkspaceBytes(const LayerDims& dims) const = 0;
+  // Enough for what the ops of one layer's backward leave to FinishSums. 0: they leave nothing.
+  virtual size_t PendingSumBytes(const LayerDims& /*dims*/) const { return 0; }
   // Kernels read and write host memory directly: no staging is needed.
   virtual bool host_memory() const = 0;
   // Whether Attention at these dims has its fused kernel, or the plain one that every shape has.
@@ -475,6 +482,7 @@ class Backend {
     return sizes().AttentionSavedBytes(dims);
   }
   size_t WorkspaceBytes(const LayerDims& dims) const { return sizes().WorkspaceBytes(dims); }
+  size_t PendingSumBytes(const LayerDims& dims) const { return sizes().PendingSumBytes(dims); }
 
   // --- steps ---
   virtual std::unique_ptr<StepCache> MakeStepCache() { return std::make_unique<StepCache>(); }
@@ -495,6 +503,11 @@ class Backend {
   absl::Status GradientStats(const Workspace& ws, const GradientStatsArgs& args);
   absl::Status AdamW(const Workspace& ws, const AdamWArgs& args);
   absl::Status Lamb(const Workspace& ws, const LambArgs& args);
+  // Finishes the sums that ops have left in `pending`, in stream order, and clears it.
+  virtual absl::Status FinishSums(PendingSums& pending) {
+    pending.Clear();
+    return absl::OkStatus();
+  }
 
  protected:
   Backend() = default;
