@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <type_traits>
 
 #include "column_sum.cuh"
@@ -557,16 +558,18 @@ bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {
 }  // namespace
 
 bool UseGeluProduct(const GeluProductParams& p) {
-  return p.k <= kDeepestForward && Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
+  return (getenv("LAMINA_ALL") != nullptr || p.k <= kDeepestForward) &&
+         Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
          Aligned16(p.x, p.w, p.bias, p.pre, p.y);
 }
 
 bool UseGeluProduct(const GeluProductBackwardParams& p) {
-  return p.k <= kDeepestBackward && Fits(p.dtype, p.m, p.n, p.k) &&
-         Aligned16(p.dy, p.w, p.pre, p.dx);
+  return (getenv("LAMINA_ALL") != nullptr || p.k <= kDeepestBackward) &&
+         Fits(p.dtype, p.m, p.n, p.k) && Aligned16(p.dy, p.w, p.pre, p.dx);
 }
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
+  if (getenv("LAMINA_OLD") == nullptr) return LaunchGeluProductWide(p, stream);
   Maps maps;
   cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart);
@@ -586,6 +589,7 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaStream_t stream) {
+  if (getenv("LAMINA_OLD") == nullptr) return LaunchGeluProductBackwardWide(p, stream);
   Maps maps;
   cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, kDepth);
