@@ -24,6 +24,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <string_view>
 #include <type_traits>
 
 #include "column_sum.cuh"
@@ -33,6 +34,7 @@
 #include "common/gelu_math.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
+#include "common/reduce.cuh"
 #include "common/wgmma.cuh"
 #include "gelu_product.cuh"
 #include "kernel_limits.h"
@@ -40,15 +42,15 @@
 namespace lamina::cuda {
 namespace {
 
-enum class Kind {
-  kForward,            // y = gelu(product + bias), and that sum, if it is kept
-  kForwardWithSlope,   // y, and gelu' of the sum
-  kBackward,           // dx = product * gelu'(pre)
-  kBackwardFromSlope,  // dx = product * slope
+// What is made of a product. Between forward and backward GELU's derivative is kept, or what GELU
+// saw.
+enum class Task {
+  kGelu,     // pre, if it is kept, and y = gelu(pre)
+  kSlope,    // slope = gelu'(pre), and y
+  kBySlope,  // dx = product * slope
+  kByPre,    // dx = product * gelu'(pre), and y again
 };
-constexpr bool IsBackward(Kind kind) {
-  return kind == Kind::kBackward || kind == Kind::kBackwardFromSlope;
-}
+constexpr bool IsBackward(Task task) { return task == Task::kBySlope || task == Task::kByPre; }
 
 constexpr int kRows = kGeluProductRows;  // of a tile
 constexpr int kCols = 256;
@@ -86,7 +88,7 @@ using Half = unsigned char[kBoxes][kBoxBytes];
 struct Shared {
   unsigned char stages[kStages][kStageBytes];    // the left operand's tile, then the right one's
   Half halves[kMultipliers];                     // of the tile, on their way in or out
-  unsigned char slopes[kFinishers][kPartBytes];  // forward, each finisher's own
+  unsigned char second[kFinishers][kPartBytes];  // results of a part, each finisher's own
   float2 bias[kMultipliers][kCols / 2];          // forward, each multiplier's own
   uint64_t full[kStages], empty[kStages];
   uint64_t loaded[kMultipliers];  // backward: the copy engine has brought what a half needs
@@ -97,10 +99,11 @@ constexpr size_t kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024);
 
 struct Problem {
-  const void* bias;  // forward: act [n]
-  bool keep;         // kForward
-  bool skip;         // trial: without GELU's arithmetic
-  float* partials;   // backward: fp32 [row tiles, n]; null: none
+  const void* bias;          // forward: act [n]
+  bool keep_pre;             // kGelu
+  bool skip;                 // trial: without GELU's arithmetic
+  void *kept, *out, *again;  // act [m, n] each, as Maps has them
+  float* partials;           // backward: fp32 [row tiles, n]; null: none
   int m, n, k;
   int row_squares, squares;  // a cluster's at once: along rows, and all
 };
@@ -108,8 +111,9 @@ struct Problem {
 // Of a product's operands, and of what is read or written besides, act [m, n] each.
 struct Maps {
   CUtensorMap left, right;
-  CUtensorMap kept;  // the sum or the slopes: forward written, backward read
-  CUtensorMap out;
+  CUtensorMap kept;   // slope or pre: forward writes it, backward reads it
+  CUtensorMap out;    // y or dx
+  CUtensorMap again;  // kByPre: y; its boxes may be kept's
 };
 
 // Where a warpgroup is in the ring.
@@ -359,47 +363,92 @@ __device__ __forceinline__ void WaitForOwnBoxesRead() {
   __syncwarp();
 }
 
-// From what GELU sees in a part to what it gives, in its place, and on the way to memory. The
-// slopes go by `slopes`, or where there are none through the same place afterwards.
-template <typename T, Kind kKind, bool kTanh>
-__device__ __forceinline__ void FinishPart(const Problem& p, const Maps& maps,
-                                           const PartPlace& place, unsigned char* slopes) {
-  constexpr bool kSlope = kKind == Kind::kForwardWithSlope;
-  if (!kSlope && p.keep && Lane() == 0) {
-    StoreBox(&maps.kept, place.col, place.row, place.at);
-    CommitBoxes();
-  }
-  Part y, slope;
-  y.Load(place.at);
-  if (!p.skip) {
+// y = gelu(y), slope = gelu'(y)
+template <typename T, bool kTanh>
+__device__ __forceinline__ void SplitPart(Part& y, Part& slope) {
 #pragma unroll
-    for (int i = 0; i < Part::kWords; ++i) {
-      const float2 v = UnpackPair<T>(y.words[i]);
-      if constexpr (kSlope) {
-        slope.words[i] =
-            PackPair<T>(GeluDerivative<Fast, kTanh>(v.x), GeluDerivative<Fast, kTanh>(v.y));
-      }
-      y.words[i] = PackPair<T>(Gelu<Fast, kTanh>(v.x), Gelu<Fast, kTanh>(v.y));
+  for (int i = 0; i < Part::kWords; ++i) {
+    const float2 v = UnpackPair<T>(y.words[i]);
+    const GeluPoint low = GeluAt<Fast, kTanh>(v.x), high = GeluAt<Fast, kTanh>(v.y);
+    y.words[i] = PackPair<T>(low.value, high.value);
+    slope.words[i] = PackPair<T>(low.slope, high.slope);
+  }
+}
+
+// The warp's part of results, written by all lanes to `from`, to memory.
+__device__ __forceinline__ void StorePart(const CUtensorMap* map, const PartPlace& place,
+                                          const unsigned char* from) {
+  if (Lane() != 0) return;
+  StoreBox(map, place.col, place.row, from);
+  CommitBoxes();
+}
+
+// The same, from the lanes' registers.
+__device__ __forceinline__ void StoreRows(void* dst, const Problem& p, const PartPlace& place,
+                                          const Part& part) {
+  const int row = place.row + Lane() / 8, col = place.col + Lane() % 8 * 8;
+  auto* at = static_cast<uint16_t*>(dst) + int64_t{row} * p.n + col;
+  if (col >= p.n) return;
+#pragma unroll
+  for (int i = 0; i < Part::kWords / 4; ++i) {
+    if (row + 4 * i < p.m) {
+      *reinterpret_cast<uint4*>(at + int64_t{4} * i * p.n) = make_uint4(
+          part.words[4 * i], part.words[4 * i + 1], part.words[4 * i + 2], part.words[4 * i + 3]);
     }
-  } else if (kSlope) {
-    slope = y;
   }
-  if (kSlope ? slopes != nullptr : p.keep) WaitForOwnBoxesRead();
-  y.Store(place.at);
-  if (kSlope && slopes != nullptr) slope.Store(slopes);
-  ShareWithinWarp();
-  if (Lane() == 0) {
-    StoreBox(&maps.out, place.col, place.row, place.at);
-    if (kSlope && slopes != nullptr) StoreBox(&maps.kept, place.col, place.row, slopes);
-    CommitBoxes();
-  }
-  if (kSlope && slopes == nullptr) {
-    WaitForOwnBoxesRead();
-    slope.Store(place.at);
+}
+
+// From pre, in a part, to y, in its place, and both, or y and slope, to memory. The slopes go by
+// `second`, or where that is null through the same place afterwards.
+template <typename T, Task kTask, bool kTanh, bool kDirect>
+__device__ __forceinline__ void FinishPart(const Problem& p, const Maps& maps,
+                                           const PartPlace& place, unsigned char* second) {
+  Part y;
+  if constexpr (kTask == Task::kGelu) {
+    if (!kDirect && p.keep_pre) StorePart(&maps.kept, place, place.at);
+    y.Load(place.at);
+    if (kDirect && p.keep_pre) StoreRows(p.kept, p, place, y);
+#pragma unroll
+    for (uint32_t& word : y.words) {
+      const float2 v = UnpackPair<T>(word);
+      word = PackPair<T>(Gelu<Fast, kTanh>(v.x), Gelu<Fast, kTanh>(v.y));
+    }
+    if constexpr (kDirect) {
+      StoreRows(p.out, p, place, y);
+      return;
+    }
+    if (p.keep_pre) WaitForOwnBoxesRead();
+    y.Store(place.at);
     ShareWithinWarp();
-    if (Lane() == 0) {
-      StoreBox(&maps.kept, place.col, place.row, place.at);
-      CommitBoxes();
+    StorePart(&maps.out, place, place.at);
+  } else {
+    Part slope;
+    y.Load(place.at);
+    if (p.skip) {
+      slope = y;
+    } else {
+      SplitPart<T, kTanh>(y, slope);
+    }
+    if constexpr (kDirect) {
+      StoreRows(p.kept, p, place, slope);
+      StoreRows(p.out, p, place, y);
+      return;
+    }
+    if (second != nullptr) {
+      WaitForOwnBoxesRead();
+      slope.Store(second);
+      y.Store(place.at);
+      ShareWithinWarp();
+      StorePart(&maps.kept, place, second);
+      StorePart(&maps.out, place, place.at);
+    } else {
+      y.Store(place.at);
+      ShareWithinWarp();
+      StorePart(&maps.out, place, place.at);
+      WaitForOwnBoxesRead();
+      slope.Store(place.at);
+      ShareWithinWarp();
+      StorePart(&maps.kept, place, place.at);
     }
   }
 }
@@ -407,7 +456,7 @@ __device__ __forceinline__ void FinishPart(const Problem& p, const Maps& maps,
 // --- the finishers ---
 
 // Forward. The last tile is the multipliers' own.
-template <typename T, Kind kKind, bool kTanh>
+template <typename T, Task kTask, bool kTanh, bool kDirect>
 __device__ __forceinline__ void FinishForward(const Problem& p, const Maps& maps, Shared& shared,
                                               Place place, int first, int step, int finisher) {
   uint32_t parity = 0;
@@ -418,11 +467,11 @@ __device__ __forceinline__ void FinishForward(const Problem& p, const Maps& maps
       WaitForPhase(&shared.given[half], parity);
 #pragma unroll 1
       for (int part = finisher; part < kParts; part += kFinishers) {
-        FinishPart<T, kKind, kTanh>(
+        FinishPart<T, kTask, kTanh, kDirect>(
             p, maps, PartPlace(shared.halves[half], corner.m + half * kHalfRows, corner.n, part),
-            shared.slopes[finisher]);
+            shared.second[finisher]);
       }
-      WaitForOwnBoxesRead();
+      if (!kDirect) WaitForOwnBoxesRead();
       ArriveByWarp(&shared.ready[half]);
     }
     parity ^= 1;
@@ -459,10 +508,10 @@ __device__ __forceinline__ void SumColumns(const unsigned char* box, float2 (&su
   }
 }
 
-// Backward: computes slopes from what GELU saw unless they are kept, brings results and their
-// column sums to memory, and fetches what the next tile needs. A finisher's boxes are its own, but
-// for the slopes' computation, for which that would be too uneven.
-template <typename T, Kind kKind, bool kTanh>
+// Backward: makes slopes and y from pre unless the slopes are kept, brings dx and its column sums
+// to memory, and fetches what the next tile needs. A finisher's boxes are its own, but for the
+// slopes' computation, for which that would be too uneven.
+template <typename T, Task kTask, bool kTanh, bool kDirect>
 __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& maps, Shared& shared,
                                                Place place, int first, int step, int finisher) {
   if (Lane() == 0) {
@@ -475,30 +524,32 @@ __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& map
   uint32_t parity = 0;
   for (int square = first; square < p.squares; square += step) {
     const Corner corner(p, square, place);
-    if constexpr (kKind == Kind::kBackward) {
+    if constexpr (kTask == Task::kByPre) {
 #pragma unroll 1
       for (int half = 0; half < kMultipliers; ++half) {
         WaitForPhase(&shared.loaded[half], parity);
 #pragma unroll 1
         for (int part = finisher; part < kParts; part += kFinishers) {
-          unsigned char* at = PartPlace(shared.halves[half], 0, 0, part).at;
-          Part slope;
-          slope.Load(at);
-          if (!p.skip) {
-#pragma unroll
-            for (uint32_t& word : slope.words) {
-              const float2 v = UnpackPair<T>(word);
-              word =
-                  PackPair<T>(GeluDerivative<Fast, kTanh>(v.x), GeluDerivative<Fast, kTanh>(v.y));
-            }
+          const PartPlace from(shared.halves[half], corner.m + half * kHalfRows, corner.n, part);
+          Part y, slope;
+          y.Load(from.at);
+          SplitPart<T, kTanh>(y, slope);
+          slope.Store(from.at);
+          if constexpr (kDirect) {
+            StoreRows(p.again, p, from, y);
+          } else {
+            WaitForOwnBoxesRead();
+            y.Store(shared.second[finisher]);
+            ShareWithinWarp();
+            StorePart(&maps.again, from, shared.second[finisher]);
           }
-          slope.Store(at);
         }
         ArriveByWarp(&shared.ready[half]);
       }
     }
     constexpr int kOwn = (kBoxes + kFinishers - 1) / kFinishers;  // boxes of a half, at most
     float2 sums[kOwn][2] = {};
+    float eight[kOwn][8] = {};
 #pragma unroll 1
     for (int half = 0; half < kMultipliers; ++half) {
       WaitForPhase(&shared.given[half], parity);
@@ -506,14 +557,34 @@ __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& map
       for (int i = 0; i < kOwn; ++i) {
         const int box = finisher + i * kFinishers;
         if (box >= kBoxes) break;
-        if (Lane() == 0) {
-          StoreBox(&maps.out, corner.n + box * 64, corner.m + half * kHalfRows,
-                   shared.halves[half][box]);
-          CommitBoxes();
+        if constexpr (kDirect) {
+#pragma unroll 1
+          for (int part = box * kPartsOfBox; part < (box + 1) * kPartsOfBox; ++part) {
+            const PartPlace from(shared.halves[half], corner.m + half * kHalfRows, corner.n, part);
+            Part dx;
+            dx.Load(from.at);
+            StoreRows(p.out, p, from, dx);
+#pragma unroll
+            for (int w = 0; w < Part::kWords; ++w) {
+              const float2 v = UnpackPair<T>(dx.words[w]);
+              eight[i][w % 4 * 2] += v.x;
+              eight[i][w % 4 * 2 + 1] += v.y;
+            }
+          }
+        } else {
+          if (Lane() == 0) {
+            StoreBox(&maps.out, corner.n + box * 64, corner.m + half * kHalfRows,
+                     shared.halves[half][box]);
+            CommitBoxes();
+          }
+          if (p.partials != nullptr) SumColumns<T>(shared.halves[half][box], sums[i]);
         }
-        if (p.partials != nullptr) SumColumns<T>(shared.halves[half][box], sums[i]);
         if (square + step < p.squares) {
-          WaitForOwnBoxesRead();
+          if (kDirect) {
+            __syncwarp();
+          } else {
+            WaitForOwnBoxesRead();
+          }
           if (Lane() == 0) Fetch(maps, shared, Corner(p, square + step, place), half, box);
         }
       }
@@ -523,6 +594,19 @@ __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& map
       float* row = p.partials + int64_t{corner.m / kRows} * p.n;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
+        if constexpr (kDirect) {
+          // A lane is left with two of its eight columns.
+          float half[4], two[2];
+          ShareSums<16>(eight[i], half);
+          ShareSums<8>(half, two);
+          const int box = finisher + i * kFinishers;
+          const int col =
+              corner.n + box * 64 + Lane() % 8 * 8 + Lane() / 16 * 4 + Lane() / 8 % 2 * 2;
+          if (box < kBoxes && col < p.n) {
+            *reinterpret_cast<float2*>(row + col) = make_float2(two[0], two[1]);
+          }
+          continue;
+        }
         const int box = finisher + i * kFinishers, col = corner.n + box * 64 + Lane() * 2;
         if (box < kBoxes && col < p.n) {
           *reinterpret_cast<float2*>(row + col) =
@@ -534,10 +618,10 @@ __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& map
   }
 }
 
-template <typename T, Kind kKind, bool kTanh>
+template <typename T, Task kTask, bool kTanh, bool kDirect>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     GeluProductKernel(const __grid_constant__ Maps maps, const Problem p) {
-  constexpr bool kBackward = IsBackward(kKind);
+  constexpr bool kBackward = IsBackward(kTask);
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   if (threadIdx.x == 0) {
@@ -555,6 +639,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     PrefetchTensorMap(&maps.right);
     PrefetchTensorMap(&maps.kept);
     PrefetchTensorMap(&maps.out);
+    PrefetchTensorMap(&maps.again);
   }
   ClusterSync();
   const Place place(static_cast<int>(ClusterRank()));
@@ -568,9 +653,11 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     __syncwarp();
   } else if (warp >= kFirstFinisher) {
     if constexpr (kBackward) {
-      FinishBackward<T, kKind, kTanh>(p, maps, shared, place, first, step, warp - kFirstFinisher);
+      FinishBackward<T, kTask, kTanh, kDirect>(p, maps, shared, place, first, step,
+                                               warp - kFirstFinisher);
     } else {
-      FinishForward<T, kKind, kTanh>(p, maps, shared, place, first, step, warp - kFirstFinisher);
+      FinishForward<T, kTask, kTanh, kDirect>(p, maps, shared, place, first, step,
+                                              warp - kFirstFinisher);
     }
     if (Lane() == 0) WaitForBoxes();
     __syncwarp();
@@ -579,8 +666,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     Half& half = shared.halves[group];
     const Words words(half);
     // Forward a half may be written at first without waiting.
-    uint64_t* ready =
-        kKind == Kind::kBackwardFromSlope ? &shared.loaded[group] : &shared.ready[group];
+    uint64_t* ready = kTask == Task::kBySlope ? &shared.loaded[group] : &shared.ready[group];
     uint32_t parity = kBackward ? 0 : 1;
     Ring ring;
     for (int square = first; square < p.squares; square += step) {
@@ -614,7 +700,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       const Corner corner(p, first + (p.squares - 1 - first) / step * step, place);
 #pragma unroll 1
       for (int part = warp % kWarps; part < kParts; part += kWarps) {
-        FinishPart<T, kKind, kTanh>(
+        FinishPart<T, kTask, kTanh, kDirect>(
             p, maps, PartPlace(half, corner.m + group * kHalfRows, corner.n, part), nullptr);
       }
       if (Lane() == 0) WaitForBoxes();
@@ -682,9 +768,9 @@ cudaError_t Clusters(Kernel kernel, std::atomic<int>& known, int* clusters) {
   return cudaSuccess;
 }
 
-template <typename T, Kind kKind, bool kTanh>
+template <typename T, Task kTask, bool kTanh, bool kDirect>
 cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
-  const auto kernel = GeluProductKernel<T, kKind, kTanh>;
+  const auto kernel = GeluProductKernel<T, kTask, kTanh, kDirect>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(kSharedBytes));
   if (error != cudaSuccess) return error;
@@ -700,11 +786,17 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <Kind kKind>
+template <Task kTask>
 cudaError_t Launch(DType dtype, bool tanh, const Maps& maps, const Problem& problem,
                    cudaStream_t stream) {
-  return DispatchHalf(dtype, tanh, [&](auto tag, auto choice) {
-    return Launch<typename decltype(tag)::type, kKind, choice.value>(maps, problem, stream);
+  // GELU's form is in the slopes.
+  const bool choose = kTask != Task::kBySlope && tanh;
+  return DispatchHalf(dtype, choose, [&](auto tag, auto choice) {
+    constexpr bool kTanh = kTask != Task::kBySlope && choice.value;
+    using T = typename decltype(tag)::type;
+    return std::string_view(getenv("LAMINA_WIDE")) == "2"
+               ? Launch<T, kTask, kTanh, true>(maps, problem, stream)
+               : Launch<T, kTask, kTanh, false>(maps, problem, stream);
   });
 }
 
@@ -715,42 +807,45 @@ cudaError_t LaunchGeluProductWide(const GeluProductParams& p, cudaStream_t strea
   cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.out, p.y, p.dtype, p.m, p.n, kPartRows);
-  maps.kept = maps.out;
-  if (error == cudaSuccess && p.pre != nullptr) {
-    error = MakeTensorMap(&maps.kept, p.pre, p.dtype, p.m, p.n, kPartRows);
+  maps.kept = maps.again = maps.out;
+  const void* kept = p.slope != nullptr ? p.slope : p.pre;
+  if (error == cudaSuccess && kept != nullptr) {
+    error = MakeTensorMap(&maps.kept, kept, p.dtype, p.m, p.n, kPartRows);
   }
   if (error != cudaSuccess) return error;
   Problem problem{};
   problem.bias = p.bias;
-  problem.keep = p.pre != nullptr;
+  problem.out = p.y;
+  problem.kept = const_cast<void*>(kept);
+  problem.keep_pre = p.pre != nullptr;
   problem.skip = getenv("LAMINA_SKIP") != nullptr;
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
-  if (getenv("LAMINA_SLOPE") != nullptr) {
-    return Launch<Kind::kForwardWithSlope>(p.dtype, p.tanh, maps, problem, stream);
-  }
-  return Launch<Kind::kForward>(p.dtype, p.tanh, maps, problem, stream);
+  return p.slope != nullptr ? Launch<Task::kSlope>(p.dtype, p.tanh, maps, problem, stream)
+                            : Launch<Task::kGelu>(p.dtype, p.tanh, maps, problem, stream);
 }
 
 cudaError_t LaunchGeluProductBackwardWide(const GeluProductBackwardParams& p, cudaStream_t stream) {
+  const bool by_slope = p.slope != nullptr;
+  const void* kept = by_slope ? p.slope : p.pre;
+  const void* again = by_slope ? p.dx : p.y_again;
   Maps maps;
   cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, kDepth);
-  if (error == cudaSuccess) error = MakeTensorMap(&maps.kept, p.pre, p.dtype, p.m, p.n, kHalfRows);
+  if (error == cudaSuccess) error = MakeTensorMap(&maps.kept, kept, p.dtype, p.m, p.n, kHalfRows);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.out, p.dx, p.dtype, p.m, p.n, kHalfRows);
+  if (error == cudaSuccess) error = MakeTensorMap(&maps.again, again, p.dtype, p.m, p.n, kPartRows);
   if (error != cudaSuccess) return error;
   Problem problem{};
+  problem.out = p.dx;
+  problem.again = p.y_again;
   problem.partials = p.dbias != nullptr ? p.workspace : nullptr;
-  problem.skip = getenv("LAMINA_SKIP") != nullptr;
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
-  if (getenv("LAMINA_SLOPE") != nullptr) {
-    error = Launch<Kind::kBackwardFromSlope>(p.dtype, p.tanh, maps, problem, stream);
-  } else {
-    error = Launch<Kind::kBackward>(p.dtype, p.tanh, maps, problem, stream);
-  }
+  error = by_slope ? Launch<Task::kBySlope>(p.dtype, p.tanh, maps, problem, stream)
+                   : Launch<Task::kByPre>(p.dtype, p.tanh, maps, problem, stream);
   if (error != cudaSuccess || p.dbias == nullptr) return error;
   FinishColumnSumArgs finish;
   finish.partials = p.workspace;
