@@ -632,7 +632,9 @@ bool UseGeluProduct(const GeluProductBackwardParams& p) {
 }
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
-  if (getenv("LAMINA_WIDE") != nullptr) return LaunchGeluProductWide(p, stream);
+  if (const char* wide = getenv("LAMINA_WIDE")) {
+    return *wide == '3' ? LaunchGeluProductDeep(p, stream) : LaunchGeluProductWide(p, stream);
+  }
   Maps maps;
   cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart);
@@ -654,7 +656,10 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaStream_t stream) {
-  if (getenv("LAMINA_WIDE") != nullptr) return LaunchGeluProductBackwardWide(p, stream);
+  if (const char* wide = getenv("LAMINA_WIDE")) {
+    return *wide == '3' ? LaunchGeluProductBackwardDeep(p, stream)
+                        : LaunchGeluProductBackwardWide(p, stream);
+  }
   const bool by_slope = p.slope != nullptr;
   const void* kept = by_slope ? p.slope : p.pre;
   const void* again = by_slope ? p.dx : p.y_again;

@@ -53,6 +53,10 @@ struct GeluProductBackwardParams {
                                                 cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchGeluProductBackwardWide(const GeluProductBackwardParams& params,
                                                         cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchGeluProductDeep(const GeluProductParams& params,
+                                                cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchGeluProductBackwardDeep(const GeluProductBackwardParams& params,
+                                                        cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchGeluProduct(const GeluProductParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& params,
                                                     cudaStream_t stream);

@@ -44,6 +44,10 @@ namespace {
 
 // What is made of a product. Between forward and backward GELU's derivative is kept, or what GELU
 // saw.
+#ifndef LAMINA_FORWARD
+#define LAMINA_FORWARD LaunchGeluProductWide
+#define LAMINA_BACKWARD LaunchGeluProductBackwardWide
+#endif
 enum class Task {
   kGelu,     // pre, if it is kept, and y = gelu(pre)
   kSlope,    // slope = gelu'(pre), and y
@@ -54,9 +58,14 @@ constexpr bool IsBackward(Task task) { return task == Task::kBySlope || task == 
 
 constexpr int kRows = kGeluProductRows;  // of a tile
 constexpr int kCols = 256;
-constexpr int kDepth = 64;  // of a stage along k: 128 bytes
-constexpr int kStages = 3;
-constexpr int kRowBlocks = 2;  // of a cluster: along rows, and along columns
+#ifndef LAMINA_DEPTH
+#define LAMINA_DEPTH 64
+#endif
+constexpr int kDepth = LAMINA_DEPTH;  // of a stage along k
+constexpr int kStages = 192 / kDepth;
+constexpr int kRowBytes = kDepth * 2;
+constexpr int kColumnBytes = kDepth * 128;  // of 64 columns of a right operand that has them
+constexpr int kRowBlocks = 2;               // of a cluster: along rows, and along columns
 constexpr int kColBlocks = 1;
 constexpr int kCluster = kRowBlocks * kColBlocks;
 // The roles of warps: the first two warpgroups multiply, then there are finishers and the producer.
@@ -171,12 +180,12 @@ __device__ __forceinline__ void Produce(const Maps& maps, const Problem& p, Shar
       WaitForPhase(&shared.empty[ring.stage], ring.parity ^ 1);
       ArriveAndExpect(full, kStageBytes);
       unsigned char* left = shared.stages[ring.stage];
-      StartBox(&maps.left, k, m, left + place.col * kLeftPart * 128, full, same_rows);
-      unsigned char* right = left + kLeftBytes + place.row * kRightPart * 128;
+      StartBox(&maps.left, k, m, left + place.col * kLeftPart * kRowBytes, full, same_rows);
+      unsigned char* right = left + kLeftBytes + place.row * kRightPart * kRowBytes;
       if constexpr (kTransposed) {
 #pragma unroll
         for (int col = 0; col < kRightPart; col += 64) {
-          StartBox(&maps.right, n + col, k, right + col / 64 * kSwizzledBytes, full, same_cols);
+          StartBox(&maps.right, n + col, k, right + col / 64 * kColumnBytes, full, same_cols);
         }
       } else {
         StartBox(&maps.right, k, n, right, full, same_cols);
@@ -199,6 +208,13 @@ __device__ __forceinline__ void Release(Shared& shared, int stage, Place place) 
 // A fragment of the result: rows [16 w, 16 w + 16) of warp w, columns 8 j and on in acc[j].
 using Fragment = float[kBoxes * 8][4];
 
+// A tile with rows along k.
+__device__ __forceinline__ uint64_t DescribeRows(const void* tile) {
+  if constexpr (kDepth == 64) return DescribeTile(tile);
+  return (uint64_t{2} << 62) | (uint64_t{512 >> 4} << 32) | (uint64_t{1} << 16) |
+         ((SharedAddress(tile) & 0x3FFFFu) >> 4);
+}
+
 // acc = this multiplier's rows of the tile. Calls meanwhile() when the last products are under way.
 template <typename T, bool kTransposed, typename Meanwhile>
 __device__ __forceinline__ void Multiply(const Problem& p, Shared& shared, Ring& ring, int half,
@@ -209,8 +225,8 @@ __device__ __forceinline__ void Multiply(const Problem& p, Shared& shared, Ring&
     WaitForPhase(&shared.full[ring.stage], ring.parity);
     const unsigned char* left = shared.stages[ring.stage];
     const unsigned char* right = left + kLeftBytes;
-    const uint64_t a = DescribeTile(left + half * kSwizzledBytes);
-    const uint64_t b = kTransposed ? DescribeTile(right, kSwizzledBytes) : DescribeTile(right);
+    const uint64_t a = DescribeRows(left + half * kHalfRows * kRowBytes);
+    const uint64_t b = kTransposed ? DescribeTile(right, kColumnBytes) : DescribeRows(right);
     BeginProducts();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
@@ -732,19 +748,19 @@ PFN_cuTensorMapEncodeTiled_v12000 TensorMapEncoder() {
 
 // Boxes of 64 columns (128 bytes) and `box_rows` rows of a [rows, cols] matrix.
 cudaError_t MakeTensorMap(CUtensorMap* map, const void* data, DType dtype, int64_t rows,
-                          int64_t cols, uint32_t box_rows) {
+                          int64_t cols, uint32_t box_rows, uint32_t box_cols = 64) {
   const auto encode = TensorMapEncoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(cols) * 2};
-  const cuuint32_t box[2] = {kDepth, box_rows};
+  const cuuint32_t box[2] = {box_cols, box_rows};
   const cuuint32_t one[2] = {1, 1};
   const CUresult result = encode(
       map,
       dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
       const_cast<void*>(data), size, stride, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      box_cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -794,18 +810,22 @@ cudaError_t Launch(DType dtype, bool tanh, const Maps& maps, const Problem& prob
   return DispatchHalf(dtype, choose, [&](auto tag, auto choice) {
     constexpr bool kTanh = kTask != Task::kBySlope && choice.value;
     using T = typename decltype(tag)::type;
-    return std::string_view(getenv("LAMINA_WIDE")) == "2"
-               ? Launch<T, kTask, kTanh, true>(maps, problem, stream)
-               : Launch<T, kTask, kTanh, false>(maps, problem, stream);
+    if constexpr (kDepth == 64) {
+      if (std::string_view(getenv("LAMINA_WIDE")) == "1") {
+        return Launch<T, kTask, kTanh, false>(maps, problem, stream);
+      }
+    }
+    return Launch<T, kTask, kTanh, true>(maps, problem, stream);
   });
 }
 
 }  // namespace
 
-cudaError_t LaunchGeluProductWide(const GeluProductParams& p, cudaStream_t stream) {
+cudaError_t LAMINA_FORWARD(const GeluProductParams& p, cudaStream_t stream) {
   Maps maps;
-  cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart);
-  if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart);
+  cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart, kDepth);
+  if (error == cudaSuccess)
+    error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart, kDepth);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.out, p.y, p.dtype, p.m, p.n, kPartRows);
   maps.kept = maps.again = maps.out;
   const void* kept = p.slope != nullptr ? p.slope : p.pre;
@@ -826,12 +846,12 @@ cudaError_t LaunchGeluProductWide(const GeluProductParams& p, cudaStream_t strea
                             : Launch<Task::kGelu>(p.dtype, p.tanh, maps, problem, stream);
 }
 
-cudaError_t LaunchGeluProductBackwardWide(const GeluProductBackwardParams& p, cudaStream_t stream) {
+cudaError_t LAMINA_BACKWARD(const GeluProductBackwardParams& p, cudaStream_t stream) {
   const bool by_slope = p.slope != nullptr;
   const void* kept = by_slope ? p.slope : p.pre;
   const void* again = by_slope ? p.dx : p.y_again;
   Maps maps;
-  cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart);
+  cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart, kDepth);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, kDepth);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.kept, kept, p.dtype, p.m, p.n, kHalfRows);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.out, p.dx, p.dtype, p.m, p.n, kHalfRows);
