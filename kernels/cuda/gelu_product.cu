@@ -84,6 +84,7 @@ struct Problem {
   float* partials;   // backward: fp32 [row tiles, n]; null: none
   int m, n, k;
   int row_squares, squares;  // a cluster's at once: along rows, and all
+  int group_rows, group_squares;
 };
 
 // Of a product's operands, and of what an epilogue reads or writes, act [m, n] each.
@@ -116,9 +117,14 @@ struct Place {
 // The first row and column of this block's tile in a square of the result.
 struct Corner {
   int m, n;
-  __device__ Corner(const Problem& p, int square, Place place)
-      : m((square % p.row_squares * kRowBlocks + place.row) * kTile),
-        n((square / p.row_squares * kColBlocks + place.col) * kTile) {}
+  __device__ Corner(const Problem& p, int square, Place place) {
+    const int group = square / p.group_squares;
+    const int in_group = square - group * p.group_squares;
+    const int rows = min(p.group_rows, p.row_squares - group * p.group_rows);
+    const int col = in_group / rows;
+    m = ((group * p.group_rows + in_group - col * rows) * kRowBlocks + place.row) * kTile;
+    n = (col * kColBlocks + place.col) * kTile;
+  }
 };
 
 // The right operand's rows go along n, or with kTransposed along k.
@@ -593,6 +599,9 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   const auto squares = [](int size, int side) { return (size + side - 1) / side; };
   problem.row_squares = squares(problem.m, kRowBlocks * kTile);
   problem.squares = problem.row_squares * squares(problem.n, kColBlocks * kTile);
+  const char* value = getenv("LAMINA_GROUP");
+  problem.group_rows = std::min(problem.row_squares, value != nullptr ? 2 * atoi(value) : 10000);
+  problem.group_squares = problem.group_rows * squares(problem.n, kColBlocks * kTile);
   const int used = std::min(clusters, problem.squares);
   kernel<<<static_cast<unsigned>(used * kCluster), kThreads, kSharedBytes, stream>>>(maps, problem);
   return cudaGetLastError();
@@ -632,7 +641,7 @@ bool UseGeluProduct(const GeluProductBackwardParams& p) {
 }
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
-  if (const char* wide = getenv("LAMINA_WIDE")) {
+  if (const char* wide = getenv("LAMINA_WIDE"); wide != nullptr && *wide != '0') {
     return *wide == '3' ? LaunchGeluProductDeep(p, stream) : LaunchGeluProductWide(p, stream);
   }
   Maps maps;
@@ -656,7 +665,7 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaStream_t stream) {
-  if (const char* wide = getenv("LAMINA_WIDE")) {
+  if (const char* wide = getenv("LAMINA_WIDE"); wide != nullptr && *wide != '0') {
     return *wide == '3' ? LaunchGeluProductBackwardDeep(p, stream)
                         : LaunchGeluProductBackwardWide(p, stream);
   }

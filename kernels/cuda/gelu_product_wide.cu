@@ -108,13 +108,15 @@ constexpr size_t kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024);
 
 struct Problem {
-  const void* bias;          // forward: act [n]
-  bool keep_pre;             // kGelu
-  bool skip;                 // trial: without GELU's arithmetic
+  const void* bias;  // forward: act [n]
+  bool keep_pre;     // kGelu
+  int skip;          // trial: 1 no arithmetic, 2 no finishing, 3 no handing over
+  bool stream;
   void *kept, *out, *again;  // act [m, n] each, as Maps has them
   float* partials;           // backward: fp32 [row tiles, n]; null: none
   int m, n, k;
-  int row_squares, squares;  // a cluster's at once: along rows, and all
+  int row_squares, squares;       // a cluster's at once: along rows, and all
+  int group_rows, group_squares;  // of a group: squares along rows, and all
 };
 
 // Of a product's operands, and of what is read or written besides, act [m, n] each.
@@ -142,12 +144,19 @@ struct Place {
   __device__ explicit Place(int rank) : row(rank % kRowBlocks), col(rank / kRowBlocks) {}
 };
 
-// The first row and column of this block's tile in a square of the result.
+// The first row and column of this block's tile in a square of the result. Squares are numbered by
+// groups of rows, down the columns of a group: those that are worked on at once then lie in a
+// block that is about as high as wide, and their operands stay in the L2 cache.
 struct Corner {
   int m, n;
-  __device__ Corner(const Problem& p, int square, Place place)
-      : m((square % p.row_squares * kRowBlocks + place.row) * kRows),
-        n((square / p.row_squares * kColBlocks + place.col) * kCols) {}
+  __device__ Corner(const Problem& p, int square, Place place) {
+    const int group = square / p.group_squares;
+    const int in_group = square - group * p.group_squares;
+    const int rows = min(p.group_rows, p.row_squares - group * p.group_rows);
+    const int col = in_group / rows;
+    m = ((group * p.group_rows + in_group - col * rows) * kRowBlocks + place.row) * kRows;
+    n = (col * kColBlocks + place.col) * kCols;
+  }
 };
 
 __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % 32; }
@@ -408,8 +417,14 @@ __device__ __forceinline__ void StoreRows(void* dst, const Problem& p, const Par
 #pragma unroll
   for (int i = 0; i < Part::kWords / 4; ++i) {
     if (row + 4 * i < p.m) {
-      *reinterpret_cast<uint4*>(at + int64_t{4} * i * p.n) = make_uint4(
-          part.words[4 * i], part.words[4 * i + 1], part.words[4 * i + 2], part.words[4 * i + 3]);
+      auto* to = reinterpret_cast<uint4*>(at + int64_t{4} * i * p.n);
+      const uint4 value = make_uint4(part.words[4 * i], part.words[4 * i + 1],
+                                     part.words[4 * i + 2], part.words[4 * i + 3]);
+      if (p.stream) {
+        __stcs(to, value);
+      } else {
+        *to = value;
+      }
     }
   }
 }
@@ -482,7 +497,7 @@ __device__ __forceinline__ void FinishForward(const Problem& p, const Maps& maps
     for (int half = 0; half < kMultipliers; ++half) {
       WaitForPhase(&shared.given[half], parity);
 #pragma unroll 1
-      for (int part = finisher; part < kParts; part += kFinishers) {
+      for (int part = finisher; part < kParts && p.skip < 2; part += kFinishers) {
         FinishPart<T, kTask, kTanh, kDirect>(
             p, maps, PartPlace(shared.halves[half], corner.m + half * kHalfRows, corner.n, part),
             shared.second[finisher]);
@@ -690,7 +705,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       Fragment acc;
       if constexpr (kBackward) {
         Multiply<T, kBackward>(p, shared, ring, group, acc, [&] { WaitForPhase(ready, parity); });
-        GiveTimesSlopes<T>(acc, words);
+        if (p.skip < 3) GiveTimesSlopes<T>(acc, words);
       } else {
         const int col = corner.n + thread * 2;
         const uint32_t pair =
@@ -703,7 +718,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
           shared.bias[group][thread] = UnpackPair<T>(pair);
           WarpgroupBarrier();
         });
-        GiveSums<T>(acc, shared.bias[group], words);
+        if (p.skip < 3) GiveSums<T>(acc, shared.bias[group], words);
       }
       parity ^= 1;
       ShareWithEngines();
@@ -715,7 +730,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       WarpgroupBarrier();
       const Corner corner(p, first + (p.squares - 1 - first) / step * step, place);
 #pragma unroll 1
-      for (int part = warp % kWarps; part < kParts; part += kWarps) {
+      for (int part = warp % kWarps; part < kParts && p.skip < 2; part += kWarps) {
         FinishPart<T, kTask, kTanh, kDirect>(
             p, maps, PartPlace(half, corner.m + group * kHalfRows, corner.n, part), nullptr);
       }
@@ -764,6 +779,11 @@ cudaError_t MakeTensorMap(CUtensorMap* map, const void* data, DType dtype, int64
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+int Knob(const char* name, int otherwise) {
+  const char* value = getenv(name);
+  return value != nullptr ? atoi(value) : otherwise;
+}
+
 // Clusters that run at once, which may leave some multiprocessors out. Asked for once: it takes
 // longer than a launch. On another device of the kind it may be off by a few, which costs a little
 // time there.
@@ -797,6 +817,8 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   const auto squares = [](int size, int side) { return (size + side - 1) / side; };
   problem.row_squares = squares(problem.m, kRowBlocks * kRows);
   problem.squares = problem.row_squares * squares(problem.n, kColBlocks * kCols);
+  problem.group_rows = std::min(problem.row_squares, Knob("LAMINA_GROUP", 8));
+  problem.group_squares = problem.group_rows * squares(problem.n, kColBlocks * kCols);
   const int used = std::min(clusters, problem.squares);
   kernel<<<static_cast<unsigned>(used * kCluster), kThreads, kSharedBytes, stream>>>(maps, problem);
   return cudaGetLastError();
@@ -836,9 +858,10 @@ cudaError_t LAMINA_FORWARD(const GeluProductParams& p, cudaStream_t stream) {
   Problem problem{};
   problem.bias = p.bias;
   problem.out = p.y;
+  problem.stream = Knob("LAMINA_STREAM", 0) != 0;
   problem.kept = const_cast<void*>(kept);
   problem.keep_pre = p.pre != nullptr;
-  problem.skip = getenv("LAMINA_SKIP") != nullptr;
+  problem.skip = Knob("LAMINA_SKIP", 0);
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
@@ -859,6 +882,8 @@ cudaError_t LAMINA_BACKWARD(const GeluProductBackwardParams& p, cudaStream_t str
   if (error != cudaSuccess) return error;
   Problem problem{};
   problem.out = p.dx;
+  problem.stream = Knob("LAMINA_STREAM", 0) != 0;
+  problem.skip = Knob("LAMINA_SKIP", 0);
   problem.again = p.y_again;
   problem.partials = p.dbias != nullptr ? p.workspace : nullptr;
   problem.m = static_cast<int>(p.m);
