@@ -100,6 +100,7 @@ struct Shared {
   unsigned char second[kFinishers][kPartBytes];  // results of a part, each finisher's own
   float2 bias[kMultipliers][kCols / 2];          // forward, each multiplier's own
   uint64_t full[kStages], empty[kStages];
+  uint64_t ahead;                 // multiplier 0 is ahead by as much as it is to be
   uint64_t loaded[kMultipliers];  // backward: the copy engine has brought what a half needs
   uint64_t ready[kMultipliers];   // a half may be written, and backward has the slopes
   uint64_t given[kMultipliers];   // and is written
@@ -116,6 +117,7 @@ struct Problem {
   float* partials;           // backward: fp32 [row tiles, n]; null: none
   int m, n, k;
   int row_squares, squares;       // a cluster's at once: along rows, and all
+  int skew;                       // trial: along k, that multiplier 0 is ahead of 1; -1: not at all
   int group_rows, group_squares;  // of a group: squares along rows, and all
 };
 
@@ -227,7 +229,7 @@ __device__ __forceinline__ uint64_t DescribeRows(const void* tile) {
 // acc = this multiplier's rows of the tile. Calls meanwhile() when the last products are under way.
 template <typename T, bool kTransposed, typename Meanwhile>
 __device__ __forceinline__ void Multiply(const Problem& p, Shared& shared, Ring& ring, int half,
-                                         Fragment& acc, const Meanwhile& meanwhile) {
+                                         Fragment& acc, bool first, const Meanwhile& meanwhile) {
   const Place place(static_cast<int>(ClusterRank()));
   int previous = -1;
   for (int k0 = 0; k0 < p.k; k0 += kDepth) {
@@ -247,6 +249,7 @@ __device__ __forceinline__ void Multiply(const Problem& p, Shared& shared, Ring&
         CommitProducts();
         WaitForProducts<1>();
         if (previous >= 0) Release(shared, previous, place);
+        if (first && half == 0 && k0 == p.skew && Lane() == 0) Arrive(&shared.ahead);
       }
     }
     CommitProducts();
@@ -665,6 +668,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       StartBarrier(&shared.ready[i], kFinishers);
       StartBarrier(&shared.given[i], kWarps);
     }
+    StartBarrier(&shared.ahead, kWarps);
     PublishBarriers();
     PrefetchTensorMap(&maps.left);
     PrefetchTensorMap(&maps.right);
@@ -700,11 +704,13 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     uint64_t* ready = kTask == Task::kBySlope ? &shared.loaded[group] : &shared.ready[group];
     uint32_t parity = kBackward ? 0 : 1;
     Ring ring;
+    if (group == 1) WaitForPhase(&shared.ahead, p.skew < 0 ? 1 : 0);
     for (int square = first; square < p.squares; square += step) {
       const Corner corner(p, square, place);
       Fragment acc;
       if constexpr (kBackward) {
-        Multiply<T, kBackward>(p, shared, ring, group, acc, [&] { WaitForPhase(ready, parity); });
+        Multiply<T, kBackward>(p, shared, ring, group, acc, square == first,
+                               [&] { WaitForPhase(ready, parity); });
         if (p.skip < 3) GiveTimesSlopes<T>(acc, words);
       } else {
         const int col = corner.n + thread * 2;
@@ -712,7 +718,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
             col < p.n
                 ? *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.bias) + col)
                 : 0;
-        Multiply<T, kBackward>(p, shared, ring, group, acc, [&] {
+        Multiply<T, kBackward>(p, shared, ring, group, acc, square == first, [&] {
           // Then the bias of the tile before has been read by all, too.
           WaitForPhase(ready, parity);
           shared.bias[group][thread] = UnpackPair<T>(pair);
@@ -817,6 +823,8 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   const auto squares = [](int size, int side) { return (size + side - 1) / side; };
   problem.row_squares = squares(problem.m, kRowBlocks * kRows);
   problem.squares = problem.row_squares * squares(problem.n, kColBlocks * kCols);
+  const int skew = std::min(Knob("LAMINA_SKEW", 0), kStages - 1) * kDepth;
+  problem.skew = skew > 0 && skew < problem.k ? skew : -1;
   problem.group_rows = std::min(problem.row_squares, Knob("LAMINA_GROUP", 8));
   problem.group_squares = problem.group_rows * squares(problem.n, kColBlocks * kCols);
   const int used = std::min(clusters, problem.squares);
