@@ -403,6 +403,7 @@ absl::Status Backend::LinearInputGrad(const Workspace& ws, const LinearInputGrad
   check.ActOut("dx", args.dx, {&t, &k});
   if (args.apply_gelu) {
     check.GeluIs(args.gelu);
+    if (args.accumulate) check.Fail("accumulate is set; it must not be with apply_gelu");
     CheckGeluInputs(check,
                     {.pre_name = "pre",
                      .without_pre = "where pre is absent",

@@ -293,6 +293,7 @@ TEST(Checks, LinearInputGrad) {
           {"dx overlaps dy", [](A& a) { a.dx.data = a.dy.data; }},
           {"dx overlaps w", [](A& a) { a.dx.data = a.w.data; }},
           {"gelu is 3", [](A& a) { a.gelu = static_cast<GeluKind>(3); }},
+          {"accumulate is set; it must not be with apply_gelu", [](A& a) { a.accumulate = true; }},
           {"slope is absent, and so is pre; one of them is required here",
            [](A& a) { a.pre = {}; }},
           {"pre is present; it must be absent where slope is present",
@@ -349,6 +350,7 @@ TEST(Checks, LinearInputGrad) {
                        a.pre = a.y_again = {};
                        a.dbias = {};
                        a.apply_gelu = false;
+                       a.accumulate = true;
                      }});
 }
 

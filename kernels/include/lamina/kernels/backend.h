@@ -94,15 +94,16 @@ struct LinearArgs {
   TensorView pre;    // act [T, N]: receives it itself, of which y can be made again
 };
 
-// dx = dy w;  with apply_gelu dx = (dy w) * slope, and dbias += column sums of dx: the gradients of
-// the pre-activation and of its bias.
+// dx = dy w, or with accumulate dx + dy w, rounded once;  with apply_gelu dx = (dy w) * slope, and
+// dbias += column sums of dx: the gradients of the pre-activation and of its bias.
 //
 // With pre in the place of slope: slope is gelu'(pre), rounded to act, so that dx has the same
 // bits; and y_again is gelu(pre), with the bits of Linear's y.
 struct LinearInputGradArgs {
-  TensorView dy;  // act [T, N]
-  TensorView w;   // act [N, K]
-  TensorView dx;  // act [T, K], overwritten
+  TensorView dy;            // act [T, N]
+  TensorView w;             // act [N, K]
+  TensorView dx;            // act [T, K], overwritten, or with accumulate added to
+  bool accumulate = false;  // not with apply_gelu
   bool apply_gelu = false;
   GeluKind gelu = GeluKind::kErf;
   TensorView slope;    // act [T, K], with apply_gelu alone: Linear's; absent: pre is there instead
@@ -193,6 +194,8 @@ struct DropoutAddNormArgs {
 // With ds = d(LayerNorm)/d(sum) . dy + dsum:
 //   dresidual = ds;  dx = mask * scale * ds;  dbias += column sums of dx;  dgamma, dbeta
 //   accumulated.
+// Where dresidual is wanted, dx and dbias are of ds as act has it: the same op of dresidual alone,
+// as dsum, has their bits.
 struct DropoutAddNormBackwardArgs {
   TensorView dy;  // act [T, H]: gradient of the norm's output; absent where Forward had no norm
   TensorView
