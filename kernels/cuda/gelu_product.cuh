@@ -49,14 +49,6 @@ struct GeluProductBackwardParams {
 [[nodiscard]] bool UseGeluProduct(const GeluProductBackwardParams& params);
 
 // Only where that is so, but for k.
-[[nodiscard]] cudaError_t LaunchGeluProductWide(const GeluProductParams& params,
-                                                cudaStream_t stream);
-[[nodiscard]] cudaError_t LaunchGeluProductBackwardWide(const GeluProductBackwardParams& params,
-                                                        cudaStream_t stream);
-[[nodiscard]] cudaError_t LaunchGeluProductDeep(const GeluProductParams& params,
-                                                cudaStream_t stream);
-[[nodiscard]] cudaError_t LaunchGeluProductBackwardDeep(const GeluProductBackwardParams& params,
-                                                        cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchGeluProduct(const GeluProductParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& params,
                                                     cudaStream_t stream);
