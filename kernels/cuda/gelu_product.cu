@@ -362,7 +362,7 @@ class Epilogue<T, kTask, kTanh, true> {
     constexpr bool kByPre = kTask == Task::kByPre;
     const CUtensorMap* map = kByPre ? &maps_.again : &maps_.out;
     // Some tiles at a time: the compiler can't know that another's words are not these.
-    constexpr int kTiles = 4;
+    constexpr int kTiles = kByPre ? 2 : 4;
 #pragma unroll
     for (int first = 0; first < 16; first += kTiles) {
       uint32_t words[kTiles][2][2];
