@@ -702,8 +702,7 @@ cudaError_t Launch(DType dtype, bool tanh, const Maps& maps, const Problem& prob
   });
 }
 
-constexpr int64_t kDeepestForward = 1280;
-constexpr int64_t kDeepestBackward = 2304;
+constexpr int64_t kDeepest = 2304;
 
 bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kMost = int64_t{1} << 30;
@@ -714,12 +713,12 @@ bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {
 }  // namespace
 
 bool UseGeluProduct(const GeluProductParams& p) {
-  return p.k <= kDeepestForward && Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
+  return p.k <= kDeepest && Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
          Aligned16(p.x, p.w, p.bias, p.pre, p.slope, p.y);
 }
 
 bool UseGeluProduct(const GeluProductBackwardParams& p) {
-  return p.k <= kDeepestBackward && Fits(p.dtype, p.m, p.n, p.k) &&
+  return p.k <= kDeepest && Fits(p.dtype, p.m, p.n, p.k) &&
          Aligned16(p.dy, p.w, p.slope, p.pre, p.y_again, p.dx);
 }
 
