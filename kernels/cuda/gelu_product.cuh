@@ -41,10 +41,9 @@ struct GeluProductBackwardParams {
 };
 
 // Whether to do it so; otherwise a product and a pass over its result do it. There is a kernel for
-// 16-bit operands that the copy engine can read. Its product is slower than cuBLAS's, which costs
-// more than the pass once k is large: forward at (8192, 4096, 1024) 132 us against 142, at (8192,
-// 8192, 2048) 502 against 450; backward 155 against 166, 509 against 517, and at (4096, 16384,
-// 4096) 940 against 840 (H100, bf16; docs/performance.md).
+// 16-bit operands that the copy engine can read. cuBLAS's product gains on it as k grows, up to
+// where that is more than the pass: at (8192, 8192, 2048) it takes 466 us forward with slopes,
+// where cuBLAS and a pass take 487, and 416 backward by slopes (H100, bf16; docs/performance.md).
 [[nodiscard]] bool UseGeluProduct(const GeluProductParams& params);
 [[nodiscard]] bool UseGeluProduct(const GeluProductBackwardParams& params);
 
