@@ -9,6 +9,8 @@
 #include "attention_wgmma_tiles.cuh"
 #include "common/dispatch.cuh"
 
+#include <cstdlib>
+
 namespace lamina::cuda {
 namespace {
 
@@ -161,6 +163,11 @@ cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttentionWgmma(const AttentionParams& p, cudaStream_t stream) {
+  static const int which = [] {
+    const char* value = std::getenv("LAMINA_TRY");
+    return value == nullptr ? 0 : std::atoi(value);
+  }();
+  if (which > 0) return LaunchAttentionWgmmaTry(p, which, stream);
   return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
     return Forward<typename decltype(tag)::type, dropout.value>(p, stream);
   });
