@@ -5,11 +5,11 @@
 // memory, which all threads fill and each warpgroup empties at its own pace: while one computes
 // exponentials, the other's products run. The products of a tile with V are waited for when those
 // of the next tile with Q have been started.
+#include <cstdlib>
+
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
 #include "common/dispatch.cuh"
-
-#include <cstdlib>
 
 namespace lamina::cuda {
 namespace {

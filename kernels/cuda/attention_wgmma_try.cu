@@ -29,16 +29,15 @@ struct ForwardShared {
   uint64_t full[kStages], empty[kStages];
 };
 
-// Drops from a tile's probabilities, as Take leaves them, what is not kept of softmax rows `row` and
-// `row` + 8 and the tile of keys `tile`.
+// Drops from a tile's probabilities, as Take leaves them, what is not kept of softmax rows `row`
+// and `row` + 8 and the tile of keys `tile`.
 template <typename T>
 __device__ __forceinline__ void DropTile(const DropoutParams& dropout, const RngState& rng,
                                          int64_t row, int tile, uint32_t (&probs)[4][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const Philox4 bytes =
-        DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row + 8 * half),
-                     static_cast<uint32_t>(tile) * 4u + (threadIdx.x & 3u));
+    const Philox4 bytes = DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row + 8 * half),
+                                       static_cast<uint32_t>(tile) * 4u + (threadIdx.x & 3u));
     const KeepLimits limits(bytes, dropout.threshold);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -63,8 +62,8 @@ __device__ __forceinline__ void RepeatScores(float (&s)[8][4], const uint32_t (&
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t b[4];
-      LoadMatrices(b, bytes + Swizzled(8 * n + (lane & 7) + (lane >> 4) * 8,
-                                       2 * k + ((lane >> 3) & 1)));
+      LoadMatrices(
+          b, bytes + Swizzled(8 * n + (lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
       MultiplyAdd<T>(s[n], q[k], b[0], b[1]);
       MultiplyAdd<T>(s[n + 1], q[k], b[2], b[3]);
     }
@@ -290,8 +289,8 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaTryKernel(const Att
 
 template <typename T, bool kDropout, Draw kDraw, bool kTurns, bool kOptimistic>
 cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
-  return LaunchRows<kRows>(AttentionWgmmaTryKernel<T, kDropout, kDraw, kTurns, kOptimistic>, kThreads,
-                           sizeof(ForwardShared<T>), p, stream);
+  return LaunchRows<kRows>(AttentionWgmmaTryKernel<T, kDropout, kDraw, kTurns, kOptimistic>,
+                           kThreads, sizeof(ForwardShared<T>), p, stream);
 }
 
 }  // namespace
