@@ -63,18 +63,18 @@ struct TilePart {
   static constexpr int kStep = kThreads / 8;  // rows from one chunk of a thread to its next
   static_assert(kStep == 32 || (kStep % 8 == 0 && kOrder == TileOrder::kPlain),
                 "rows a step apart lie a step apart");
-  int row, offset;
+  int row, chunk, offset;
   bool inside;  // of the head's columns
 
-  __device__ __forceinline__ explicit TilePart(int head_dim) {
-    const int c = static_cast<int>(threadIdx.x) & 7;
-    row = static_cast<int>(threadIdx.x) >> 3;
-    offset = Swizzled(kOrder == TileOrder::kKeys ? Reordered(row) : row, c);
-    inside = c * 8 < head_dim;
-  }
+  __device__ __forceinline__ explicit TilePart(int head_dim,
+                                               int thread = static_cast<int>(threadIdx.x))
+      : row(thread >> 3),
+        chunk(thread & 7),
+        offset(Swizzled(kOrder == TileOrder::kKeys ? Reordered(row) : row, chunk)),
+        inside(chunk * 8 < head_dim) {}
   // From a tile's first element to this thread's.
   __device__ __forceinline__ int64_t Source(int64_t stride) const {
-    return row * stride + (static_cast<int>(threadIdx.x) & 7) * 8;
+    return row * stride + chunk * 8;
   }
   // `src`: this thread's first element; the tile has `rows` rows.
   template <typename T>
