@@ -75,10 +75,19 @@ __device__ __forceinline__ void RepeatScores(float (&s)[8][4], const uint32_t (&
 // What is tried: how dropout is drawn, and whether the warpgroups take turns.
 enum class Draw { kBits, kBitsFirst, kPairs };
 
-template <typename T, bool kDropout, Draw kDraw, bool kTurns, bool kOptimistic>
+template <typename T, bool kDropout, Draw kDraw, bool kTurns, bool kOptimistic, bool kLag = false>
 __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaTryKernel(const AttentionParams p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<ForwardShared<T>*>(shared_bytes);
+  if (kLag) {
+    // The second of a multiprocessor's first two blocks: one computes while the other loads.
+    const auto mps = static_cast<unsigned>(p.multiprocessors);
+    if (blockIdx.x >= mps && blockIdx.x < 2 * mps && gridDim.x >= 6 * mps) {
+      const int64_t begin = clock64();
+      while (clock64() - begin < 4000) {
+      }
+    }
+  }
   const Head h = HeadOfBlock<kRows, BlockRows::kQueries>(p);
   if (h.first >= h.length) return;
   const int head_dim = static_cast<int>(p.head_dim);
@@ -289,9 +298,9 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaTryKernel(const Att
             factor);
 }
 
-template <typename T, bool kDropout, Draw kDraw, bool kTurns, bool kOptimistic>
+template <typename T, bool kDropout, Draw kDraw, bool kTurns, bool kOptimistic, bool kLag = false>
 cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
-  return LaunchRows<kRows>(AttentionWgmmaTryKernel<T, kDropout, kDraw, kTurns, kOptimistic>,
+  return LaunchRows<kRows>(AttentionWgmmaTryKernel<T, kDropout, kDraw, kTurns, kOptimistic, kLag>,
                            kThreads, sizeof(ForwardShared<T>), p, stream);
 }
 
@@ -484,6 +493,8 @@ cudaError_t LaunchAttentionWgmmaTry(const AttentionParams& p, int which, cudaStr
       case 6:
         if (p.seq <= kRows) return HeadForward<T, kDropout>(p, stream);
         return Forward<T, kDropout, Draw::kPairs, false, true>(p, stream);
+      case 7:
+        return Forward<T, kDropout, Draw::kPairs, false, false, true>(p, stream);
       default:
         return cudaErrorInvalidValue;
     }
