@@ -4,9 +4,8 @@
 // A block is two warpgroups of 64 queries each. Their keys pass through a ring of tiles in shared
 // memory, which all threads fill and each warpgroup empties at its own pace: while one computes
 // exponentials, the other's products run. The products of a tile with V are waited for when those
-// of the next tile with Q have been started.
-#include <cstdlib>
-
+// of the next tile with Q have been started, and between the two a warp draws what dropout leaves
+// of the tile: by then the products with Q are done, and it has waited for nothing.
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_tiles.cuh"
 #include "common/dispatch.cuh"
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
   __syncthreads();
 
   float o[8][4] = {};
-  uint32_t probs[4][4] = {};  // of the tile before
+  uint32_t probs[4][4];  // of the tile before
   float reference[2] = {-INFINITY, -INFINITY};
   float row_sum[2] = {0.0f, 0.0f};
   RunningSoftmax softmax{reference, row_sum};
@@ -96,55 +95,87 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
   // Of this warpgroup: what a causal block's first queries do not see is left out.
   const int keys = p.causal ? min(h.keys, group_query + kTile) : h.keys;
   const int group_tiles = (keys + kTile - 1) / kTile;
-  for (int tile = 0; tile < group_tiles; ++tile) {
+  const Turns turns(group);
+
+  const auto step = [&](int tile, auto first) {
     const int key0 = tile * kTile;
     auto& stage = shared.stages[tile % kStages];
     WaitForPhase(&shared.full[tile % kStages], (tile / kStages) & 1);
     ShareWithEngines();
     float s[8][4];
+    turns.Begin();
     BeginProducts();
     MultiplyRowsOfTile<T>(s, q, DescribeTile(&stage.k));
     CommitProducts();
-    // Before the first tile the probabilities are zeros.
-    MultiplyTile<T>(o, probs, DescribeTile(&shared.stages[max(tile - 1, 0) % kStages].v));
-    CommitProducts();
-    if (tile + kAhead < tiles) {
-      const int next = tile + kAhead;
-      WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
-      start(next);
+    const auto start_next = [&] {
+      if (tile + kAhead < tiles) {
+        const int next = tile + kAhead;
+        WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
+        start(next);
+      }
+    };
+    const auto multiply_values = [&] {
+      MultiplyTile<T>(o, probs, DescribeTile(&shared.stages[(tile - 1) % kStages].v));
+      CommitProducts();
+    };
+    if constexpr (!first && kDropout) {
+      turns.End();
+      // Copies come first as without a branch in between ptxas draws before the products.
+      start_next();
+      DropTile<T>(p.dropout, rng, h.row + query, tile - 1, probs);
+      BeginProducts();
+      multiply_values();
+    } else {
+      if constexpr (!first) multiply_values();
+      turns.End();
+      start_next();
     }
-    // Drawn while the products run.
-    KeptPairs kept{};
-    if (kDropout) kept = DrawPairs(p.dropout, rng, h.row + query, tile);
-    WaitForProducts<1>();
+    WaitForProducts<first ? 0 : 1>();
     PinProduct(s);
 
     const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
     const bool plain = p.mask == nullptr && p.scale > 0.0f && key0 + kTile <= h.keys && !cut;
-    if (!plain) {
-      MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[tile % kStages] : nullptr,
-                 h.keys - key0, cut, query - key0);
-    }
     float factor[2];
-    const bool above = softmax.Exponentials(s, plain, p.scale, scale_log2, factor);
-    WaitForProducts<0>();
-    PinProduct(o);
-    if (tile > 0 && lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
-    if (__any_sync(0xFFFFFFFFu, above)) {
+    const bool above = softmax.Take<first>(
+        s, plain, p.scale, scale_log2, factor,
+        [&] {
+          MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[tile % kStages] : nullptr,
+                     h.keys - key0, cut, query - key0);
+        },
+        [&] {
+          SetZero(s);
+          AddRowsOfTile(s, q, stage.k);
+        });
+    if constexpr (!first) {
+      WaitForProducts<0>();
+      PinProduct(o);
+      if (lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
+      if (__any_sync(0xFFFFFFFFu, above)) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
+        for (int n = 0; n < 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
+          for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
+        }
       }
     }
-    softmax.Take<T, kDropout>(s, kept, probs);
-  }
+    PackTile<T>(s, probs);
+  };
   if (group_tiles > 0) {
+    step(0, std::true_type{});
+#pragma unroll 1
+    for (int tile = 1; tile < group_tiles; ++tile) step(tile, std::false_type{});
+    if constexpr (kDropout) {
+      DropTile<T>(p.dropout, rng, h.row + query, group_tiles - 1, probs);
+    }
     BeginProducts();
     MultiplyTile<T>(o, probs, DescribeTile(&shared.stages[(group_tiles - 1) % kStages].v));
     CommitProducts();
     WaitForProducts<0>();
     PinProduct(o);
+  }
+  for (int tile = group_tiles; tile < tiles; ++tile) {
+    turns.Begin();
+    turns.End();
   }
 
   float factor[2];
@@ -163,11 +194,6 @@ cudaError_t Forward(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchAttentionWgmma(const AttentionParams& p, cudaStream_t stream) {
-  static const int which = [] {
-    const char* value = std::getenv("LAMINA_TRY");
-    return value == nullptr ? 0 : std::atoi(value);
-  }();
-  if (which > 0) return LaunchAttentionWgmmaTry(p, which, stream);
   return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
     return Forward<typename decltype(tag)::type, dropout.value>(p, stream);
   });

@@ -12,9 +12,6 @@ namespace lamina::cuda {
 constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would have nothing to do
 
 [[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
-// What is being tried.
-[[nodiscard]] cudaError_t LaunchAttentionWgmmaTry(const AttentionParams& params, int which,
-                                                  cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaWide(const AttentionParams& params,
                                                    cudaStream_t stream);
 // Fills params.delta itself, and adds to params.dbias where there is params.sums.
