@@ -544,20 +544,15 @@ struct RunningSoftmax {
 // its own of the time between products. Left to themselves they start theirs together and then
 // wait for each other. The barriers' numbers are literal, as the block takes all of them otherwise.
 struct Turns {
-  int group;
-
-  // The second one's turn is ended before the first one's begins.
-  __device__ __forceinline__ explicit Turns(int group) : group(group) {
-    if (group == 1) End();
-  }
-  __device__ __forceinline__ void Begin() const {
+  // The second one's turn is to be ended before the first one's begins.
+  static __device__ __forceinline__ void Begin(int group) {
     if (group == 0) {
       asm volatile("bar.sync 1, %0;" ::"n"(2 * kWarpgroup) : "memory");
     } else {
       asm volatile("bar.sync 2, %0;" ::"n"(2 * kWarpgroup) : "memory");
     }
   }
-  __device__ __forceinline__ void End() const {
+  static __device__ __forceinline__ void End(int group) {
     if (group == 0) {
       asm volatile("bar.arrive 2, %0;" ::"n"(2 * kWarpgroup) : "memory");
     } else {

@@ -58,7 +58,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
   RngState rng{};
   if (kDropout) rng = UniformState(p.dropout.rng);
   RingPlace<kSlots> place;
-  const Turns turns(group);
+  if (group == 1) Turns::End(group);
 
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kQueries>(p);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
       shared.ring.WaitFull(place);
       auto& slot = shared.slots[place.slot];
       float s[8][4];
-      turns.Begin();
+      Turns::Begin(group);
       BeginProducts();
       MultiplyRowsOfHeadTile<T>(s, q, DescribeTile(&slot[0]));
       CommitProducts();
@@ -96,7 +96,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
         MultiplyTile<T>(o, probs, DescribeColumns(shared.slots[before][1]));
         CommitProducts();
       }
-      turns.End();
+      Turns::End(group);
       KeptPairs kept{};
       if (kDropout) {
         kept = DrawPairs(p.dropout, rng, h.row + query, tile);
@@ -147,8 +147,8 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
     }
     for (int tile = group_tiles; tile < tiles; ++tile) {
       shared.ring.WaitFull(place);
-      turns.Begin();
-      turns.End();
+      Turns::Begin(group);
+      Turns::End(group);
       shared.ring.Release(place.slot);
       place.Advance();
     }
