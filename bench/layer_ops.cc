@@ -28,6 +28,7 @@ class Cases {
     for (const auto& p : products) Linear(p.name, p.n, p.k);
     for (const auto& p : products) LinearInputGrad(p.name, p.n, p.k);
     for (const auto& p : products) LinearWeightGrad(p.name, p.n, p.k);
+    GeluCheckpoint();
     Gelu();
     GeluBackward();
     LayerNorm();
@@ -67,11 +68,11 @@ class Cases {
   }
 
   void Linear(const std::string& part, int64_t n, int64_t k) {
-    // fc1 has its bias and GELU in the product, and keeps what GELU saw; qkv has its bias; the
+    // fc1 has its bias and GELU in the product, and keeps GELU's derivative; qkv has its bias; the
     // others' biases are DropoutAddNorm's.
     const bool gelu = part == "fc1", bias = gelu || part == "qkv";
     Add(absl::StrCat("Linear ", part,
-                     gelu   ? ", bias, GELU, pre"
+                     gelu   ? ", bias, GELU, slope"
                      : bias ? ", bias"
                             : ""),
         {1, 1},
@@ -82,7 +83,7 @@ class Cases {
                        .bias = bias ? o.Read(act_, {n}) : TensorView{},
                        .y = o.Write(act_, {t_, n}),
                        .apply_gelu = gelu,
-                       .pre = gelu ? o.Write(act_, {t_, n}) : TensorView{}});
+                       .slope = gelu ? o.Write(act_, {t_, n}) : TensorView{}});
         })
         .flops = ProductFlops(t_, n, k);
   }
@@ -98,7 +99,7 @@ class Cases {
   void AddLinearInputGrad(const std::string& part, int64_t n, int64_t k, bool gelu, bool accumulate,
                           Calls calls) {
     OpCase& c =
-        Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", GELU, dbias" : "",
+        Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", slope, dbias" : "",
                          accumulate ? ", onto dx" : ""),
             calls, [=, *this](Operands& o) {
               return Call(o, &Backend::LinearInputGrad,
@@ -107,7 +108,7 @@ class Cases {
                            .dx = accumulate ? o.Update(act_, {t_, k}) : o.Write(act_, {t_, k}),
                            .accumulate = accumulate,
                            .apply_gelu = gelu,
-                           .pre = gelu ? o.Read(act_, {t_, k}) : TensorView{},
+                           .slope = gelu ? o.Read(act_, {t_, k}) : TensorView{},
                            .dbias = gelu ? o.Update(kF32, {k}) : TensorView{}});
             });
     c.flops = ProductFlops(t_, n, k);
@@ -124,19 +125,49 @@ class Cases {
     c.sums_tokens = true;
   }
 
+  void GeluCheckpoint() {
+    // gelu_checkpoint keeps what GELU saw, and makes its output again in fc2's input gradient.
+    Add("Linear fc1, bias, GELU, pre", {}, [*this](Operands& o) {
+      return Call(o, &Backend::Linear,
+                  {.x = o.Read(act_, {t_, h_}),
+                   .w = o.Read(act_, {i_, h_}),
+                   .bias = o.Read(act_, {i_}),
+                   .y = o.Write(act_, {t_, i_}),
+                   .apply_gelu = true,
+                   .pre = o.Write(act_, {t_, i_})});
+    }).flops = ProductFlops(t_, i_, h_);
+    OpCase& c = Add("LinearInputGrad fc2, pre, y again, dbias", {}, [*this](Operands& o) {
+      // Apart, not in place: another call's operands must not be a result of this one's.
+      return Call(o, &Backend::LinearInputGrad,
+                  {.dy = o.Read(act_, {t_, h_}),
+                   .w = o.Read(act_, {h_, i_}),
+                   .dx = o.Write(act_, {t_, i_}),
+                   .apply_gelu = true,
+                   .pre = o.Read(act_, {t_, i_}),
+                   .y_again = o.Write(act_, {t_, i_}),
+                   .dbias = o.Update(kF32, {i_})});
+    });
+    c.flops = ProductFlops(t_, h_, i_);
+    c.sums_tokens = true;
+  }
+
   void Gelu() {
-    // Only with gelu_checkpoint, to compute again what was not kept.
-    Add("Gelu", {}, [*this](Operands& o) {
-      return Call(o, &Backend::Gelu, {.x = o.Read(act_, {t_, i_}), .y = o.Write(act_, {t_, i_})});
+    // What Linear's GELU is where a backend has no such product.
+    Add("Gelu, slope", {}, [*this](Operands& o) {
+      return Call(o, &Backend::Gelu,
+                  {.x = o.Read(act_, {t_, i_}),
+                   .y = o.Write(act_, {t_, i_}),
+                   .slope = o.Write(act_, {t_, i_})});
     });
   }
 
   void GeluBackward() {
-    // What LinearInputGrad's GELU is where a backend has no such product.
-    Add("GeluBackward, in place, dbias", {}, [*this](Operands& o) {
+    // And LinearInputGrad's.
+    Add("GeluBackward, slope, in place, dbias", {}, [*this](Operands& o) {
       const TensorView dy = o.Update(act_, {t_, i_});
-      return Call(o, &Backend::GeluBackward,
-                  {.x = o.Read(act_, {t_, i_}), .dy = dy, .dx = dy, .dbias = o.Update(kF32, {i_})});
+      return Call(
+          o, &Backend::GeluBackward,
+          {.slope = o.Read(act_, {t_, i_}), .dy = dy, .dx = dy, .dbias = o.Update(kF32, {i_})});
     }).sums_tokens = true;
   }
 

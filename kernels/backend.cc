@@ -297,6 +297,27 @@ void CheckNormInputs(ArgsCheck& check, const NormInputs& norm, Extent& tokens, E
   check.F32("rstd", norm.rstd, {&tokens});
 }
 
+// Of GELU's gradient one of its two sources: the slopes; or what GELU saw, `pre_name`, and then its
+// output is made again.
+struct GeluInputs {
+  const char *pre_name, *without_pre;
+  const TensorView &slope, &pre, &y_again;
+};
+
+void CheckGeluInputs(ArgsCheck& check, const GeluInputs& gelu, Extent& rows, Extent& cols) {
+  if (gelu.slope) {
+    check.Act("slope", gelu.slope, {&rows, &cols});
+    check.Absent(gelu.pre_name, gelu.pre, "where slope is present");
+    check.Absent("y_again", gelu.y_again, gelu.without_pre);
+  } else if (!gelu.pre) {
+    check.Fail("slope is absent, and so is ", gelu.pre_name, "; one of them is required here");
+  } else {
+    check.Act(gelu.pre_name, gelu.pre, {&rows, &cols});
+    check.ActOut("y_again", gelu.y_again, {&rows, &cols});
+    check.MayBe(gelu.y_again, gelu.pre);
+  }
+}
+
 // What an Adam-like step's scalars must be.
 template <typename Args>
 void CheckAdamSettings(ArgsCheck& check, const Args& args) {
@@ -363,8 +384,11 @@ absl::Status Backend::Linear(const Workspace& ws, const LinearArgs& args) {
   check.ActOut("y", args.y, {&t, &n});
   if (args.apply_gelu) {
     check.GeluIs(args.gelu);
+    if (args.slope) check.ActOut("slope", args.slope, {&t, &n});
+    if (args.slope) check.Absent("pre", args.pre, "where slope is present");
     if (args.pre) check.ActOut("pre", args.pre, {&t, &n});
   } else {
+    check.Absent("slope", args.slope, "without apply_gelu");
     check.Absent("pre", args.pre, "without apply_gelu");
   }
   const absl::Status status = check.Done();
@@ -380,10 +404,18 @@ absl::Status Backend::LinearInputGrad(const Workspace& ws, const LinearInputGrad
   if (args.apply_gelu) {
     check.GeluIs(args.gelu);
     if (args.accumulate) check.Fail("accumulate is set; it must not be with apply_gelu");
-    check.Act("pre", args.pre, {&t, &k});
+    CheckGeluInputs(check,
+                    {.pre_name = "pre",
+                     .without_pre = "where pre is absent",
+                     .slope = args.slope,
+                     .pre = args.pre,
+                     .y_again = args.y_again},
+                    t, k);
     if (args.dbias) check.F32Out("dbias", args.dbias, {&k});
   } else {
+    check.Absent("slope", args.slope, "without apply_gelu");
     check.Absent("pre", args.pre, "without apply_gelu");
+    check.Absent("y_again", args.y_again, "without apply_gelu");
     check.Absent("dbias", args.dbias, "without apply_gelu");
   }
   const absl::Status status = check.Done();
@@ -406,6 +438,8 @@ absl::Status Backend::Gelu(const Workspace& ws, const GeluArgs& args) {
   check.Act("x", args.x, {&t, &i});
   check.ActOut("y", args.y, {&t, &i});
   check.MayBe(args.y, args.x);
+  if (args.slope) check.ActOut("slope", args.slope, {&t, &i});
+  check.MayBe(args.slope, args.x);
   check.GeluIs(args.gelu);
   const absl::Status status = check.Done();
   return status.ok() ? DoGelu(ws, args) : status;
@@ -414,7 +448,13 @@ absl::Status Backend::Gelu(const Workspace& ws, const GeluArgs& args) {
 absl::Status Backend::GeluBackward(const Workspace& ws, const GeluBackwardArgs& args) {
   ArgsCheck check("GeluBackward", ws);
   Extent t{"T"}, i{"I"};
-  check.Act("x", args.x, {&t, &i});
+  CheckGeluInputs(check,
+                  {.pre_name = "x",
+                   .without_pre = "where x is absent",
+                   .slope = args.slope,
+                   .pre = args.x,
+                   .y_again = args.y_again},
+                  t, i);
   check.Act("dy", args.dy, {&t, &i});
   check.ActOut("dx", args.dx, {&t, &i});
   check.MayBe(args.dx, args.dy);

@@ -127,8 +127,14 @@ class CpuBackend final : public Backend {
   absl::Status DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& a) override {
     absl::Status status = cpu::LinearInputGrad(context_, ws, a);
     if (!status.ok() || !a.apply_gelu) return status;
-    return cpu::GeluBackward(
-        context_, ws, {.x = a.pre, .dy = a.dx, .dx = a.dx, .dbias = a.dbias, .gelu = a.gelu});
+    return cpu::GeluBackward(context_, ws,
+                             {.slope = a.slope,
+                              .x = a.pre,
+                              .y_again = a.y_again,
+                              .dy = a.dx,
+                              .dx = a.dx,
+                              .dbias = a.dbias,
+                              .gelu = a.gelu});
   }
   absl::Status DoLinearWeightGrad(const Workspace& ws, const LinearWeightGradArgs& a) override {
     return cpu::LinearWeightGrad(context_, ws, a);

@@ -11,6 +11,7 @@ size_t GeluWorkspaceBytes(const LayerDims& dims) {
 absl::Status Gelu(const Context& context, const GeluArgs& args) {
   const int64_t t = args.x.shape[0], n = args.x.shape[1];
   const BiasGeluRows rows{.x = args.x.data,
+                          .slope = args.slope.data,
                           .y = args.y.data,
                           .n = n,
                           .tanh = args.gelu == GeluKind::kTanh,
@@ -23,16 +24,18 @@ absl::Status Gelu(const Context& context, const GeluArgs& args) {
 
 absl::Status GeluBackward(const Context& context, const Workspace& ws,
                           const GeluBackwardArgs& args) {
-  const RowChunks chunks(args.x.shape[0]);
-  const int64_t n = args.x.shape[1], stride = Padded(n);
-  const ActKernels& kernels = context.kernels.of(args.x.dtype);
+  const RowChunks chunks(args.dy.shape[0]);
+  const int64_t n = args.dy.shape[1], stride = Padded(n);
+  const ActKernels& kernels = context.kernels.of(args.dy.dtype);
   if (args.dbias) {
     const absl::Status enough = NeedWorkspace(
         "GeluBackward", ws, static_cast<size_t>(chunks.count() * stride) * sizeof(float));
     if (!enough.ok()) return enough;
   }
   float* partials = args.dbias ? Floats(ws) : nullptr;
-  const GeluBackwardRows rows{.x = args.x.data,
+  const GeluBackwardRows rows{.slope = args.slope.data,
+                              .x = args.x.data,
+                              .y_again = args.y_again.data,
                               .dy = args.dy.data,
                               .dx = args.dx.data,
                               .n = n,

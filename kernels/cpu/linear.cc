@@ -47,7 +47,8 @@ absl::Status Linear(const Context& context, const Workspace& ws, const LinearArg
   const bool native = Native(context, act);
 
   if (native && (act == DType::kF32 || !args.apply_gelu)) {
-    void* product = args.pre ? args.pre.data : args.y.data;
+    const TensorView& kept = args.pre ? args.pre : args.slope;
+    void* product = kept ? kept.data : args.y.data;
     const absl::Status status = context.products.Multiply({.m = t,
                                                            .n = n,
                                                            .k = k,
@@ -59,14 +60,18 @@ absl::Status Linear(const Context& context, const Workspace& ws, const LinearArg
                                                            .bias = args.bias.data,
                                                            .c = product});
     if (!status.ok() || !args.apply_gelu) return status;
-    const BiasGeluRows rows{
-        .x = product, .y = args.y.data, .n = n, .tanh = args.gelu == GeluKind::kTanh, .gelu = true};
+    const BiasGeluRows rows{.x = product,
+                            .slope = args.slope.data,
+                            .y = args.y.data,
+                            .n = n,
+                            .tanh = args.gelu == GeluKind::kTanh,
+                            .gelu = true};
     ParallelRanges(context.threads, t, RowGrain(n),
                    [&](int, int64_t b, int64_t e) { kernels.bias_gelu(rows, b, e); });
     return absl::OkStatus();
   }
 
-  // The product in fp32, block by block; GELU sees it before it is rounded.
+  // The product in fp32, block by block; in evaluation GELU sees it before it is rounded.
   const int64_t block = std::min(t, kBlockRows);
   const int64_t converted = native ? 0 : n * k + block * k;
   const absl::Status enough = NeedWorkspace("Linear", ws, FloatBytes(converted + block * n));
@@ -90,6 +95,7 @@ absl::Status Linear(const Context& context, const Workspace& ws, const LinearArg
     const BiasGeluRows epilogue{.x = product,
                                 .bias = args.bias.data,
                                 .pre = RowAt(args.pre, row),
+                                .slope = RowAt(args.slope, row),
                                 .y = RowAt(args.y, row),
                                 .n = n,
                                 .tanh = args.gelu == GeluKind::kTanh,

@@ -437,6 +437,7 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
     p.w = args.w.data;
     p.bias = args.bias.data;
     p.pre = args.pre.data;
+    p.slope = args.slope.data;
     p.y = args.y.data;
     p.m = RowsOf(args.x);
     p.n = args.w.shape[0];
@@ -447,7 +448,8 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
       return Check(cuda::LaunchGeluProduct(p, stream_), "Linear with gelu");
     }
   }
-  const TensorView& product = args.apply_gelu && args.pre ? args.pre : args.y;
+  const TensorView& kept = args.pre ? args.pre : args.slope;
+  const TensorView& product = kept ? kept : args.y;
   absl::Status status = products_->Run(ProductArgs{.kind = ProductKind::kForward,
                                                    .m = RowsOf(args.x),
                                                    .n = args.w.shape[0],
@@ -463,6 +465,7 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
   cuda::GeluParams gelu;
   gelu.x = product.data;
   gelu.y = args.y.data;
+  gelu.slope = args.slope.data;
   gelu.elements = args.y.elements();
   gelu.tanh = args.gelu == GeluKind::kTanh;
   gelu.dtype = args.y.dtype;
@@ -475,7 +478,9 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
     cuda::GeluProductBackwardParams p;
     p.dy = args.dy.data;
     p.w = args.w.data;
+    p.slope = args.slope.data;
     p.pre = args.pre.data;
+    p.y_again = args.y_again.data;
     p.dx = args.dx.data;
     p.dbias = args.dbias.as<float>();
     p.m = RowsOf(args.dy);
@@ -503,8 +508,13 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
                                                    .workspace = ws},
                                        stream_);
   if (!status.ok() || !args.apply_gelu) return status;
-  return DoGeluBackward(
-      ws, {.x = args.pre, .dy = args.dx, .dx = args.dx, .dbias = args.dbias, .gelu = args.gelu});
+  return DoGeluBackward(ws, {.slope = args.slope,
+                             .x = args.pre,
+                             .y_again = args.y_again,
+                             .dy = args.dx,
+                             .dx = args.dx,
+                             .dbias = args.dbias,
+                             .gelu = args.gelu});
 }
 
 absl::Status CudaBackend::DoLinearWeightGrad(const Workspace& ws,
@@ -529,6 +539,7 @@ absl::Status CudaBackend::DoGelu(const Workspace& /*ws*/, const GeluArgs& args) 
   cuda::GeluParams p;
   p.x = args.x.data;
   p.y = args.y.data;
+  p.slope = args.slope.data;
   p.elements = args.x.elements();
   p.tanh = args.gelu == GeluKind::kTanh;
   p.dtype = args.x.dtype;
@@ -537,21 +548,23 @@ absl::Status CudaBackend::DoGelu(const Workspace& /*ws*/, const GeluArgs& args) 
 
 absl::Status CudaBackend::DoGeluBackward(const Workspace& ws, const GeluBackwardArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
-  const int64_t cols = ColsOf(args.x);
+  const int64_t cols = ColsOf(args.dy);
   if (args.dbias) {
     absl::Status status =
         NeedWorkspace(ws, static_cast<size_t>(cols) * sizeof(float), "GeluBackward");
     if (!status.ok()) return status;
   }
   cuda::GeluBackwardParams p;
+  p.slope = args.slope.data;
   p.x = args.x.data;
+  p.y_again = args.y_again.data;
   p.dy = args.dy.data;
   p.dx = args.dx.data;
   p.dbias = args.dbias.as<float>();
-  p.rows = RowsOf(args.x);
+  p.rows = RowsOf(args.dy);
   p.cols = cols;
   p.tanh = args.gelu == GeluKind::kTanh;
-  p.dtype = args.x.dtype;
+  p.dtype = args.dy.dtype;
   p.workspace = ws.data;
   p.workspace_bytes = ws.bytes;
   p.unordered = ws.unordered;

@@ -10,22 +10,26 @@
 
 namespace lamina::cuda {
 
-// y = gelu(x)
+// y = gelu(x), slope = gelu'(x)
 struct GeluParams {
   const void* x = nullptr;  // act [elements]
   void* y = nullptr;        // act [elements]; may be x
+  void* slope = nullptr;    // act [elements]; may be x; null: not wanted
   int64_t elements = 0;
   bool tanh = false;
   DType dtype = DType::kF32;
 };
 [[nodiscard]] cudaError_t LaunchGelu(const GeluParams& params, cudaStream_t stream);
 
-// dx = dy * gelu'(x);  dbias += column sums of dx
+// dx = dy * slope;  dbias += column sums of dx. With x in slope's place: slope = gelu'(x), rounded
+// to act;  y_again = gelu(x)
 struct GeluBackwardParams {
-  const void* x = nullptr;   // act [rows, cols]
-  const void* dy = nullptr;  // act [rows, cols]
-  void* dx = nullptr;        // act [rows, cols]; may be dy
-  float* dbias = nullptr;    // fp32 [cols], accumulated; null: none
+  const void* slope = nullptr;  // act [rows, cols]; null: x and y_again are there
+  const void* x = nullptr;      // act [rows, cols]; null: slope is there
+  void* y_again = nullptr;      // act [rows, cols], with x; may be x
+  const void* dy = nullptr;     // act [rows, cols]
+  void* dx = nullptr;           // act [rows, cols]; may be dy
+  float* dbias = nullptr;       // fp32 [cols], accumulated; null: none
   int64_t rows = 0, cols = 0;
   bool tanh = false;
   DType dtype = DType::kF32;

@@ -67,9 +67,19 @@ struct Shared {
 };
 constexpr size_t kSharedBytes = sizeof(Shared);
 
+// What an epilogue makes of a product. Between forward and backward GELU's derivative is kept, or
+// what GELU saw.
+enum class Task {
+  kGelu,     // pre, if it is kept, and y = gelu(pre)
+  kSlope,    // slope = gelu'(pre), and y
+  kBySlope,  // dx = product * slope
+  kByPre,    // dx = product * gelu'(pre), and y again
+};
+constexpr bool IsBackward(Task task) { return task == Task::kBySlope || task == Task::kByPre; }
+
 struct Problem {
   const void* bias;  // forward: act [n]
-  bool keep_pre;     // forward
+  bool keep_pre;     // kGelu
   float* partials;   // backward: fp32 [row tiles, n]; null: none
   int m, n, k;
   int row_squares, squares;  // a cluster's at once: along rows, and all
@@ -78,8 +88,9 @@ struct Problem {
 // Of a product's operands, and of what an epilogue reads or writes, act [m, n] each.
 struct Maps {
   CUtensorMap left, right;
-  CUtensorMap pre;  // forward: written if keep_pre; backward: read
-  CUtensorMap out;
+  CUtensorMap kept;   // slope or pre: forward writes it, backward reads it
+  CUtensorMap out;    // y or dx
+  CUtensorMap again;  // kByPre: y; its tiles may be kept's
 };
 
 // Where a warpgroup is in the ring.
@@ -227,14 +238,17 @@ class Buffer {
   int offset_[8];
 };
 
+// A consumer's words of half of a tile, [column tile][half][e] as Buffer::Word has them.
+using Words = uint32_t[8][2][2];
+
 // What a consumer does with a tile's product: Begin before it, to have what is read on its way, and
-// Finish after it.
-template <typename T, bool kBackward, bool kTanh>
+// Finish after it, which may overwrite it.
+template <typename T, Task kTask, bool kTanh, bool kBackward = IsBackward(kTask)>
 class Epilogue;
 
 // y = gelu(product + bias)
-template <typename T, bool kTanh>
-class Epilogue<T, false, kTanh> {
+template <typename T, Task kTask, bool kTanh>
+class Epilogue<T, kTask, kTanh, false> {
  public:
   __device__ __forceinline__ Epilogue(const Problem& p, const Maps& maps, Shared& shared, int group)
       : p_(p), maps_(maps), bias_(shared.bias[group]), buffer_(shared.boxes[group]) {}
@@ -245,10 +259,11 @@ class Epilogue<T, false, kTanh> {
   }
 
   __device__ __forceinline__ void Finish(Corner corner, const float (&acc)[2][16][4]) {
-    // Half of the columns after the other: box 0 has what GELU sees, box 1 what it gives.
+    // Half of the columns after the other: box 0 has what is kept, box 1 what GELU gives.
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      uint32_t words[8][2][2];
+      const int col = corner.n + side * 64;
+      Words words;
       buffer_.template Reuse<1>();  // box 0; and a barrier for the bias
 #pragma unroll
       for (int tile = 0; tile < 8; ++tile) {
@@ -261,31 +276,49 @@ class Epilogue<T, false, kTanh> {
           words[tile][half][1] = PackPair<T>(d[2] + b.x, d[3] + b.y);
         }
       }
-      if (p_.keep_pre) {
-        Write(0, words);
-        buffer_.Store(0, &maps_.pre, corner.n + side * 64, corner.m);
-      }
+      const bool keep = kTask == Task::kSlope || p_.keep_pre;
+      if constexpr (kTask == Task::kSlope) {
+        Words slopes;
 #pragma unroll
-      for (int tile = 0; tile < 8; ++tile) {
+        for (int tile = 0; tile < 8; ++tile) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t& word = words[tile][i / 2][i % 2];
-          const float2 v = UnpackPair<T>(word);
-          word = PackPair<T>(Gelu<Fast, kTanh>(v.x), Gelu<Fast, kTanh>(v.y));
+          for (int i = 0; i < 4; ++i) {
+            uint32_t& word = words[tile][i / 2][i % 2];
+            const float2 v = UnpackPair<T>(word);
+            const GeluPoint low = GeluAt<Fast, kTanh>(v.x), high = GeluAt<Fast, kTanh>(v.y);
+            slopes[tile][i / 2][i % 2] = PackPair<T>(low.slope, high.slope);
+            word = PackPair<T>(low.value, high.value);
+          }
+        }
+        Write(0, slopes);
+        buffer_.Store(0, &maps_.kept, col, corner.m);
+      } else {
+        if (keep) {
+          Write(0, words);
+          buffer_.Store(0, &maps_.kept, col, corner.m);
+        }
+#pragma unroll
+        for (int tile = 0; tile < 8; ++tile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            uint32_t& word = words[tile][i / 2][i % 2];
+            const float2 v = UnpackPair<T>(word);
+            word = PackPair<T>(Gelu<Fast, kTanh>(v.x), Gelu<Fast, kTanh>(v.y));
+          }
         }
       }
-      if (p_.keep_pre) {
+      if (keep) {
         buffer_.template Reuse<1>();
       } else {
         buffer_.template Reuse<0>();
       }
       Write(1, words);
-      buffer_.Store(1, &maps_.out, corner.n + side * 64, corner.m);
+      buffer_.Store(1, &maps_.out, col, corner.m);
     }
   }
 
  private:
-  __device__ __forceinline__ void Write(int box, const uint32_t (&words)[8][2][2]) const {
+  __device__ __forceinline__ void Write(int box, const Words& words) const {
 #pragma unroll
     for (int tile = 0; tile < 8; ++tile) {
 #pragma unroll
@@ -299,9 +332,9 @@ class Epilogue<T, false, kTanh> {
   const Buffer buffer_;
 };
 
-// dx = product * gelu'(pre), and its column sums
-template <typename T, bool kTanh>
-class Epilogue<T, true, kTanh> {
+// dx = product * slope, and its column sums
+template <typename T, Task kTask, bool kTanh>
+class Epilogue<T, kTask, kTanh, true> {
  public:
   __device__ __forceinline__ Epilogue(const Problem& p, const Maps& maps, Shared& shared, int group)
       : p_(p),
@@ -316,14 +349,18 @@ class Epilogue<T, true, kTanh> {
     WaitForBoxesRead<0>();
     ArriveAndExpect(full_, kBoxes * kBoxBytes);
     for (int box = 0; box < kBoxes; ++box) {
-      StartBox(&maps_.pre, corner.n + box * 64, corner.m, boxes_[box], full_);
+      StartBox(&maps_.kept, corner.n + box * 64, corner.m, boxes_[box], full_);
     }
   }
 
-  __device__ __forceinline__ void Finish(Corner corner, const float (&acc)[2][16][4]) {
+  __device__ __forceinline__ void Finish(Corner corner, float (&acc)[2][16][4]) {
     WaitForPhase(full_, parity_);
     parity_ ^= 1;
     float sums[32] = {};  // columns 8 j + 2 t + e of the tile: sums[2 j + e]
+    // A box's words give way to its share of dx. kByPre has y to write too: that takes their place
+    // first, dx the product's in the registers, and the box when y has left it.
+    constexpr bool kByPre = kTask == Task::kByPre;
+    const CUtensorMap* map = kByPre ? &maps_.again : &maps_.out;
     // Some tiles at a time: the compiler can't know that another's words are not these.
     constexpr int kTiles = 4;
 #pragma unroll
@@ -339,14 +376,22 @@ class Epilogue<T, true, kTanh> {
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int half = i / 2, e = i % 2;
-          const auto& d = acc[half][first + tile];
-          const float2 v = UnpackPair<T>(words[tile][half][e]);
-          const float low = d[2 * e] * GeluDerivative<Fast, kTanh>(v.x);
-          const float high = d[2 * e + 1] * GeluDerivative<Fast, kTanh>(v.y);
+          uint32_t& word = words[tile][i / 2][i % 2];
+          float& low = acc[i / 2][first + tile][i % 2 * 2];
+          float& high = acc[i / 2][first + tile][i % 2 * 2 + 1];
+          uint32_t slopes = word;
+          if constexpr (kByPre) {
+            const float2 v = UnpackPair<T>(word);
+            const GeluPoint a = GeluAt<Fast, kTanh>(v.x), b = GeluAt<Fast, kTanh>(v.y);
+            slopes = PackPair<T>(a.slope, b.slope);  // as kSlope would have kept them
+            word = PackPair<T>(a.value, b.value);
+          }
+          const float2 slope = UnpackPair<T>(slopes);
+          low *= slope.x;
+          high *= slope.y;
           sums[(first + tile) * 2] += low;
           sums[(first + tile) * 2 + 1] += high;
-          words[tile][half][e] = PackPair<T>(low, high);
+          if constexpr (!kByPre) word = PackPair<T>(low, high);
         }
       }
 #pragma unroll
@@ -356,7 +401,22 @@ class Epilogue<T, true, kTanh> {
           buffer_.Word(first / 8, first % 8 + tile, i / 2, i % 2) = words[tile][i / 2][i % 2];
       }
       if ((first + kTiles) % 8 == 0) {
-        buffer_.Store(first / 8, &maps_.out, corner.n + first / 8 * 64, corner.m);
+        buffer_.Store(first / 8, map, corner.n + first / 8 * 64, corner.m);
+      }
+    }
+    if constexpr (kByPre) {
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        buffer_.template Reuse<1>();  // all but the other box's last store
+#pragma unroll
+        for (int tile = 0; tile < 8; ++tile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* dx = &acc[i / 2][box * 8 + tile][i % 2 * 2];
+            buffer_.Word(box, tile, i / 2, i % 2) = PackPair<T>(dx[0], dx[1]);
+          }
+        }
+        buffer_.Store(box, &maps_.out, corner.n + box * 64, corner.m);
       }
     }
     if (p_.partials != nullptr) Sum(corner, sums);
@@ -404,7 +464,7 @@ class Epilogue<T, true, kTanh> {
   uint32_t parity_ = 0;
 };
 
-template <typename T, bool kBackward, bool kTanh>
+template <typename T, Task kTask, bool kTanh>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     GeluProductKernel(const __grid_constant__ Maps maps, const Problem p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -421,7 +481,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     PublishBarriers();
     PrefetchTensorMap(&maps.left);
     PrefetchTensorMap(&maps.right);
-    PrefetchTensorMap(&maps.pre);
+    PrefetchTensorMap(&maps.kept);
     PrefetchTensorMap(&maps.out);
   }
   ClusterSync();
@@ -431,14 +491,14 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   if (group == kConsumers) {
     GiveRegisters<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kWarpgroup) {
-      Produce<kBackward>(maps, p, shared, first, step);
+      Produce<IsBackward(kTask)>(maps, p, shared, first, step);
     }
     __syncwarp();
   } else {
     TakeRegisters<kConsumerRegisters>();
     const Place place(static_cast<int>(ClusterRank()));
     const int stages = (p.k + kDepth - 1) / kDepth;  // of a tile
-    Epilogue<T, kBackward, kTanh> epilogue(p, maps, shared, group);
+    Epilogue<T, kTask, kTanh> epilogue(p, maps, shared, group);
     Ring ring;
     ring.Advance(group * stages);
     // A consumer may not look at the ring before its turn: a stage's barrier tells its last phase
@@ -450,7 +510,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       WaitForPhase(&shared.turn[group], turn);
       turn ^= 1;
       float acc[2][16][4];
-      Multiply<T, kBackward>(p, shared, ring, acc, [&] {
+      Multiply<T, IsBackward(kTask)>(p, shared, ring, acc, [&] {
         if (threadIdx.x % 32 == 0) Arrive(&shared.turn[kConsumers - 1 - group]);
       });
       ring.Advance((kConsumers - 1) * stages);
@@ -519,9 +579,9 @@ cudaError_t Clusters(Kernel kernel, std::atomic<int>& known, int* clusters) {
   return cudaSuccess;
 }
 
-template <typename T, bool kBackward, bool kTanh>
+template <typename T, Task kTask, bool kTanh>
 cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
-  const auto kernel = GeluProductKernel<T, kBackward, kTanh>;
+  const auto kernel = GeluProductKernel<T, kTask, kTanh>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(kSharedBytes));
   if (error != cudaSuccess) return error;
@@ -537,11 +597,14 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <bool kBackward>
+template <Task kTask>
 cudaError_t Launch(DType dtype, bool tanh, const Maps& maps, const Problem& problem,
                    cudaStream_t stream) {
-  return DispatchHalf(dtype, tanh, [&](auto tag, auto choice) {
-    return Launch<typename decltype(tag)::type, kBackward, choice.value>(maps, problem, stream);
+  // GELU's form is in the slopes.
+  const bool choose = kTask != Task::kBySlope && tanh;
+  return DispatchHalf(dtype, choose, [&](auto tag, auto choice) {
+    constexpr bool kTanh = kTask != Task::kBySlope && choice.value;
+    return Launch<typename decltype(tag)::type, kTask, kTanh>(maps, problem, stream);
   });
 }
 
@@ -558,12 +621,12 @@ bool Fits(DType dtype, int64_t m, int64_t n, int64_t k) {
 
 bool UseGeluProduct(const GeluProductParams& p) {
   return p.k <= kDeepestForward && Fits(p.dtype, p.m, p.n, p.k) && p.bias != nullptr &&
-         Aligned16(p.x, p.w, p.bias, p.pre, p.y);
+         Aligned16(p.x, p.w, p.bias, p.pre, p.slope, p.y);
 }
 
 bool UseGeluProduct(const GeluProductBackwardParams& p) {
   return p.k <= kDeepestBackward && Fits(p.dtype, p.m, p.n, p.k) &&
-         Aligned16(p.dy, p.w, p.pre, p.dx);
+         Aligned16(p.dy, p.w, p.slope, p.pre, p.y_again, p.dx);
 }
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
@@ -571,9 +634,10 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
   cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.out, p.y, p.dtype, p.m, p.n, kTile);
-  maps.pre = maps.out;
-  if (error == cudaSuccess && p.pre != nullptr) {
-    error = MakeTensorMap(&maps.pre, p.pre, p.dtype, p.m, p.n, kTile);
+  maps.kept = maps.again = maps.out;
+  const void* kept = p.slope != nullptr ? p.slope : p.pre;
+  if (error == cudaSuccess && kept != nullptr) {
+    error = MakeTensorMap(&maps.kept, kept, p.dtype, p.m, p.n, kTile);
   }
   if (error != cudaSuccess) return error;
   Problem problem{};
@@ -582,22 +646,28 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
-  return Launch<false>(p.dtype, p.tanh, maps, problem, stream);
+  return p.slope != nullptr ? Launch<Task::kSlope>(p.dtype, p.tanh, maps, problem, stream)
+                            : Launch<Task::kGelu>(p.dtype, p.tanh, maps, problem, stream);
 }
 
 cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaStream_t stream) {
+  const bool by_slope = p.slope != nullptr;
+  const void* kept = by_slope ? p.slope : p.pre;
+  const void* again = by_slope ? p.dx : p.y_again;
   Maps maps;
   cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, kDepth);
-  if (error == cudaSuccess) error = MakeTensorMap(&maps.pre, p.pre, p.dtype, p.m, p.n, kTile);
+  if (error == cudaSuccess) error = MakeTensorMap(&maps.kept, kept, p.dtype, p.m, p.n, kTile);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.out, p.dx, p.dtype, p.m, p.n, kTile);
+  if (error == cudaSuccess) error = MakeTensorMap(&maps.again, again, p.dtype, p.m, p.n, kTile);
   if (error != cudaSuccess) return error;
   Problem problem{};
   problem.partials = p.dbias != nullptr ? p.workspace : nullptr;
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
-  error = Launch<true>(p.dtype, p.tanh, maps, problem, stream);
+  error = by_slope ? Launch<Task::kBySlope>(p.dtype, p.tanh, maps, problem, stream)
+                   : Launch<Task::kByPre>(p.dtype, p.tanh, maps, problem, stream);
   if (error != cudaSuccess || p.dbias == nullptr) return error;
   FinishColumnSumArgs finish;
   finish.partials = p.workspace;

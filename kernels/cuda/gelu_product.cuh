@@ -11,25 +11,29 @@
 
 namespace lamina::cuda {
 
-// pre = x w^T + bias;  y = gelu(pre as stored)
+// pre = x w^T + bias;  y = gelu(pre), slope = gelu'(pre), both of pre rounded to act
 struct GeluProductParams {
   const void* x = nullptr;     // act [m, k]
   const void* w = nullptr;     // act [n, k]
   const void* bias = nullptr;  // act [n]
   void* pre = nullptr;         // act [m, n]; null: not kept
+  void* slope = nullptr;       // act [m, n]; null: not kept. Not both
   void* y = nullptr;           // act [m, n]
   int64_t m = 0, n = 0, k = 0;
   bool tanh = false;
   DType dtype = DType::kBF16;
 };
 
-// dx = (dy w) * gelu'(pre);  dbias += column sums of dx, in a fixed order
+// dx = (dy w) * slope;  dbias += column sums of dx, in a fixed order. With pre in slope's place:
+// slope = gelu'(pre), rounded to act;  y_again = gelu(pre)
 struct GeluProductBackwardParams {
-  const void* dy = nullptr;   // act [m, k]
-  const void* w = nullptr;    // act [k, n]
-  const void* pre = nullptr;  // act [m, n]
-  void* dx = nullptr;         // act [m, n]
-  float* dbias = nullptr;     // fp32 [n]; null: none
+  const void* dy = nullptr;     // act [m, k]
+  const void* w = nullptr;      // act [k, n]
+  const void* slope = nullptr;  // act [m, n]; null: pre and y_again are there
+  const void* pre = nullptr;    // act [m, n]; null: slope is there
+  void* y_again = nullptr;      // act [m, n], with pre; may be pre
+  void* dx = nullptr;           // act [m, n]
+  float* dbias = nullptr;       // fp32 [n]; null: none
   int64_t m = 0, n = 0, k = 0;
   bool tanh = false;
   DType dtype = DType::kBF16;

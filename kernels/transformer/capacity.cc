@@ -21,7 +21,7 @@ constexpr Flag kFlags[] = {
 };
 constexpr unsigned kGelu = 1, kNorms = 2, kLayers = 4;  // bits, as kFlags is ordered
 
-// By what they cost. gelu_checkpoint is one pass over [T, I] a layer, with the same bits;
+// By what they cost. gelu_checkpoint makes GELU's output once more a layer, with the same bits;
 // normalize_invertible costs digits and may refuse a Forward. activation_checkpointing runs every
 // layer's Forward twice; the others then shrink the one set that it recomputes into, but for
 // normalize_invertible with Pre-LN. attn_dropout_checkpoint is not among them: it has nothing to

@@ -14,7 +14,6 @@ class Ops {
   void Linear(const LinearArgs& a) { Run(&Backend::Linear, a); }
   void LinearInputGrad(const LinearInputGradArgs& a) { Run(&Backend::LinearInputGrad, a); }
   void LinearWeightGrad(const LinearWeightGradArgs& a) { Run(&Backend::LinearWeightGrad, a); }
-  void Gelu(const GeluArgs& a) { Run(&Backend::Gelu, a); }
   void LayerNorm(const LayerNormArgs& a) { Run(&Backend::LayerNorm, a); }
   void LayerNormBackward(const LayerNormBackwardArgs& a) { Run(&Backend::LayerNormBackward, a); }
   void DropoutAddNorm(const DropoutAddNormArgs& a) { Run(&Backend::DropoutAddNorm, a); }
@@ -132,6 +131,7 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
               .y = s.inter,
               .apply_gelu = true,
               .gelu = call.gelu,
+              .slope = s.inter_slope,
               .pre = s.inter_pre});
 
   const Dropout drop = DropoutAt(call, DropoutSite::kFeedForward);
@@ -179,15 +179,17 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   // Gradients of ffn_in and attn_sum. Post-LN's branches end in the products that add to them.
   const TensorView dffn_in = pre_norm ? dbranch : scratch.sum;
   const TensorView dattn_sum = pre_norm ? scratch.sum : dx;
-  const TensorView dinter{scratch.wide.data, s.inter_pre.dtype, s.inter_pre.shape};
+  const TensorView dinter{
+      scratch.wide.data, call.dims.dtype, {call.dims.tokens(), call.dims.intermediate}};
   const TensorView dqkv{scratch.wide.data, s.qkv.dtype, s.qkv.shape};
-  // What was dropped is computed again from what was kept: gelu where its gradient will lie; and of
-  // a norm's input and output the one that is not there. The normalised values come from the output
-  // where that was kept; else the norm's backward writes its output over the output's gradient, and
-  // the weight gradient of the product that reads it comes after.
+  // What was dropped is computed again from what was kept, by the op that goes back through it: of
+  // a norm's input and output the one that is not there, and gelu's output. The normalised values
+  // come from the output where that was kept; else the norm's backward writes its output over the
+  // output's gradient. gelu's output is written over its input. The weight gradient of the product
+  // that reads either comes after.
   const bool invert = !s.norm_mean;
   const TensorView again = invert ? TensorView{} : dffn_in;
-  const TensorView inter = s.inter ? s.inter : dinter;
+  const TensorView inter = s.inter ? s.inter : s.inter_pre;
 
   // Through y to the output product. Pre-LN: y is the sum, and dy is also attn_sum's gradient by
   // the residual; the layer above has been here already. Post-LN: y is the norm of ffn_sum, and
@@ -216,15 +218,16 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   }
 
   // Through the feed-forward branch to ffn_in.
-  if (!s.inter) ops.Gelu({.x = s.inter_pre, .y = inter, .gelu = call.gelu});
-  ops.LinearWeightGrad({.dy = dproduct, .x = inter, .dw = g_.output_w});
   ops.LinearInputGrad({.dy = dproduct,
                        .w = w_.output_w,
                        .dx = dinter,
                        .apply_gelu = true,
                        .gelu = call.gelu,
+                       .slope = s.inter_slope,
                        .pre = s.inter_pre,
+                       .y_again = s.inter_pre,
                        .dbias = g_.inter_b});
+  ops.LinearWeightGrad({.dy = dproduct, .x = inter, .dw = g_.output_w});
   ops.LinearInputGrad({.dy = dinter, .w = w_.inter_w, .dx = dffn_in, .accumulate = !pre_norm});
 
   // Through the norm and the sum to attention's output product.

@@ -30,9 +30,10 @@ struct LayerCall {
 // (t) are absent and the rest point into scratch, some of them at the same bytes
 // (ScratchActivations).
 //
-// Memory flags drop views: (g) under gelu_checkpoint, (n) under normalize_invertible, and (m) in
-// its absence: a norm keeps its input or its output. Forward needs them all the same, in scratch
-// (WithScratch); Backward takes an absent one as dropped.
+// Memory flags drop views: (g) under gelu_checkpoint and (p) in its absence, (n) under
+// normalize_invertible and (m) in its absence: GELU keeps its derivative and its output, or its
+// input alone; a norm its input or its output. What Forward needs all the same lies in scratch
+// (WithScratch). Backward takes an absent one as dropped, and overwrites inter_pre.
 struct LayerActivations {
   TensorView attn_in;     // (m) act [T, H]: LN(x), the QKV product's input. Pre-LN; Post-LN takes x
   TensorView qkv;         // act [T, 3H]
@@ -40,10 +41,11 @@ struct LayerActivations {
   TensorView attn_out;    // act [T, H]: attention, before its output product
   TensorView attn_sum;    // (n) act [T, H]: x + drop(...): Pre-LN's a, Post-LN's norm input
   TensorView attn_mean, attn_rstd;  // (t), the mean (n): fp32 [T], of attn_sum
-  TensorView ffn_in;     // (m) act [T, H]: LN(attn_sum), the first feed-forward product's input
-  TensorView inter_pre;  // (t) act [T, I]: before gelu
-  TensorView inter;      // (g) act [T, I]: after gelu
-  TensorView ffn_sum;    // (n) act [T, H]: a + drop(...), the last norm's input. Post-LN only
+  TensorView ffn_in;       // (m) act [T, H]: LN(attn_sum), the first feed-forward product's input
+  TensorView inter_slope;  // (t) (g) act [T, I]: gelu' of inter_pre
+  TensorView inter_pre;    // (t) (p) act [T, I]: before gelu
+  TensorView inter;        // (g) act [T, I]: after gelu
+  TensorView ffn_sum;      // (n) act [T, H]: a + drop(...), the last norm's input. Post-LN only
   TensorView norm_mean, norm_rstd;  // (t), the mean (n): fp32 [T], of x (Pre-LN) or ffn_sum
   TensorView y;  // act [T, H]: the layer's output. For Backward without ffn_sum in Post-LN only
 };

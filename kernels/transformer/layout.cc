@@ -160,8 +160,13 @@ LayerActivations PlaceActivations(Placer& placer, MemoryKind kind, absl::string_
   }
   a.attn_rstd = per_token("attn_rstd");
   if (!norm_inputs) a.ffn_in = act("ffn_in", token_vectors);
-  a.inter_pre = act("inter_pre", inter);
-  if (!config.gelu_checkpoint) a.inter = act("inter", inter);
+  // Of GELU its derivative and its output; or its input, of which Backward makes both.
+  if (config.gelu_checkpoint) {
+    a.inter_pre = act("inter_pre", inter);
+  } else {
+    a.inter_slope = act("inter_slope", inter);
+    a.inter = act("inter", inter);
+  }
   if (norm_inputs) {
     if (!config.pre_layer_norm) a.ffn_sum = act("ffn_sum", token_vectors);
     a.norm_mean = per_token("norm_mean");

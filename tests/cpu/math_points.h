@@ -11,9 +11,9 @@ struct MathPoints {
   // out[0, n) = f(x[0, n)); n a multiple of 16.
   void (*exp)(const float* x, float* out, int64_t n);
   void (*gelu_erf)(const float* x, float* out, int64_t n);
-  void (*gelu_erf_derivative)(const float* x, float* out, int64_t n);
+  void (*gelu_erf_point)(const float* x, float* value, float* slope, int64_t n);
   void (*gelu_tanh)(const float* x, float* out, int64_t n);
-  void (*gelu_tanh_derivative)(const float* x, float* out, int64_t n);
+  void (*gelu_tanh_point)(const float* x, float* value, float* slope, int64_t n);
 };
 
 extern const MathPoints kBaselineMath;

@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -35,7 +36,17 @@ double GeluTanhDerivative(double x) {
 
 float FloatOf(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-using Function = void (*)(const float*, float*, int64_t);
+using Function = void (*)(const MathPoints&, const float*, float*, int64_t);
+
+template <void (*MathPoints::*kFunction)(const float*, float*, int64_t)>
+void Value(const MathPoints& points, const float* x, float* out, int64_t n) {
+  (points.*kFunction)(x, out, n);
+}
+template <void (*MathPoints::*kFunction)(const float*, float*, float*, int64_t)>
+void Slope(const MathPoints& points, const float* x, float* out, int64_t n) {
+  std::vector<float> value(static_cast<size_t>(n));
+  (points.*kFunction)(x, value.data(), out, n);
+}
 
 // What error is allowed at x: `ulps` times 2^-23, relative to the true value; and `growth` more for
 // each unit of `argument`, the exponential's argument there, whose rounding it multiplies.
@@ -52,14 +63,15 @@ struct Worst {
 };
 
 // Over every `step`th float from -|limit| to |limit|.
-Worst Measure(Function f, double (*truth)(double), const Bound& bound, float limit, uint32_t step) {
+Worst Measure(const MathPoints& points, Function f, double (*truth)(double), const Bound& bound,
+              float limit, uint32_t step) {
   Worst worst;
   constexpr size_t kBatch = 4096;
   std::vector<float> x, y(kBatch);
   const auto flush = [&] {
     const size_t used = x.size();
     x.resize((used + 15) / 16 * 16, 0.0f);
-    f(x.data(), y.data(), static_cast<int64_t>(x.size()));
+    f(points, x.data(), y.data(), static_cast<int64_t>(x.size()));
     for (size_t i = 0; i < used; ++i) {
       const double expected = truth(double{x[i]});
       double ulps = bound.ulps;
@@ -91,7 +103,7 @@ std::vector<const MathPoints*> Supported() {
 
 struct FunctionCase {
   const char* name;
-  Function MathPoints::*function;
+  Function function;
   double (*truth)(double);
   Bound bound;
   float limit;
@@ -107,7 +119,7 @@ TEST_P(MathBoundTest, StaysWithinItsBound) {
 #endif
   const FunctionCase& c = GetParam();
   for (const MathPoints* points : Supported()) {
-    const Worst worst = Measure(points->*c.function, c.truth, c.bound, c.limit, kStep);
+    const Worst worst = Measure(*points, c.function, c.truth, c.bound, c.limit, kStep);
     EXPECT_LE(worst.share, 1.0) << points->isa << " at " << worst.at;
     RecordProperty(std::string(points->isa) + "_share", std::to_string(worst.share));
   }
@@ -125,27 +137,27 @@ INSTANTIATE_TEST_SUITE_P(
     All, MathBoundTest,
     ::testing::Values(
         FunctionCase{"Exp",
-                     &MathPoints::exp,
+                     Value<&MathPoints::exp>,
                      [](double x) { return std::exp(x); },
                      {.ulps = 2, .absolute = 0x1p-126},
                      88.7f},
         FunctionCase{"GeluErf",
-                     &MathPoints::gelu_erf,
+                     Value<&MathPoints::gelu_erf>,
                      GeluErf,
                      {.ulps = 4, .growth = 0.5, .argument = HalfSquareTail, .absolute = 2e-37},
                      3e38f},
         FunctionCase{"GeluErfDerivative",
-                     &MathPoints::gelu_erf_derivative,
+                     Slope<&MathPoints::gelu_erf_point>,
                      GeluErfDerivative,
                      {.ulps = 3, .absolute = 0x1p-23},
                      3e38f},
         FunctionCase{"GeluTanh",
-                     &MathPoints::gelu_tanh,
+                     Value<&MathPoints::gelu_tanh>,
                      GeluTanh,
                      {.ulps = 4, .growth = 1.5, .argument = TwoUTail, .absolute = 2e-37},
                      3e38f},
         FunctionCase{"GeluTanhDerivative",
-                     &MathPoints::gelu_tanh_derivative,
+                     Slope<&MathPoints::gelu_tanh_point>,
                      GeluTanhDerivative,
                      {.ulps = 3, .absolute = 0x1p-23},
                      3e38f}),
@@ -171,9 +183,11 @@ TEST(MathTest, NanAndInfinityGoThroughGelu) {
   const std::array<float, 16> x{std::numeric_limits<float>::quiet_NaN(), infinity, 3e38f, -3e38f};
   for (const MathPoints* points : Supported())
     for (bool tanh : {false, true}) {
-      std::array<float, 16> y{}, dy{};
+      std::array<float, 16> y{}, point{}, dy{};
       (tanh ? points->gelu_tanh : points->gelu_erf)(x.data(), y.data(), 16);
-      (tanh ? points->gelu_tanh_derivative : points->gelu_erf_derivative)(x.data(), dy.data(), 16);
+      (tanh ? points->gelu_tanh_point : points->gelu_erf_point)(x.data(), point.data(), dy.data(),
+                                                                16);
+      EXPECT_EQ(std::memcmp(y.data() + 1, point.data() + 1, 3 * sizeof(float)), 0);
       EXPECT_TRUE(std::isnan(y[0]) && std::isnan(dy[0])) << points->isa << tanh;
       EXPECT_EQ(y[1], infinity) << points->isa << tanh;
       EXPECT_EQ(y[2], 3e38f) << points->isa << tanh;
@@ -181,6 +195,23 @@ TEST(MathTest, NanAndInfinityGoThroughGelu) {
       EXPECT_EQ(dy[2], 1.0f) << points->isa << tanh;
       EXPECT_EQ(dy[3], 0.0f) << points->isa << tanh;
     }
+}
+
+// What one kernel makes of GELU's input another makes again, with or without the derivative.
+TEST(MathTest, APointsValueHasGelusBits) {
+  std::vector<float> x(1 << 16), y(x.size()), value(x.size()), slope(x.size());
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = 12.0f * std::sin(static_cast<float>(i)) * static_cast<float>(i) /
+           static_cast<float>(x.size());
+  const auto n = static_cast<int64_t>(x.size());
+  for (const MathPoints* points : Supported()) {
+    points->gelu_erf(x.data(), y.data(), n);
+    points->gelu_erf_point(x.data(), value.data(), slope.data(), n);
+    EXPECT_EQ(y, value) << points->isa;
+    points->gelu_tanh(x.data(), y.data(), n);
+    points->gelu_tanh_point(x.data(), value.data(), slope.data(), n);
+    EXPECT_EQ(y, value) << points->isa;
+  }
 }
 
 }  // namespace

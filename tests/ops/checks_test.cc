@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -228,9 +229,29 @@ TEST(Checks, Linear) {
              a.pre.shape = {6, 8};
            }},
           {"pre overlaps y", [](A& a) { a.pre.data = a.y.data; }},
+          {"pre is present; it must be absent where slope is present",
+           [&](A& a) {
+             a.slope = at.BF16({6, 5});
+           }},
+          {"slope is present; it must be absent without apply_gelu",
+           [](A& a) {
+             a.slope = std::exchange(a.pre, {});
+             a.apply_gelu = false;
+           }},
+          {"slope has shape [5, 6]; it must be [T, N] with T = 6, N = 5",
+           [](A& a) {
+             a.slope = std::exchange(a.pre, {});
+             a.slope.shape = {5, 6};
+           }},
+          {"slope overlaps y",
+           [](A& a) {
+             a.slope = std::exchange(a.pre, {});
+             a.slope.data = a.y.data;
+           }},
       });
   ExpectAccepted<A>(&Backend::Linear, good,
                     {[](A& a) { a.bias = {}; }, [](A& a) { a.pre = {}; },
+                     [](A& a) { a.slope = std::exchange(a.pre, {}); },
                      [](A& a) {
                        a.pre = {};
                        a.apply_gelu = false;
@@ -245,7 +266,12 @@ TEST(Checks, LinearInputGrad) {
                .dx = at.BF16({6, 8}),
                .apply_gelu = true,
                .pre = at.BF16({6, 8}),
+               .y_again = at.BF16({6, 8}),
                .dbias = at.F32({8})};
+  const auto by_slope = [](A& a) {
+    a.slope = std::exchange(a.pre, {});
+    a.y_again = {};
+  };
   ExpectRefusals<A>(
       "LinearInputGrad", &Backend::LinearInputGrad, good,
       {
@@ -268,7 +294,29 @@ TEST(Checks, LinearInputGrad) {
           {"dx overlaps w", [](A& a) { a.dx.data = a.w.data; }},
           {"gelu is 3", [](A& a) { a.gelu = static_cast<GeluKind>(3); }},
           {"accumulate is set; it must not be with apply_gelu", [](A& a) { a.accumulate = true; }},
-          {"pre is absent", [](A& a) { a.pre = {}; }},
+          {"slope is absent, and so is pre; one of them is required here",
+           [](A& a) { a.pre = {}; }},
+          {"pre is present; it must be absent where slope is present",
+           [&](A& a) {
+             a.slope = at.BF16({6, 8});
+           }},
+          {"slope has shape [6, 5]; it must be [T, K] with T = 6, K = 8",
+           [&](A& a) {
+             by_slope(a);
+             a.slope.shape = {6, 5};
+           }},
+          {"dx overlaps slope",
+           [&](A& a) {
+             by_slope(a);
+             a.dx.data = a.slope.data;
+           }},
+          {"y_again is present; it must be absent where pre is absent",
+           [](A& a) { a.slope = std::exchange(a.pre, {}); }},
+          {"y_again is absent", [](A& a) { a.y_again = {}; }},
+          {"y_again is fp32", [](A& a) { a.y_again.dtype = DType::kF32; }},
+          {"y_again overlaps pre; outputs must not overlap other tensors, not even in part",
+           [](A& a) { a.y_again = Shifted(a.pre, 2); }},
+          {"y_again overlaps dx", [](A& a) { a.dx.data = a.y_again.data; }},
           {"pre is fp32; it must be bf16 like dy", [](A& a) { a.pre.dtype = DType::kF32; }},
           {"pre has shape [6, 5]; it must be [T, K] with T = 6, K = 8",
            [](A& a) {
@@ -280,16 +328,26 @@ TEST(Checks, LinearInputGrad) {
           {"dbias overlaps dx", [](A& a) { a.dbias.data = a.dx.data; }},
           {"pre is present; it must be absent without apply_gelu",
            [](A& a) { a.apply_gelu = false; }},
-          {"dbias is present; it must be absent without apply_gelu",
+          {"slope is present; it must be absent without apply_gelu",
+           [&](A& a) {
+             by_slope(a);
+             a.apply_gelu = false;
+           }},
+          {"y_again is present; it must be absent without apply_gelu",
            [](A& a) {
              a.apply_gelu = false;
              a.pre = {};
            }},
+          {"dbias is present; it must be absent without apply_gelu",
+           [](A& a) {
+             a.apply_gelu = false;
+             a.pre = a.y_again = {};
+           }},
       });
   ExpectAccepted<A>(&Backend::LinearInputGrad, good,
-                    {[](A& a) { a.dbias = {}; },
+                    {[](A& a) { a.dbias = {}; }, [](A& a) { a.y_again = a.pre; }, by_slope,
                      [](A& a) {
-                       a.pre = {};
+                       a.pre = a.y_again = {};
                        a.dbias = {};
                        a.apply_gelu = false;
                        a.accumulate = true;
@@ -324,7 +382,7 @@ TEST(Checks, LinearWeightGrad) {
 TEST(Checks, Gelu) {
   using A = GeluArgs;
   Addresses at;
-  const A good{.x = at.BF16({6, 8}), .y = at.BF16({6, 8})};
+  const A good{.x = at.BF16({6, 8}), .y = at.BF16({6, 8}), .slope = at.BF16({6, 8})};
   ExpectRefusals<A>("Gelu", &Backend::Gelu, good,
                     {
                         {"x is absent", [](A& a) { a.x = {}; }},
@@ -336,34 +394,62 @@ TEST(Checks, Gelu) {
                            a.y.shape = {8, 6};
                          }},
                         {"not even in part", [](A& a) { a.y = Shifted(a.x, 2); }},
+                        {"slope is fp16", [](A& a) { a.slope.dtype = DType::kF16; }},
+                        {"slope overlaps y", [](A& a) { a.slope = a.y; }},
+                        {"slope overlaps y", [](A& a) { a.slope = a.y = a.x; }},
+                        {"not even in part", [](A& a) { a.slope = Shifted(a.x, 2); }},
                         {"gelu is 0", [](A& a) { a.gelu = static_cast<GeluKind>(0); }},
                     });
-  ExpectAccepted<A>(&Backend::Gelu, good, {[](A& a) { a.y = a.x; }});
+  ExpectAccepted<A>(
+      &Backend::Gelu, good,
+      {[](A& a) { a.y = a.x; }, [](A& a) { a.slope = a.x; }, [](A& a) { a.slope = {}; }});
 }
 
 TEST(Checks, GeluBackward) {
   using A = GeluBackwardArgs;
   Addresses at;
-  const A good{
-      .x = at.BF16({6, 8}), .dy = at.BF16({6, 8}), .dx = at.BF16({6, 8}), .dbias = at.F32({8})};
-  ExpectRefusals<A>("GeluBackward", &Backend::GeluBackward, good,
-                    {
-                        {"x is absent", [](A& a) { a.x = {}; }},
-                        {"dy is absent", [](A& a) { a.dy = {}; }},
-                        {"dy has shape [6, 7]; it must be [T, I] with T = 6, I = 8",
-                         [](A& a) {
-                           a.dy.shape = {6, 7};
-                         }},
-                        {"dx is absent", [](A& a) { a.dx = {}; }},
-                        {"dx is fp16", [](A& a) { a.dx.dtype = DType::kF16; }},
-                        {"dx overlaps x", [](A& a) { a.dx.data = a.x.data; }},
-                        {"dx overlaps dy", [](A& a) { a.dx = Shifted(a.dy, -2); }},
-                        {"dbias is bf16", [](A& a) { a.dbias.dtype = DType::kBF16; }},
-                        {"dbias has shape [6]", [](A& a) { a.dbias.shape = {6}; }},
-                        {"gelu is 3", [](A& a) { a.gelu = static_cast<GeluKind>(3); }},
-                    });
+  const A good{.x = at.BF16({6, 8}),
+               .y_again = at.BF16({6, 8}),
+               .dy = at.BF16({6, 8}),
+               .dx = at.BF16({6, 8}),
+               .dbias = at.F32({8})};
+  const auto by_slope = [](A& a) {
+    a.slope = std::exchange(a.x, {});
+    a.y_again = {};
+  };
+  ExpectRefusals<A>(
+      "GeluBackward", &Backend::GeluBackward, good,
+      {
+          {"slope is absent, and so is x; one of them is required here", [](A& a) { a.x = {}; }},
+          {"x is present; it must be absent where slope is present",
+           [&](A& a) {
+             a.slope = at.BF16({6, 8});
+           }},
+          {"y_again is present; it must be absent where x is absent",
+           [](A& a) { a.slope = std::exchange(a.x, {}); }},
+          {"y_again is absent", [](A& a) { a.y_again = {}; }},
+          {"y_again overlaps x", [](A& a) { a.y_again = Shifted(a.x, 2); }},
+          {"dx overlaps slope",
+           [&](A& a) {
+             by_slope(a);
+             a.dx.data = a.slope.data;
+           }},
+          {"dy is absent", [](A& a) { a.dy = {}; }},
+          {"dy has shape [6, 7]; it must be [T, I] with T = 6, I = 8",
+           [](A& a) {
+             a.dy.shape = {6, 7};
+           }},
+          {"dx is absent", [](A& a) { a.dx = {}; }},
+          {"dx is fp16", [](A& a) { a.dx.dtype = DType::kF16; }},
+          {"dx overlaps x", [](A& a) { a.dx.data = a.x.data; }},
+          {"dx overlaps dy", [](A& a) { a.dx = Shifted(a.dy, -2); }},
+          {"dbias is bf16", [](A& a) { a.dbias.dtype = DType::kBF16; }},
+          {"dbias has shape [6]", [](A& a) { a.dbias.shape = {6}; }},
+          {"gelu is 3", [](A& a) { a.gelu = static_cast<GeluKind>(3); }},
+      });
   ExpectAccepted<A>(&Backend::GeluBackward, good,
-                    {[](A& a) { a.dx = a.dy; }, [](A& a) { a.dbias = {}; }});
+                    {[](A& a) { a.dx = a.dy; }, [](A& a) { a.dbias = {}; },
+                     [](A& a) { a.y_again = a.x; }, by_slope});
 }
 
 TEST(Checks, LayerNorm) {

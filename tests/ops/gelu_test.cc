@@ -38,17 +38,33 @@ class GeluTest : public OpTest<GeluCase> {
 
 TEST_P(GeluTest, Forward) {
   const Vec x = Inputs();
+  enum class Place { kApart, kYOverX, kSlopeOverX };
+  struct Variant {
+    bool slope;
+    Place place;
+  };
   for (const GeluKind kind : {GeluKind::kErf, GeluKind::kTanh})
-    for (const bool in_place : {false, true}) {
-      SCOPED_TRACE(::testing::Message()
-                   << "kind " << static_cast<int>(kind) << " in place " << in_place);
+    for (const Variant v : {Variant{false, Place::kApart}, Variant{false, Place::kYOverX},
+                            Variant{true, Place::kYOverX}, Variant{true, Place::kSlopeOverX}}) {
+      SCOPED_TRACE(::testing::Message() << "kind " << static_cast<int>(kind) << " slope " << v.slope
+                                        << " place " << static_cast<int>(v.place));
       const Results results = RunTwice(
           backend(),
           [&](OpRun& run) {
-            const TensorView in =
-                in_place ? run.InOut("y", act(), {t(), i()}, x) : run.In(act(), {t(), i()}, x);
-            const TensorView out = in_place ? in : run.Out("y", act(), {t(), i()});
-            return backend().Gelu(run.WorkspaceFor(Dims()), {.x = in, .y = out, .gelu = kind});
+            const Shape shape{t(), i()};
+            GeluArgs args{.gelu = kind};
+            if (v.place == Place::kYOverX) {
+              args.x = args.y = run.InOut("y", act(), shape, x);
+            } else {
+              args.y = run.Out("y", act(), shape);
+            }
+            if (v.place == Place::kSlopeOverX) {
+              args.x = args.slope = run.InOut("slope", act(), shape, x);
+            } else if (v.slope) {
+              args.slope = run.Out("slope", act(), shape);
+            }
+            if (!args.x) args.x = run.In(act(), shape, x);
+            return backend().Gelu(run.WorkspaceFor(Dims()), args);
           },
           param().offset);
       Vec want(x.size()), bound(x.size());
@@ -60,47 +76,75 @@ TEST_P(GeluTest, Forward) {
                    8 * kF32Roundoff * std::min(std::abs(x[e]), 8.0) + Tiny(act());
       }
       ExpectWithin("y", results.Values("y", act()), want, bound);
+      if (!v.slope) continue;
+      for (size_t e = 0; e < x.size(); ++e) {
+        want[e] = ref::GeluDerivative(kind, x[e]);
+        bound[e] =
+            UnitRoundoff(act()) * std::abs(want[e]) + GeluDerivativeError(x[e]) + Tiny(act());
+      }
+      ExpectWithin("slope", results.Values("slope", act()), want, bound);
     }
 }
 
 TEST_P(GeluTest, Backward) {
   const Vec x = Inputs(), dy = Noise(act(), 2, t() * i());
+  // Any numbers: nothing says that they are GELU's.
+  const Vec slopes = Noise(act(), 4, t() * i(), 1.2);
   const Vec dbias_before = Noise(DType::kF32, 3, i(), 3.0);
   const double u = UnitRoundoff(act());
   struct Variant {
     GeluKind kind;
-    bool in_place, dbias, any_order = false;
+    bool by_x, in_place, dbias, any_order = false;
   };
   for (const Variant v :
-       {Variant{GeluKind::kErf, false, true}, Variant{GeluKind::kErf, true, false},
-        Variant{GeluKind::kTanh, true, true}, Variant{GeluKind::kTanh, false, false},
-        Variant{GeluKind::kErf, false, true, true}}) {
+       {Variant{GeluKind::kErf, true, false, true}, Variant{GeluKind::kErf, true, true, false},
+        Variant{GeluKind::kTanh, true, true, true}, Variant{GeluKind::kTanh, true, false, false},
+        Variant{GeluKind::kErf, true, false, true, true},
+        Variant{GeluKind::kErf, false, true, true}, Variant{GeluKind::kTanh, false, false, false},
+        Variant{GeluKind::kErf, false, true, true, true}}) {
     SCOPED_TRACE(::testing::Message()
-                 << "kind " << static_cast<int>(v.kind) << " in place " << v.in_place << " dbias "
-                 << v.dbias << " any order " << v.any_order);
+                 << "kind " << static_cast<int>(v.kind) << " by x " << v.by_x << " in place "
+                 << v.in_place << " dbias " << v.dbias << " any order " << v.any_order);
     const auto op = [&](OpRun& run) {
-      const TensorView in =
-          v.in_place ? run.InOut("dx", act(), {t(), i()}, dy) : run.In(act(), {t(), i()}, dy);
-      return backend().GeluBackward(
-          run.WorkspaceFor(Dims()),
-          {.x = run.In(act(), {t(), i()}, x),
-           .dy = in,
-           .dx = v.in_place ? in : run.Out("dx", act(), {t(), i()}),
-           .dbias = v.dbias ? run.InOut("dbias", DType::kF32, {i()}, dbias_before) : TensorView{},
-           .gelu = v.kind});
+      const Shape shape{t(), i()};
+      GeluBackwardArgs args{.gelu = v.kind};
+      if (!v.by_x) {
+        args.slope = run.In(act(), shape, slopes);
+      } else if (v.in_place) {
+        args.x = args.y_again = run.InOut("y_again", act(), shape, x);
+      } else {
+        args.x = run.In(act(), shape, x);
+        args.y_again = run.Out("y_again", act(), shape);
+      }
+      args.dy = v.in_place ? run.InOut("dx", act(), shape, dy) : run.In(act(), shape, dy);
+      args.dx = v.in_place ? args.dy : run.Out("dx", act(), shape);
+      if (v.dbias) args.dbias = run.InOut("dbias", DType::kF32, {i()}, dbias_before);
+      return backend().GeluBackward(run.WorkspaceFor(Dims()), args);
     };
     const Results results = v.any_order ? RunInAnyOrder(backend(), op, param().offset)
                                         : RunTwice(backend(), op, param().offset);
     Vec want(x.size()), errors(x.size()), bound(x.size());
     for (size_t e = 0; e < x.size(); ++e) {
-      want[e] = dy[e] * ref::GeluDerivative(v.kind, x[e]);
-      errors[e] = GeluDerivativeError(x[e]) * std::abs(dy[e]) + Tiny(act());
+      const double slope = v.by_x ? ref::GeluDerivative(v.kind, x[e]) : slopes[e];
+      // That of x is rounded as if it had been kept.
+      const double slope_error =
+          v.by_x ? u * std::abs(slope) + GeluDerivativeError(x[e]) + Tiny(act()) : 0.0;
+      want[e] = dy[e] * slope;
+      errors[e] = slope_error * std::abs(dy[e]) + Tiny(act());
       bound[e] = u * std::abs(want[e]) + errors[e];
     }
     ExpectWithin("dx", results.Values("dx", act()), want, bound);
-    if (!v.dbias) continue;
-    const Bounded sums = ColumnSumsAddedTo(dbias_before, act(), want, errors);
-    ExpectWithin("dbias", results.Values("dbias", DType::kF32), sums.want, sums.bound);
+    if (v.dbias) {
+      const Bounded sums = ColumnSumsAddedTo(dbias_before, act(), want, errors);
+      ExpectWithin("dbias", results.Values("dbias", DType::kF32), sums.want, sums.bound);
+    }
+    if (!v.by_x) continue;
+    for (size_t e = 0; e < x.size(); ++e) {
+      want[e] = ref::Gelu(v.kind, x[e]);
+      bound[e] =
+          u * std::abs(want[e]) + 8 * kF32Roundoff * std::min(std::abs(x[e]), 8.0) + Tiny(act());
+    }
+    ExpectWithin("y_again", results.Values("y_again", act()), want, bound);
   }
 }
 

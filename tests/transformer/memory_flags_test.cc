@@ -170,7 +170,10 @@ TEST_P(MemoryFlagsTest, EachFlagDropsItsBuffers) {
       return names;
     };
     using Names = std::vector<std::string>;
-    EXPECT_EQ(dropped({true, false, false}), Names{"layer.inter"});
+    EXPECT_EQ(dropped({true, false, false}), (Names{"layer.inter", "layer.inter_slope"}));
+    // GELU's input is kept where its output and its derivative are not.
+    EXPECT_EQ(Entries(plan({true, false, false}), kActivations).count("layer.inter_pre"), 1u);
+    EXPECT_EQ(Entries(plain, kActivations).count("layer.inter_pre"), 0u);
     EXPECT_EQ(
         dropped({false, true, false}),
         pre ? (Names{"context.input", "layer.attn_mean", "layer.attn_sum", "layer.norm_mean",
@@ -202,6 +205,8 @@ TEST_P(MemoryFlagsTest, EachFlagDropsItsBuffers) {
         auto shared = Entries(checkpointed, MemoryKind::kWorkspace);
         EXPECT_EQ(shared.at("recompute.qkv").instances, 1);
         EXPECT_EQ(shared.count("recompute.inter"), gelu ? 0u : 1u);
+        EXPECT_EQ(shared.count("recompute.inter_slope"), gelu ? 0u : 1u);
+        EXPECT_EQ(shared.count("recompute.inter_pre"), gelu ? 1u : 0u);
         const bool inverts = norms && !pre;
         EXPECT_EQ(shared.count("recompute.attn_sum"), inverts ? 0u : 1u);
         EXPECT_EQ(shared.count("recompute.ffn_in"), inverts ? 1u : 0u);

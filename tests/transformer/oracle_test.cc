@@ -311,9 +311,11 @@ class ErringLayer {
     const Vec doutput = DropBackward(doutput_sum, DropoutSite::kFeedForward);
     d.output_w = ref::LinearWeightGrad(output_, doutput, v.inter);
     d.output_b = ref::ColumnSums(doutput, t_, h_);
+    Vec slope = v.inter_pre;  // which Forward has stored
+    for (double& e : slope) e = ref::GeluDerivative(c_.gelu, e);
+    slope = stored_(slope);
     Vec dinter = stored_(ref::LinearInputGrad(output_, doutput, p_.output_w));
-    for (size_t i = 0; i < dinter.size(); ++i)
-      dinter[i] *= ref::GeluDerivative(c_.gelu, v.inter_pre[i]);
+    for (size_t i = 0; i < dinter.size(); ++i) dinter[i] *= slope[i];
     dinter = stored_(dinter);
     d.inter_w = ref::LinearWeightGrad(inter_, dinter, v.attn_norm.y);
     d.inter_b = ref::ColumnSums(dinter, t_, c_.intermediate);
@@ -429,8 +431,8 @@ Distance Between(const Vec& a, const Vec& b) {
 // Probabilistic Rounding Error Analysis", 2019). How large the results' errors become by that is
 // measured, as Monte Carlo arithmetic does (Parker, "Monte Carlo Arithmetic", 1997): the oracle
 // runs again and again with random errors of this size in each of the tensors that a layer stores,
-// ten in Forward and ten (Pre-LN) or twelve (Post-LN) in Backward. So the layer's own formulas say
-// how errors grow in norms and softmax, and how they cancel in sums.
+// eleven in Forward and ten (Pre-LN) or twelve (Post-LN) in Backward. So the layer's own formulas
+// say how errors grow in norms and softmax, and how they cancel in sums.
 //
 // The bound is kMargin times the largest of kDraws runs' errors. Over many elements an error's norm
 // hardly varies, and one run is as good as many; where a single rounding decides, the largest of

@@ -27,13 +27,17 @@ class StepLog {
   void Copy(const void* dst, const void* src, size_t bytes) { Add(dst, src, bytes); }
 
  private:
-  void AddArgs(const LinearArgs& a) { Add(1, a.x, a.w, a.bias, a.y, a.apply_gelu, a.gelu, a.pre); }
+  void AddArgs(const LinearArgs& a) {
+    Add(1, a.x, a.w, a.bias, a.y, a.apply_gelu, a.gelu, a.slope, a.pre);
+  }
   void AddArgs(const LinearInputGradArgs& a) {
-    Add(2, a.dy, a.w, a.dx, a.apply_gelu, a.gelu, a.pre, a.dbias);
+    Add(2, a.dy, a.w, a.dx, a.apply_gelu, a.gelu, a.slope, a.pre, a.y_again, a.dbias);
   }
   void AddArgs(const LinearWeightGradArgs& a) { Add(3, a.dy, a.x, a.dw); }
-  void AddArgs(const GeluArgs& a) { Add(4, a.x, a.y, a.gelu); }
-  void AddArgs(const GeluBackwardArgs& a) { Add(5, a.x, a.dy, a.dx, a.dbias, a.gelu); }
+  void AddArgs(const GeluArgs& a) { Add(4, a.x, a.y, a.slope, a.gelu); }
+  void AddArgs(const GeluBackwardArgs& a) {
+    Add(5, a.slope, a.x, a.y_again, a.dy, a.dx, a.dbias, a.gelu);
+  }
   void AddArgs(const LayerNormArgs& a) { Add(6, a.x, a.gamma, a.beta, a.eps, a.y, a.mean, a.rstd); }
   void AddArgs(const LayerNormBackwardArgs& a) {
     Add(7, a.dy, a.x, a.y, a.beta, a.gamma, a.mean, a.rstd, a.residual_grad, a.dx, a.dgamma,

@@ -7,11 +7,11 @@ namespace lamina::cpu::LAMINA_CPU_ISA_NAMESPACE {
 
 struct ErfGelu {
   static LAMINA_INLINE F Value(F x) { return GeluErf(x); }
-  static LAMINA_INLINE F Derivative(F x) { return GeluErfDerivative(x); }
+  static LAMINA_INLINE GeluPoint Point(F x) { return GeluErfPoint(x); }
 };
 struct TanhGelu {
   static LAMINA_INLINE F Value(F x) { return GeluTanh(x); }
-  static LAMINA_INLINE F Derivative(F x) { return GeluTanhDerivative(x); }
+  static LAMINA_INLINE GeluPoint Point(F x) { return GeluTanhPoint(x); }
 };
 // Calls body with the functions of one form, so that the choice is made once.
 template <typename Body>
@@ -29,15 +29,23 @@ void BiasGelu(const BiasGeluRows& a, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const In* x = static_cast<const In*>(a.x) + r * a.n;
       E* pre = a.pre != nullptr ? static_cast<E*>(a.pre) + r * a.n : nullptr;
+      E* slope = a.slope != nullptr ? static_cast<E*>(a.slope) + r * a.n : nullptr;
       E* y = static_cast<E*>(a.y) + r * a.n;
       Lanes(a.n, [&](int64_t j, auto part) {
         F v = Load(x + j, part);
         if (bias != nullptr) v += Load(bias + j, part);
         if (pre != nullptr) {
           Store(pre + j, v, part);
-          v = Load(pre + j, part);  // as Gelu will see it: a recomputed gelu has the same bits
+          v = Load(pre + j, part);  // as GeluBackward will see it: what it makes has the same bits
         }
-        Store(y + j, a.gelu ? gelu.Value(v) : v, part);
+        if (slope != nullptr) {
+          Store(slope + j, v, part);
+          const GeluPoint point = gelu.Point(Load(slope + j, part));  // of the same again
+          Store(slope + j, point.slope, part);
+          Store(y + j, point.value, part);
+        } else {
+          Store(y + j, a.gelu ? gelu.Value(v) : v, part);
+        }
       });
     }
   });
@@ -45,19 +53,33 @@ void BiasGelu(const BiasGeluRows& a, int64_t begin, int64_t end) {
 
 template <typename E>
 void GeluBackward(const GeluBackwardRows& a, int64_t begin, int64_t end) {
-  WithGelu(a.tanh, [&](auto gelu) {
-    if (a.column != nullptr)
-      for (int64_t j = 0; j < a.n; ++j) a.column[j] = 0.0f;
+  if (a.column != nullptr)
+    for (int64_t j = 0; j < a.n; ++j) a.column[j] = 0.0f;
+  const auto rows = [&](auto slope_at) {
     for (int64_t r = begin; r < end; ++r) {
-      const E* x = static_cast<const E*>(a.x) + r * a.n;
       const E* dy = static_cast<const E*>(a.dy) + r * a.n;
       E* dx = static_cast<E*>(a.dx) + r * a.n;
       Lanes(a.n, [&](int64_t j, auto part) {
-        const F v = Load(dy + j, part) * gelu.Derivative(Load(x + j, part));
+        const F v = Load(dy + j, part) * slope_at(r * a.n + j, part);
         Store(dx + j, v, part);
         if (a.column != nullptr) Store(a.column + j, Load(a.column + j, part) + v, part);
       });
     }
+  };
+  if (a.slope != nullptr) {
+    const E* slope = static_cast<const E*>(a.slope);
+    return rows([&](int64_t i, auto part) { return Load(slope + i, part); });
+  }
+  WithGelu(a.tanh, [&](auto gelu) {
+    const E* x = static_cast<const E*>(a.x);
+    E* y = static_cast<E*>(a.y_again);
+    rows([&](int64_t i, auto part) {
+      const GeluPoint point = gelu.Point(Load(x + i, part));
+      Store(y + i, point.slope, part);
+      const F slope = Load(y + i, part);  // as BiasGelu would have kept it
+      Store(y + i, point.value, part);
+      return slope;
+    });
   });
 }
 

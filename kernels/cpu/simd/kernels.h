@@ -35,6 +35,7 @@ struct BiasGeluRows {
   const void* x;     // act [rows, n] or fp32, by the kernel's name
   const void* bias;  // act [n]; null: none
   void* pre;         // act [rows, n]; null: not wanted. May be x
+  void* slope;       // act [rows, n], with gelu; null: not wanted. May be x
   void* y;           // act [rows, n]. May be x
   int64_t n;
   bool tanh;  // GELU's form: tanh or erf
@@ -42,7 +43,9 @@ struct BiasGeluRows {
 };
 
 struct GeluBackwardRows {
-  const void* x;  // act [rows, n]
+  const void* slope;  // act [rows, n]; null: x and y_again are there
+  const void* x;      // act [rows, n]
+  void* y_again;      // act [rows, n]; may be x
   const void* dy;
   void* dx;       // may be dy
   float* column;  // [n]: receives (not accumulates) the column sums of dx; null: not wanted
@@ -147,10 +150,12 @@ struct LambSquares {
 
 // What depends on the stack's dtype.
 struct ActKernels {
-  // pre = x + bias; y = gelu(pre), or pre itself. x is act.
+  // pre = x + bias; y = gelu(pre), or pre itself; slope = gelu'(pre). x is act. With pre or slope
+  // wanted, GELU sees pre rounded to act.
   void (*bias_gelu)(const BiasGeluRows&, int64_t begin, int64_t end);
   // The same with x in fp32: the epilogue of a product in fp32.
   void (*bias_gelu_f32)(const BiasGeluRows&, int64_t begin, int64_t end);
+  // dx = dy * slope; by x: slope = gelu'(x), rounded to act, and y_again = gelu(x).
   void (*gelu_backward)(const GeluBackwardRows&, int64_t begin, int64_t end);
   // scratch: 2 * Padded(h) floats.
   void (*dropout_add_norm)(const DropoutAddNormRows&, int64_t begin, int64_t end, float* scratch);

@@ -69,10 +69,14 @@ LAMINA_INLINE Normal NormalAt(F x) {
   return Normal{Select(x < 0.0f, tail, 1.0f - tail), e * 0.398942280f};
 }
 
+// gelu and its derivative, which share their exponential.
+struct GeluPoint {
+  F value, slope;
+};
 LAMINA_INLINE F GeluErf(F x) { return x * NormalAt(x).distribution; }
-LAMINA_INLINE F GeluErfDerivative(F x) {
+LAMINA_INLINE GeluPoint GeluErfPoint(F x) {
   const Normal normal = NormalAt(x);
-  return normal.distribution + x * normal.density;
+  return GeluPoint{x * normal.distribution, normal.distribution + x * normal.density};
 }
 
 // With 2u = 2 sqrt(2/pi) (x + 0.044715 x^3): 0.5 (1 + tanh u) = 1 / (1 + e^(-2u)), which does not
@@ -81,14 +85,14 @@ LAMINA_INLINE F GeluTanhExp(F x) {  // e^(-2u); infinity from about x = -10.05 d
   return Exp(-x * (1.59576912f + 0.0713548163f * x * x));
 }
 LAMINA_INLINE F GeluTanh(F x) { return x * (1.0f / (1.0f + GeluTanhExp(x))); }
-LAMINA_INLINE F GeluTanhDerivative(F x) {
+LAMINA_INLINE GeluPoint GeluTanhPoint(F x) {
   const F e = GeluTanhExp(x);
   const F gate = 1.0f / (1.0f + e);
   const F slope = 1.59576912f + 0.214064449f * x * x;  // d(2u)/dx
   // x times the gate's derivative, gate (1 - gate) d(2u)/dx, where 1 - gate = gate e. Beyond 10 it
   // is below 1e-35, and there e or x^2 may be infinite.
   const F second = x * slope * (gate * (gate * e));
-  return gate + Select(Abs(x) > 10.0f, F{}, second);
+  return GeluPoint{x * gate, gate + Select(Abs(x) > 10.0f, F{}, second)};
 }
 
 }  // namespace lamina::cpu::LAMINA_CPU_ISA_NAMESPACE

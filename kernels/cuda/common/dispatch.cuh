@@ -31,6 +31,14 @@ inline cudaError_t DispatchFloat(DType dtype, F&& f) {
   }
 }
 
+// The same, with f(TypeTag<T>{}, std::bool_constant<choice>{}).
+template <typename F>
+inline cudaError_t DispatchFloat(DType dtype, bool choice, F&& f) {
+  return DispatchFloat(dtype, [&](auto tag) {
+    return choice ? f(tag, std::true_type{}) : f(tag, std::false_type{});
+  });
+}
+
 // The same for kernels of 16-bit elements alone: cudaErrorInvalidValue for fp32 too.
 template <typename F>
 inline cudaError_t DispatchHalf(DType dtype, F&& f) {
@@ -44,7 +52,7 @@ inline cudaError_t DispatchHalf(DType dtype, F&& f) {
   }
 }
 
-// The same, with f(TypeTag<T>{}, std::bool_constant<choice>{}).
+// And with a choice too.
 template <typename F>
 inline cudaError_t DispatchHalf(DType dtype, bool choice, F&& f) {
   return DispatchHalf(dtype, [&](auto tag) {

@@ -88,12 +88,18 @@ struct LinearArgs {
   TensorView y;     // act [T, N]
   bool apply_gelu = false;
   GeluKind gelu = GeluKind::kErf;
-  TensorView pre;  // act [T, N], only with apply_gelu: receives x w^T + bias for GeluBackward; y is
-                   // then gelu of it as stored, so that Gelu of it gives y's bits
+  // What Backward needs of the pre-activation x w^T + bias: one of the two, only with apply_gelu;
+  // neither in evaluation. With either, y is gelu of the pre-activation as act has it.
+  TensorView slope;  // act [T, N]: receives gelu' of the pre-activation as act has it
+  TensorView pre;    // act [T, N]: receives it itself, of which y can be made again
 };
 
-// dx = dy w, or with accumulate dx + dy w, rounded once;  with apply_gelu dx = (dy w) * gelu'(pre),
-// and dbias += column sums of dx: the gradients of the pre-activation and of its bias
+// dx = dy w, or with accumulate dx + dy w, whose product may be rounded to act by itself;  with
+// apply_gelu dx = (dy w) * slope, and dbias += column sums of dx: the gradients of the
+// pre-activation and of its bias.
+//
+// With pre in the place of slope: slope is gelu'(pre), rounded to act, so that dx has the same
+// bits; and y_again is gelu(pre), with the bits of Linear's y.
 struct LinearInputGradArgs {
   TensorView dy;            // act [T, N]
   TensorView w;             // act [N, K]
@@ -101,8 +107,10 @@ struct LinearInputGradArgs {
   bool accumulate = false;  // not with apply_gelu
   bool apply_gelu = false;
   GeluKind gelu = GeluKind::kErf;
-  TensorView pre;    // act [T, K], with apply_gelu alone: what Linear left of the pre-activation
-  TensorView dbias;  // fp32 [K], only with apply_gelu, accumulated; absent: none
+  TensorView slope;    // act [T, K], with apply_gelu alone: Linear's; absent: pre is there instead
+  TensorView pre;      // act [T, K], with apply_gelu alone: Linear's
+  TensorView y_again;  // act [T, K], present exactly where pre is. May be pre
+  TensorView dbias;    // fp32 [K], only with apply_gelu, accumulated; absent: none
 };
 
 // dw += dy^T x. The biases' gradients are added to by the ops that make dy.
@@ -112,19 +120,23 @@ struct LinearWeightGradArgs {
   TensorView dw;  // fp32 [N, K], accumulated
 };
 
-// y = gelu(x): the recomputation that gelu_checkpoint needs.
+// y = gelu(x), slope = gelu'(x): what Linear's apply_gelu is where a backend has no such product.
 struct GeluArgs {
-  TensorView x;  // act [T, I]
-  TensorView y;  // act [T, I]; may be x
+  TensorView x;      // act [T, I]
+  TensorView y;      // act [T, I]; may be x
+  TensorView slope;  // act [T, I]; may be x where y is not; absent: not wanted
   GeluKind gelu = GeluKind::kErf;
 };
 
-// dx = dy * gelu'(x);  dbias += column sums of dx
+// dx = dy * slope;  dbias += column sums of dx: LinearInputGrad's, likewise. With x, the
+// pre-activation, in the place of slope: slope is gelu'(x), rounded to act, and y_again is gelu(x).
 struct GeluBackwardArgs {
-  TensorView x;      // act [T, I]: the pre-activation
-  TensorView dy;     // act [T, I]
-  TensorView dx;     // act [T, I], overwritten; may be dy
-  TensorView dbias;  // fp32 [I], accumulated; absent: none
+  TensorView slope;    // act [T, I]: Gelu's; absent: x is there instead
+  TensorView x;        // act [T, I]
+  TensorView y_again;  // act [T, I], present exactly where x is. May be x
+  TensorView dy;       // act [T, I]
+  TensorView dx;       // act [T, I], overwritten; may be dy
+  TensorView dbias;    // fp32 [I], accumulated; absent: none
   GeluKind gelu = GeluKind::kErf;
 };
 
