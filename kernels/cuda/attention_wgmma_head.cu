@@ -41,14 +41,6 @@ struct HeadGradShared {
   Head heads[3];  // the one before, this one and the next one, in turn
 };
 
-__device__ __forceinline__ void SetZero(float (&c)[8][4]) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
-  }
-}
-
 template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kThreads, kBlocks) HeadGradKernel(const AttentionParams p) {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];

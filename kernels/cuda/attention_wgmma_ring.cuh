@@ -98,29 +98,6 @@ __device__ __forceinline__ void ComputingBarrier() {
   asm volatile("bar.sync 4, %0;" ::"n"(Shape<kDim>::kComputing) : "memory");
 }
 
-// Turns of the warpgroups that compute, in their order: while one's products run that it has
-// started in its turn, another has its own of the time between products. Left to themselves they
-// start theirs together and then wait for each other.
-template <int kDim>
-struct Turns {
-  int group;
-
-  // One warpgroup's turn is ended before the first one's begins.
-  __device__ __forceinline__ explicit Turns(int group) : group(group) {
-    if (group == Shape<kDim>::kGroups - 1) End();
-  }
-  __device__ __forceinline__ void Begin() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(kFirst + group), "n"(2 * kWarpgroup) : "memory");
-  }
-  __device__ __forceinline__ void End() const {
-    const int next = group == Shape<kDim>::kGroups - 1 ? 0 : group + 1;
-    asm volatile("bar.arrive %0, %1;" ::"r"(kFirst + next), "n"(2 * kWarpgroup) : "memory");
-  }
-
- private:
-  static constexpr int kFirst = 5;  // of the barriers' numbers
-};
-
 // Has `value` computed here. Left to itself ptxas moves what does not depend on products to behind
 // the wait for them, across branches too; a sleep that may depend on it it leaves where it is.
 __device__ __forceinline__ void DoFirst(uint32_t value) {

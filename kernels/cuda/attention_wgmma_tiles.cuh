@@ -63,18 +63,18 @@ struct TilePart {
   static constexpr int kStep = kThreads / 8;  // rows from one chunk of a thread to its next
   static_assert(kStep == 32 || (kStep % 8 == 0 && kOrder == TileOrder::kPlain),
                 "rows a step apart lie a step apart");
-  int row, offset;
+  int row, chunk, offset;
   bool inside;  // of the head's columns
 
-  __device__ __forceinline__ explicit TilePart(int head_dim) {
-    const int c = static_cast<int>(threadIdx.x) & 7;
-    row = static_cast<int>(threadIdx.x) >> 3;
-    offset = Swizzled(kOrder == TileOrder::kKeys ? Reordered(row) : row, c);
-    inside = c * 8 < head_dim;
-  }
+  __device__ __forceinline__ explicit TilePart(int head_dim,
+                                               int thread = static_cast<int>(threadIdx.x))
+      : row(thread >> 3),
+        chunk(thread & 7),
+        offset(Swizzled(kOrder == TileOrder::kKeys ? Reordered(row) : row, chunk)),
+        inside(chunk * 8 < head_dim) {}
   // From a tile's first element to this thread's.
   __device__ __forceinline__ int64_t Source(int64_t stride) const {
-    return row * stride + (static_cast<int>(threadIdx.x) & 7) * 8;
+    return row * stride + chunk * 8;
   }
   // `src`: this thread's first element; the tile has `rows` rows.
   template <typename T>
@@ -122,6 +122,14 @@ __device__ __forceinline__ void StoreFragment(SwizzledTile<T>& tile, int row, in
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
                : "memory");
+}
+
+__device__ __forceinline__ void SetZero(float (&c)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
+  }
 }
 
 // Writes c * factor to this lane's rows g and g + 8: of half h to dst + row[h] * stride, unless
@@ -261,6 +269,38 @@ constexpr float kMaskScale = 1.0f;
 template <>
 inline constexpr float kMaskScale<__nv_bfloat16> = 128.0f;
 
+// Drops from a tile's probabilities, left operands of products over its keys, what is not kept of
+// softmax rows `row` and `row` + 8 and the tile of keys `tile`. Without bits in between, which are
+// made only where they are needed elsewhere: a pair takes three instructions instead of six.
+template <typename T>
+__device__ __forceinline__ void DropTile(const DropoutParams& dropout, const RngState& rng,
+                                         int64_t row, int tile, uint32_t (&probs)[4][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Philox4 bytes = DropoutBytes(rng, dropout.stream, static_cast<uint64_t>(row + 8 * half),
+                                       static_cast<uint32_t>(tile) * 4u + (threadIdx.x & 3u));
+    const KeepLimits limits(bytes, dropout.threshold);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      uint32_t& word = probs[i / 2][half + 2 * (i & 1)];
+      word = DropPair<T>(word, limits.Kept(bytes.word[i / 2], i % 2));
+    }
+  }
+}
+
+// The same by bits that have been drawn.
+template <typename T>
+__device__ __forceinline__ void DropTile(KeptPairs kept, uint32_t (&probs)[4][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      uint32_t& word = probs[i / 2][half + 2 * (i & 1)];
+      word = DropPair<T>(word, kept.Pair(half, i / 4, i % 4));
+    }
+  }
+}
+
 __device__ __forceinline__ float KeepProbability(const DropoutParams& dropout) {
   return static_cast<float>(dropout.threshold) * (1.0f / 65536.0f);
 }
@@ -335,20 +375,127 @@ __device__ __forceinline__ void Probabilities(float (&s)[8][4], bool plain, floa
   }
 }
 
+// Left operands of products over a tile's keys.
+template <typename T>
+__device__ __forceinline__ void PackTile(const float (&s)[8][4], uint32_t (&probs)[4][4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) PackA<T>(probs[k], s[2 * k], s[2 * k + 1]);
+}
+
+// A warp's 16 rows of c = q k^T once more, without its warpgroup, and added to what c is; `keys` is
+// a tile of 64 columns.
+template <typename T>
+__device__ __forceinline__ void AddRowsOfTile(float (&c)[8][4], const uint32_t (*q)[4],
+                                              const SwizzledTile<T>& keys) {
+  // Asked for anew, so that what is worked out of it, which is rarely needed, takes no registers
+  // from tile to tile.
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  const char* bytes = reinterpret_cast<const char*>(keys.rows);
+#pragma unroll
+  for (int n = 0; n < 8; n += 2) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t b[4];
+      LoadMatrices(
+          b, bytes + Swizzled(8 * n + (lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
+      MultiplyAdd<T>(c[n], q[k], b[0], b[1]);
+      MultiplyAdd<T>(c[n + 1], q[k], b[2], b[3]);
+    }
+  }
+}
+
 // The softmax of a thread's rows g and g + 8 over tiles of keys that come one after another.
 //
-// Probabilities are taken against a maximum that lags behind by up to kMaxLag: they stay below 2^8,
-// and what has been summed up so far need not be scaled for every tile.
+// Probabilities are taken against a reference, the greatest score of the first tile, without a look
+// at a later tile's: that looks for a maximum in 35 instructions, two exchanges between lanes, and
+// a wait for both before the first exponential. Whether the reference will do is seen afterwards,
+// from sums that are needed anyway. Where one of a lane's 16 probabilities exceeds kMost, so does
+// their sum; then the scores are computed again and the reference becomes what it should have been.
+// So probabilities are at most kMost, which fp16 can hold, and no sum of the rows or products is
+// lost to overflow. A greater reference than need be costs what it always does: what is less than
+// its 2^-24th may vanish in fp16, and it was some key's.
 struct RunningSoftmax {
+  static constexpr float kMost = 4096.0f;
+  // What a reference may be below a tile's maximum, where one is looked for, without being raised.
   static constexpr float kMaxLag = 5.5f;
   // The kernel's, which sets them where it sets its sums: to -infinity and 0.
   float (&reference)[2];
   float (&row_sum)[2];  // this lane's columns only, until the end
 
-  // s: from a tile's products without their scale where `plain`, otherwise from scores as
-  // MaskScores leaves them, to probabilities without their sums. What was summed up before is to be
-  // multiplied by `factor`; whether one of this thread's is not 1. `scale_log2` is the scale times
-  // log2 e.
+  // s: from a tile's products without their scale to probabilities without their sums, which are
+  // added to the rows'. Where not `plain` mask() makes scores of them, as MaskScores does. repeat()
+  // makes s the products that it was. What was summed up before is to be multiplied by `factor`;
+  // whether one of this thread's is not 1. `scale_log2` is the scale times log2 e, kFirst says that
+  // there was no tile before.
+  template <bool kFirst, typename Mask, typename Repeat>
+  __device__ __forceinline__ bool Take(float (&s)[8][4], bool plain, float scale, float scale_log2,
+                                       float (&factor)[2], const Mask& mask, const Repeat& repeat) {
+    float tile_sum[2];
+    bool above = false;
+    factor[0] = factor[1] = 1.0f;
+    // A mask's values may be anything: there the maximum is looked for.
+    bool look = kFirst || !plain;
+    if (!look) {
+      float shift[2];
+      // A reference of -infinity makes infinities or no numbers, which are looked at.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) shift[half] = reference[half] * kLog2E;
+      ShiftedExponentials(s, scale_log2, shift);
+      SumRows(s, tile_sum);
+      look = __any_sync(0xFFFFFFFFu, !(tile_sum[0] <= kMost && tile_sum[1] <= kMost));
+      if (look) repeat();
+    }
+    if (look) {
+      if (!plain) mask();
+      above = Exponentials(s, plain, scale, scale_log2, factor);
+      SumRows(s, tile_sum);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) row_sum[half] += tile_sum[half];
+    return above;
+  }
+
+  // At the end: what the products' sums are to be multiplied by, and the rows where they go, -1
+  // beyond the sequence's end, for StoreRows; and stores what a backward needs to know of the rows.
+  // `query` is that of row g.
+  template <typename T, bool kDropout>
+  __device__ __forceinline__ void Finish(const AttentionParams& p, const Head& h, int query,
+                                         float (&factor)[2], int (&row)[2]) const {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = row_sum[half];
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
+      const bool inside = query + 8 * half < h.length;
+      row[half] = inside ? query + 8 * half : -1;
+      if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
+        p.softmax[h.row + query + 8 * half] =
+            SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void SumRows(const float (&s)[8][4], float (&sum)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Two sums, so that an addition waits for the one before the last.
+      float two[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) two[e] += s[n][2 * half + e];
+      }
+      sum[half] = two[0] + two[1];
+    }
+  }
+
+  // Of products where `plain`, otherwise of scores as MaskScores leaves them, with a look at the
+  // maximum.
   __device__ __forceinline__ bool Exponentials(float (&s)[8][4], bool plain, float scale,
                                                float scale_log2, float (&factor)[2]) {
     float tile_max[2] = {-INFINITY, -INFINITY};
@@ -364,7 +511,6 @@ struct RunningSoftmax {
       m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 1));
       m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, 2));
       m = plain ? m * scale : m;
-      factor[half] = 1.0f;
       if (m > reference[half] + kMaxLag) {
         above = true;
         factor[half] = Exp2((reference[half] - m) * kLog2E);
@@ -392,49 +538,25 @@ struct RunningSoftmax {
     }
     return above;
   }
+};
 
-  // Sums them up, and gives what dropout keeps of them as left operands of products over the keys.
-  // The scale of the kept ones goes into Finish's factor.
-  template <typename T, bool kDropout>
-  __device__ __forceinline__ void Take(const float (&s)[8][4], KeptPairs kept,
-                                       uint32_t (&probs)[4][4]) {
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const float* pair = &s[4 * part + m][2 * half];
-          row_sum[half] += pair[0];
-          row_sum[half] += pair[1];
-          uint32_t& word = probs[2 * part + m / 2][half + 2 * (m & 1)];
-          word = PackPair<T>(pair[0], pair[1]);
-          if (kDropout) word = DropPair<T>(word, kept.Pair(half, part, m));
-        }
-      }
+// Turns of two warpgroups: while one's products run that it has started in its turn, the other has
+// its own of the time between products. Left to themselves they start theirs together and then
+// wait for each other. The barriers' numbers are literal, as the block takes all of them otherwise.
+struct Turns {
+  // The second one's turn is to be ended before the first one's begins.
+  static __device__ __forceinline__ void Begin(int group) {
+    if (group == 0) {
+      asm volatile("bar.sync 1, %0;" ::"n"(2 * kWarpgroup) : "memory");
+    } else {
+      asm volatile("bar.sync 2, %0;" ::"n"(2 * kWarpgroup) : "memory");
     }
   }
-
-  // At the end: what the products' sums are to be multiplied by, and the rows where they go, -1
-  // beyond the sequence's end, for StoreRows; and stores what a backward needs to know of the rows.
-  // `query` is that of row g.
-  template <typename T, bool kDropout>
-  __device__ __forceinline__ void Finish(const AttentionParams& p, const Head& h, int query,
-                                         float (&factor)[2], int (&row)[2]) const {
-    const int lane = static_cast<int>(threadIdx.x) & 31;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = row_sum[half];
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-      factor[half] = inverse * KeptScale<T, kDropout>(p.dropout);
-      const bool inside = query + 8 * half < h.length;
-      row[half] = inside ? query + 8 * half : -1;
-      if (p.softmax != nullptr && (lane & 3) == 0 && inside) {
-        p.softmax[h.row + query + 8 * half] =
-            SoftmaxRow{sum > 0.0f ? reference[half] : INFINITY, inverse};
-      }
+  static __device__ __forceinline__ void End(int group) {
+    if (group == 0) {
+      asm volatile("bar.arrive 2, %0;" ::"n"(2 * kWarpgroup) : "memory");
+    } else {
+      asm volatile("bar.arrive 1, %0;" ::"n"(2 * kWarpgroup) : "memory");
     }
   }
 };

@@ -58,7 +58,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
   RngState rng{};
   if (kDropout) rng = UniformState(p.dropout.rng);
   RingPlace<kSlots> place;
-  const Turns<kDim> turns(group);
+  if (group == 1) Turns::End(group);
 
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kQueries>(p);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
       shared.ring.WaitFull(place);
       auto& slot = shared.slots[place.slot];
       float s[8][4];
-      turns.Begin();
+      Turns::Begin(group);
       BeginProducts();
       MultiplyRowsOfHeadTile<T>(s, q, DescribeTile(&slot[0]));
       CommitProducts();
@@ -96,7 +96,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
         MultiplyTile<T>(o, probs, DescribeColumns(shared.slots[before][1]));
         CommitProducts();
       }
-      turns.End();
+      Turns::End(group);
       KeptPairs kept{};
       if (kDropout) {
         kept = DrawPairs(p.dropout, rng, h.row + query, tile);
@@ -107,12 +107,16 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
 
       const bool cut = p.causal && key0 + kTile - 1 > group_query + warp_row;
       const bool plain = p.mask == nullptr && p.scale > 0.0f && key0 + kTile <= h.keys && !cut;
-      if (!plain) {
-        MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[place.slot] : nullptr, h.keys - key0,
-                   cut, query - key0);
-      }
       float factor[2];
-      const bool above = softmax.Exponentials(s, plain, p.scale, scale_log2, factor);
+      // Each tile's maximum is looked for, as for the first one's: what to do without it gains here
+      // has not been measured.
+      const bool above = softmax.Take<true>(
+          s, plain, p.scale, scale_log2, factor,
+          [&] {
+            MaskScores(s, p.scale, p.mask != nullptr ? shared.bias[place.slot] : nullptr,
+                       h.keys - key0, cut, query - key0);
+          },
+          [] {});
       if constexpr (!first) {
         WaitForProducts<0>();
         PinProduct(o);
@@ -125,7 +129,8 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
           }
         }
       }
-      softmax.Take<T, kDropout>(s, kept, probs);
+      PackTile<T>(s, probs);
+      if constexpr (kDropout) DropTile<T>(kept, probs);
       before = place.slot;
       place.Advance();
     };
@@ -142,8 +147,8 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
     }
     for (int tile = group_tiles; tile < tiles; ++tile) {
       shared.ring.WaitFull(place);
-      turns.Begin();
-      turns.End();
+      Turns::Begin(group);
+      Turns::End(group);
       shared.ring.Release(place.slot);
       place.Advance();
     }

@@ -436,6 +436,46 @@ TEST_P(AttentionTest, ForwardAndBackward) {
 
 LAMINA_OP_SUITE(AttentionTest, AttentionCases());
 
+// Scores that grow from one tile of keys to the next, so that every row's greatest one so far is
+// soon far exceeded, which it is in few of the rows above.
+class RisingAttentionTest : public AttentionTest {};
+
+TEST_P(RisingAttentionTest, ForwardAndBackward) {
+  const auto hidden = static_cast<size_t>(s().hidden);
+  const auto d = hidden / static_cast<size_t>(s().heads);
+  // By so much a tile of 64 keys: within what fp16 holds of an exponential, and far beyond it.
+  for (const double rise : {3.0, 100.0}) {
+    SCOPED_TRACE(rise);
+    AttentionCall call = Call();
+    for (size_t row = 0; row < call.qkv.size() / (3 * hidden); ++row)
+      for (size_t c = 0; c < hidden; c += d) {
+        double* q = &call.qkv[row * 3 * hidden + c];
+        q[0] = 8.0;  // these and the keys' are exact in act; the scale of heads of 64 is 1 / 8
+        q[hidden] = rise * static_cast<double>(row % static_cast<size_t>(s().seq) / 64);
+      }
+    const Vec out = ref::Attention(call.Shape(), call.qkv, call.keys, call.mask);
+    const Vec dqkv =
+        ref::AttentionBackward(call.Shape(), call.qkv, call.keys, call.mask, call.dout);
+    const Bounds bounds =
+        BoundsOf(act(), call.Shape(), call.keys, call.mask, call.qkv, out, call.dout, dqkv);
+    const Results results = RunTwice(backend(), [&](OpRun& run) { return Train(run, call); });
+    ExpectWithin("out", results.Values("out", act()), out, bounds.out);
+    ExpectWithin("dqkv", results.Values("dqkv", act()), dqkv, bounds.dqkv);
+  }
+}
+
+std::vector<AttentionCase> OfSeveralTiles() {
+  std::vector<AttentionCase> cases;
+  for (const bool causal : {false, true})
+    for (const float ratio : {0.0f, 0.1f})
+      for (const LayerShape& s : {LayerShape{1, 128, 64, 1, 8}, LayerShape{1, 300, 64, 1, 8},
+                                  LayerShape{1, 200, 128, 1, 8}})
+        cases.push_back({s, KeyKind::kNone, ratio, 0, causal});
+  return cases;
+}
+
+LAMINA_OP_SUITE(RisingAttentionTest, OfSeveralTiles());
+
 // A packed batch of equal lengths is the dense batch, to the bit: the masks' rows, and what is
 // saved, too.
 class PackedAttentionTest : public AttentionTest {};
