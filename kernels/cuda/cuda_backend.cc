@@ -737,6 +737,13 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
     if (p.kept_bytes >= cuda::KeptBitsBytes(p.seq))
       p.kept = reinterpret_cast<uint32_t*>(static_cast<char*>(ws.data) + before);
   }
+  const size_t turn_bytes = cuda::PassTurnBytes(info_.threads);
+  const size_t pass_bytes = turn_bytes + cuda::PassSumBytes(info_.threads);
+  if (cuda::HasOnePassBackward(p.seq, p.head_dim, info_.threads) &&
+      cuda::HasTensorCoreAttention(p.dtype, p.head_dim) && ws.bytes >= before + pass_bytes) {
+    p.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(ws.data) + before);
+    p.query_sums = reinterpret_cast<float*>(static_cast<char*>(ws.data) + before + turn_bytes);
+  }
   status = Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
   if (!status.ok() || !args.dbias || cuda::BackwardAddsToBias(p)) return status;
   cuda::ColumnSumArgs sums;
