@@ -24,7 +24,7 @@ constexpr int kComputing = kGroups * kWarpgroup;
 constexpr int kThreads = kComputing + 2 * kWarpgroup;
 constexpr int kKeys = kGroups * kTile;  // of a block
 static_assert(kKeys == kPassKeys, "what the sums are counted by");
-constexpr int kComputeRegisters = 184, kQueryGradRegisters = 104, kCopyRegisters = 40;
+constexpr int kComputeRegisters = 192, kQueryGradRegisters = 88, kCopyRegisters = 40;
 static_assert(2 * kComputeRegisters + kQueryGradRegisters + kCopyRegisters == 512);
 constexpr int kSlots = 4;
 
@@ -384,6 +384,14 @@ __device__ __forceinline__ void AddFour(float* to, const float (&v)[4]) {
                : "memory");
 }
 
+// Of what other blocks have written.
+__device__ __forceinline__ void LoadFour(float (&v)[4], const float* from) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "l"(from)
+               : "memory");
+}
+
 // What a turn says where its slot is free; else it is a head's mark and how many have added.
 constexpr uint32_t kFree = 0xFF;
 
@@ -458,17 +466,15 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
           continue;
         }
         if (all > 1) {
-          float4 others[8];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            others[i] = __ldcg(reinterpret_cast<const float4*>(sum + i * kWarpgroup * 4));
-          }
+          for (int fours = 0; fours < 8; fours += 4) {
+            float others[4][4];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            dq[i][0] += others[i].x;
-            dq[i][1] += others[i].y;
-            dq[i][2] += others[i].z;
-            dq[i][3] += others[i].w;
+            for (int i = 0; i < 4; ++i) {
+              LoadFour(others[i], sum + (fours + i) * kWarpgroup * 4);
+            }
+#pragma unroll
+            for (int i = 0; i < 16; ++i) dq[fours + i / 4][i % 4] += others[i / 4][i % 4];
           }
           __syncwarp();
           if (lane == 0) StoreRelease(turns, part.mark | kFree);
