@@ -114,7 +114,9 @@ cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t 
     if (params.turns != nullptr && std::getenv("LAMINA_OLD") == nullptr) {
       const cudaError_t error = LaunchDelta(params, stream);
       if (error != cudaSuccess) return error;
-      return LaunchAttentionWgmmaOnePassBackward(params, stream);
+      AttentionParams p = params;
+      if (const char* trial = std::getenv("LAMINA_TRIAL")) p.trial = std::atoi(trial);
+      return LaunchAttentionWgmmaOnePassBackward(p, stream);
     }
     if (params.seq > kWgmmaHeadRows) return LaunchAttentionWgmmaBackward(params, stream);
     return params.head_dim <= kWgmmaHeadDim ? LaunchAttentionWgmmaHeadBackward(params, stream)

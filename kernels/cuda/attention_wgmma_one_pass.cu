@@ -374,9 +374,16 @@ __device__ __forceinline__ uint32_t LoadAcquire(const uint32_t* from) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
-__device__ __forceinline__ void StoreRelease(uint32_t* to, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+__device__ __forceinline__ uint32_t LoadRelaxed(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
 }
+__device__ __forceinline__ void StoreRelaxed(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+// Acquires what loads before have seen, releases what stores behind tell of.
+__device__ __forceinline__ void FenceAll() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // *to += v
 __device__ __forceinline__ void AddFour(float* to, const float (&v)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]),
@@ -394,6 +401,27 @@ __device__ __forceinline__ void LoadFour(float (&v)[4], const float* from) {
 
 // What a turn says where its slot is free; else it is a head's mark and how many have added.
 constexpr uint32_t kFree = 0xFF;
+
+// A block's turn at a tile of queries.
+struct Turn {
+  int tile;
+  int turn, all;  // of so many
+  int slot;
+
+  __device__ __forceinline__ Turn(const Part& part, bool causal, int step)
+      : tile(part.Tile(causal, step)) {
+    const int owner = part.Owner(causal, tile);
+    all = causal ? owner + 1 : part.members;
+    turn = owner - part.block + (owner < part.block ? part.members : 0);
+    slot = ((part.first_block + owner) * 2 + part.side) * kPassSlots + tile -
+           part.Begin(causal, owner);
+  }
+  // Whether it has come.
+  __device__ __forceinline__ bool Has(const Part& part, uint32_t value) const {
+    return turn == 0 ? (value & 0xFFu) == kFree
+                     : value == (part.mark | static_cast<uint32_t>(turn));
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
@@ -414,29 +442,36 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
     if (steps > 0) {
       WaitForPhase(&shared.keys_full[keys_place.slot], keys_place.parity);
       ShareWithEngines();
+      Turn next(part, p.causal, 0);
+      bool ready = false;  // of the next step, in lane 0
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        const int tile = part.Tile(p.causal, step);
-        const int owner = part.Owner(p.causal, tile);
-        const int all = p.causal ? owner + 1 : part.members;
-        const int turn = owner - part.block + (owner < part.block ? part.members : 0);
+        const Turn now = next;
+        next = Turn(part, p.causal, min(step + 1, steps - 1));
+        const int tile = now.tile, turn = now.turn, all = now.all;
         // Warps hand over their own rows.
-        const int slot = ((part.first_block + owner) * 2 + part.side) * kPassSlots + tile -
-                         part.Begin(p.causal, owner);
-        uint32_t* turns = p.turns + slot * 4 + warp;
-        float* sum = p.query_sums + int64_t{slot} * (kTile * kDim) + tid * 4;
+        uint32_t* turns = p.turns + now.slot * 4 + warp;
+        float* sum = p.query_sums + int64_t{now.slot} * (kTile * kDim) + tid * 4;
         if (all > 1) {
-          if (lane == 0) {
-            if (turn == 0) {
-              while ((LoadAcquire(turns) & 0xFFu) != kFree) {
-              }
-            } else {
-              while (LoadAcquire(turns) != (part.mark | static_cast<uint32_t>(turn))) {
-              }
+          if (lane == 0 && !ready && (p.trial & 2) == 0) {
+            while (!now.Has(part, LoadAcquire(turns))) {
             }
           }
           __syncwarp();
         }
+        ready = false;
+        // Tells the next block of what this warp has written, or read, and sees whether the next
+        // step's turn is there already.
+        const auto hand_over = [&](uint32_t value) {
+          __syncwarp();
+          if (lane != 0) return;
+          const bool look = (p.trial & 1) != 0 && step + 1 < steps && next.all > 1;
+          uint32_t seen = 0;
+          if (look) seen = LoadRelaxed(p.turns + next.slot * 4 + warp);
+          FenceAll();
+          StoreRelaxed(turns, value);
+          ready = look && next.Has(part, seen);
+        };
         WaitForPhase(&shared.ds_full[ds_place.slot], ds_place.parity);
         const uint64_t ds = DescribeTile(&shared.ds[ds_place.slot][0]);
         const uint64_t k = DescribeTile(&shared.keys[keys_place.slot].k[0]);
@@ -451,7 +486,8 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
         ArriveByWarp(&shared.ds_empty[ds_place.slot]);
         ds_place.Advance();
         if (turn < all - 1) {
-          if (turn == 0) {
+          if ((p.trial & 4) != 0) {
+          } else if (turn == 0) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
               *reinterpret_cast<float4*>(sum + i * kWarpgroup * 4) =
@@ -461,8 +497,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
 #pragma unroll
             for (int i = 0; i < 8; ++i) AddFour(sum + i * kWarpgroup * 4, dq[i]);
           }
-          __syncwarp();
-          if (lane == 0) StoreRelease(turns, part.mark | static_cast<uint32_t>(turn + 1));
+          hand_over(part.mark | static_cast<uint32_t>(turn + 1));
           continue;
         }
         if (all > 1) {
@@ -476,8 +511,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
 #pragma unroll
             for (int i = 0; i < 16; ++i) dq[fours + i / 4][i % 4] += others[i / 4][i % 4];
           }
-          __syncwarp();
-          if (lane == 0) StoreRelease(turns, part.mark | kFree);
+          hand_over(part.mark | kFree);
         }
         int row[2];
 #pragma unroll
