@@ -44,7 +44,7 @@ class Sizes final : public OpSizes {
         AttentionRows(dims) * sizeof(float) + cuda::MostBiasSliceBytes(dims.tokens(), dims.hidden);
     const auto multiprocessors = static_cast<int64_t>(multiprocessors_);
     if (FusedAttention(dims) &&
-        cuda::HasOnePassBackward(dims.seq, dims.head_dim(), multiprocessors)) {
+        cuda::HasOnePassBackward(dims.dtype, dims.seq, dims.head_dim(), multiprocessors)) {
       attention = RoundUp(attention) + cuda::PassTurnBytes(multiprocessors) +
                   cuda::PassSumBytes(multiprocessors);
     }

@@ -59,8 +59,10 @@ constexpr size_t PassTurnBytes(int64_t multiprocessors) {
 constexpr size_t PassSumBytes(int64_t multiprocessors) {
   return static_cast<size_t>(multiprocessors) * 2 * kPassSlots * 64 * 64 * sizeof(float);
 }
-constexpr bool HasOnePassBackward(int64_t seq, int64_t head_dim, int64_t multiprocessors) {
-  return seq > kWgmmaHeadRows && head_dim <= kWgmmaHeadDim &&
+constexpr bool HasOnePassBackward(DType dtype, int64_t seq, int64_t head_dim,
+                                  int64_t multiprocessors) {
+  return HasTensorCoreAttention(dtype, head_dim) && seq > kWgmmaHeadRows &&
+         head_dim <= kWgmmaHeadDim &&
          (seq + kPassKeys - 1) / kPassKeys <= (multiprocessors < 254 ? multiprocessors : 254);
 }
 constexpr size_t BiasSliceBytes(int64_t q, int64_t kv, int64_t hidden) {
