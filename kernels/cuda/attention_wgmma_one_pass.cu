@@ -76,11 +76,16 @@ struct Part {
   int block;       // of the head's
   int members;     // how many blocks there are
   int tiles;       // of all of the head's queries
-  int first_block;  // that has the head's first keys, of the grid
-  int side;        // which half of the sums' slots the head has
+  int first_block;  // of the grid
+  int side;         // which half of the sums' slots the head has
 
   __device__ __forceinline__ int Begin(bool causal, int of) const {
     return causal ? 2 * of : of * tiles / members;
+  }
+  // Which of the grid's blocks for the head, counted from the first one, has its keys `of`. A causal
+  // head's first keys have the most queries: every other time they come last.
+  __device__ __forceinline__ int Place(bool causal, int of) const {
+    return causal && side != 0 ? members - 1 - of : of;
   }
   // A causal block leaves out the tiles that see none of its keys.
   __device__ __forceinline__ int Steps(bool causal) const {
@@ -130,11 +135,11 @@ class PartsInTurn {
       if (at < 0 || at >= fit * members) continue;
       const int nth = at / members;
       const int head = first_head + nth;
-      part.block = at - nth * members;
       part.members = members;
       part.tiles = tiles;
       part.first_block = first_block + nth * members;
       part.side = round_ & 1;
+      part.block = part.Place(p.causal, at - nth * members);
       const int64_t index = int64_t{batch} * heads + head;
       part.mark = static_cast<uint32_t>(index) << 8;
       part.h = HeadAt<kKeys, BlockRows::kKeys>(p, index, batch, head, part.block);
@@ -413,7 +418,7 @@ struct Turn {
     const int owner = part.Owner(causal, tile);
     all = causal ? owner + 1 : part.members;
     turn = owner - part.block + (owner < part.block ? part.members : 0);
-    slot = ((part.first_block + owner) * 2 + part.side) * kPassSlots + tile -
+    slot = ((part.first_block + part.Place(causal, owner)) * 2 + part.side) * kPassSlots + tile -
            part.Begin(causal, owner);
   }
   // Whether it has come.
