@@ -88,18 +88,28 @@ class Cases {
   }
 
   void LinearInputGrad(const std::string& part, int64_t n, int64_t k) {
-    // fc2's goes on through GELU, and sums fc1's bias gradient.
-    const bool gelu = part == "fc2";
-    OpCase& c = Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", GELU, dbias" : ""), {1, 1},
-                    [=, *this](Operands& o) {
-                      return Call(o, &Backend::LinearInputGrad,
-                                  {.dy = o.Read(act_, {t_, n}),
-                                   .w = o.Read(act_, {n, k}),
-                                   .dx = o.Write(act_, {t_, k}),
-                                   .apply_gelu = gelu,
-                                   .pre = gelu ? o.Read(act_, {t_, k}) : TensorView{},
-                                   .dbias = gelu ? o.Update(kF32, {k}) : TensorView{}});
-                    });
+    // fc2's goes on through GELU, and sums fc1's bias gradient. Post-LN's branches end in qkv's and
+    // fc1's, which add to the gradient that came by the residual.
+    const bool gelu = part == "fc2", branch = part == "qkv" || part == "fc1";
+    AddLinearInputGrad(part, n, k, gelu, false, branch ? Calls{.pre_norm = 1} : Calls{1, 1});
+    if (branch) AddLinearInputGrad(part, n, k, false, true, {.post_norm = 1});
+  }
+
+  void AddLinearInputGrad(const std::string& part, int64_t n, int64_t k, bool gelu, bool accumulate,
+                          Calls calls) {
+    OpCase& c =
+        Add(absl::StrCat("LinearInputGrad ", part, gelu ? ", GELU, dbias" : "",
+                         accumulate ? ", onto dx" : ""),
+            calls, [=, *this](Operands& o) {
+              return Call(o, &Backend::LinearInputGrad,
+                          {.dy = o.Read(act_, {t_, n}),
+                           .w = o.Read(act_, {n, k}),
+                           .dx = accumulate ? o.Update(act_, {t_, k}) : o.Write(act_, {t_, k}),
+                           .accumulate = accumulate,
+                           .apply_gelu = gelu,
+                           .pre = gelu ? o.Read(act_, {t_, k}) : TensorView{},
+                           .dbias = gelu ? o.Update(kF32, {k}) : TensorView{}});
+            });
     c.flops = ProductFlops(t_, n, k);
     c.sums_tokens = gelu;
   }
@@ -131,7 +141,8 @@ class Cases {
   }
 
   void LayerNorm() {
-    Add("LayerNorm", {.pre_norm = 1}, [*this](Operands& o) {
+    // The first layer's of a call. Further up the sum below has it.
+    Add("LayerNorm", {}, [*this](Operands& o) {
       return Call(o, &Backend::LayerNorm,
                   {.x = o.Read(act_, {t_, h_}),
                    .gamma = o.Read(act_, {h_}),
@@ -142,11 +153,11 @@ class Cases {
     });
   }
 
-  // The layer has the norm's output again, over dy; without normalize_invertible.
+  // The first layer's of a call too. The layer has the norm's output again, over dy; without
+  // normalize_invertible.
   void LayerNormBackward() {
     for (const bool again : {true, false})
-      Add(absl::StrCat("LayerNormBackward, residual", again ? ", y again" : ""),
-          again ? Calls{.pre_norm = 1} : Calls{},
+      Add(absl::StrCat("LayerNormBackward, residual", again ? ", y again" : ""), {},
           [=, *this](Operands& o) {
             const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
             return Call(o, &Backend::LayerNormBackward,
@@ -166,7 +177,8 @@ class Cases {
   }
 
   void DropoutAddNorm() {
-    Add("DropoutAddNorm, norm, in place", {.pre_norm = 1, .post_norm = 2}, [*this](Operands& o) {
+    // Pre-LN: attention's sum with its norm, and the layer's with the norm above.
+    Add("DropoutAddNorm, norm, in place", {.pre_norm = 2, .post_norm = 2}, [*this](Operands& o) {
       const TensorView x = o.Update(act_, {t_, h_});
       return Call(o, &Backend::DropoutAddNorm,
                   {.x = x,
@@ -180,31 +192,27 @@ class Cases {
                    .mean = o.Write(kF32, {t_}),
                    .rstd = o.Write(kF32, {t_})});
     });
-    AddDropoutAdd("DropoutAddNorm, no norm, in place", {.pre_norm = 1}, dropout_);
-    AddDropoutAdd("DropoutAddNorm, plain sum", {.post_norm = 2}, 0.0f);
-  }
-
-  void AddDropoutAdd(const char* name, Calls calls, float ratio) {
-    Add(name, calls, [=, *this](Operands& o) {
+    // Pre-LN's last layer.
+    Add("DropoutAddNorm, no norm, in place", {}, [*this](Operands& o) {
       const TensorView x = o.Update(act_, {t_, h_});
       return Call(o, &Backend::DropoutAddNorm,
                   {.x = x,
                    .bias = o.Read(act_, {h_}),
                    .residual = o.Read(act_, {t_, h_}),
-                   .dropout = DropoutOf(o, ratio),
+                   .dropout = DropoutOf(o, dropout_),
                    .sum = x});
     });
   }
 
   void DropoutAddNormBackward() {
     // Pre-LN: attention's sum is also the feed-forward branch's residual, so it has a gradient
-    // beside the norm's.
+    // beside the norm's; and so is the sum of the layer below attention's.
     for (const bool pre_norm : {true, false})
       for (const bool again : {true, false})
         Add(absl::StrCat("DropoutAddNormBackward, norm", pre_norm ? ", dsum" : "",
                          again ? ", y again" : ""),
             !again     ? Calls{}
-            : pre_norm ? Calls{.pre_norm = 1}
+            : pre_norm ? Calls{.pre_norm = 2}
                        : Calls{.post_norm = 2},
             [=, *this](Operands& o) {
               const TensorView dy = again ? o.Update(act_, {t_, h_}) : o.Read(act_, {t_, h_});
@@ -225,7 +233,8 @@ class Cases {
                            .dbeta = o.Update(kF32, {h_})});
             })
             .sums_tokens = true;
-    Add("DropoutAddNormBackward, no norm", {.pre_norm = 1}, [*this](Operands& o) {
+    // Pre-LN's last layer.
+    Add("DropoutAddNormBackward, no norm", {}, [*this](Operands& o) {
       return Call(o, &Backend::DropoutAddNormBackward,
                   {.dsum = o.Read(act_, {t_, h_}),
                    .dropout = DropoutOf(o, dropout_),

@@ -39,7 +39,7 @@ class Operands {
 struct OpCase {
   std::string name;
   double flops = 0;          // of its products; what else it computes hides behind the bytes
-  int calls_pre_norm = 0;    // in one layer's forward and backward, Pre-LN
+  int calls_pre_norm = 0;    // in forward and backward of a layer between others, Pre-LN
   int calls_post_norm = 0;   // the same, Post-LN
   bool sums_tokens = false;  // Workspace::unordered may change it
   // A call on operands of its own, which live as long as the Operands.

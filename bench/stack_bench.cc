@@ -10,6 +10,8 @@
 //   run N padded LOW HIGH SEED   the same with batch_size sequences of lengths that are drawn
 //   run N packed LOW HIGH SEED   uniformly from LOW..HIGH, others in each step, of which the seed
 //                     tells: padded to max_seq_length, or packed. "tokens": theirs, a step each
+//   run N filled LOW HIGH SEED   packed too, as many of them as batch_size x max_seq_length tokens
+//                     hold, of the same lengths first
 //   plan              {"bytes": total, "weights": ..., ...}
 //   delete            frees the stack
 //   ceilings DTYPE    {"product_tflops": ..., "copy_tbs": ...}
@@ -51,9 +53,20 @@ class StackUnderTest {
 
   // How long sequences are: all max_seq_length, or drawn.
   struct Lengths {
-    bool drawn = false, packed = false;
+    bool drawn = false, packed = false, filled = false;
     int64_t low = 0, high = 0;
     uint32_t seed = 0;
+
+    std::vector<int32_t> Draw(std::mt19937& random, int64_t batch, int64_t seq) const {
+      std::vector<int32_t> each;
+      for (int64_t room = batch * seq; filled || std::ssize(each) < batch;) {
+        const auto length = static_cast<int32_t>(low + random() % (high - low + 1));
+        room -= length;
+        if (room < 0) break;
+        each.push_back(length);
+      }
+      return each;
+    }
   };
 
   Json Run(int64_t steps, const Lengths& lengths) {
@@ -64,7 +77,6 @@ class StackUnderTest {
     if (lengths.drawn && (lengths.low < 1 || lengths.low > lengths.high || lengths.high > seq))
       throw std::runtime_error("lengths must be in 1.." + std::to_string(seq) +
                                ", the lower first");
-    std::mt19937 random(lengths.seed);
     for (int64_t i = 0; i < steps; ++i) {
       ForwardArgs args{.layers = {0, stack_->config().num_hidden_layers}};
       args.input = input_;
@@ -73,16 +85,16 @@ class StackUnderTest {
       std::optional<Tensors> numbers;
       int64_t total = batch * seq;
       if (lengths.drawn) {
-        std::vector<int32_t> drawn(static_cast<size_t>(batch)), ends{0};
-        for (int32_t& length : drawn) {
-          length = static_cast<int32_t>(lengths.low + random() % (lengths.high - lengths.low + 1));
-          ends.push_back(ends.back() + length);
-        }
+        // A step's lengths don't depend on how many were drawn for the one before.
+        std::mt19937 random(lengths.seed + static_cast<uint32_t>(i));
+        const std::vector<int32_t> drawn = lengths.Draw(random, batch, seq);
+        std::vector<int32_t> ends{0};
+        for (const int32_t length : drawn) ends.push_back(ends.back() + length);
         total = ends.back();
         numbers.emplace(device_);
         if (lengths.packed) {
           args.longest = *std::max_element(drawn.begin(), drawn.end());
-          args.cu_seqlens = {numbers->Copy(ends), DType::kI32, {batch + 1}};
+          args.cu_seqlens = {numbers->Copy(ends), DType::kI32, {std::ssize(ends)}};
           const Shape shape{total, stack_->config().hidden_size};
           for (TensorView* view : {&args.input, &args.output, &output_grad, &input_grad})
             *view = TensorView{view->data, view->dtype, shape};
@@ -144,10 +156,11 @@ class Commands {
       if (!(words >> steps)) throw std::runtime_error("run: how many steps?");
       if (words >> how) {
         lengths.drawn = true;
-        lengths.packed = how == "packed";
-        if ((how != "packed" && how != "padded") ||
+        lengths.filled = how == "filled";
+        lengths.packed = how == "packed" || lengths.filled;
+        if ((!lengths.packed && how != "padded") ||
             !(words >> lengths.low >> lengths.high >> lengths.seed))
-          throw std::runtime_error("run: N, or N packed|padded LOW HIGH SEED");
+          throw std::runtime_error("run: N, or N padded|packed|filled LOW HIGH SEED");
       }
       return TheStack().Run(steps, lengths);
     }

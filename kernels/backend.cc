@@ -379,6 +379,7 @@ absl::Status Backend::LinearInputGrad(const Workspace& ws, const LinearInputGrad
   check.ActOut("dx", args.dx, {&t, &k});
   if (args.apply_gelu) {
     check.GeluIs(args.gelu);
+    if (args.accumulate) check.Fail("accumulate is set; it must not be with apply_gelu");
     check.Act("pre", args.pre, {&t, &k});
     if (args.dbias) check.F32Out("dbias", args.dbias, {&k});
   } else {

@@ -112,7 +112,8 @@ absl::Status LinearInputGrad(const Context& context, const Workspace& ws,
                                       .out = act,
                                       .a = args.dy.data,
                                       .b = args.w.data,
-                                      .c = args.dx.data});
+                                      .c = args.dx.data,
+                                      .accumulate = args.accumulate});
 
   const ActKernels& kernels = context.kernels.of(act);
   const int64_t block = std::min(t, kBlockRows);
@@ -126,8 +127,9 @@ absl::Status LinearInputGrad(const Context& context, const Workspace& ws,
   for (int64_t row = 0; row < t; row += block) {
     const int64_t rows = std::min(block, t - row);
     ToF32(context, args.dy, row * n, rows * n, dy);
-    const absl::Status status =
-        context.products.Multiply({.m = rows, .n = k, .k = n, .a = dy, .b = w, .c = dx});
+    if (args.accumulate) ToF32(context, args.dx, row * k, rows * k, dx);
+    const absl::Status status = context.products.Multiply(
+        {.m = rows, .n = k, .k = n, .a = dy, .b = w, .c = dx, .accumulate = args.accumulate});
     if (!status.ok()) return status;
     ParallelRanges(context.threads, rows, RowGrain(k), [&](int, int64_t b, int64_t e) {
       kernels.from_f32(dx + b * k, RowAt(args.dx, row + b), (e - b) * k);

@@ -499,6 +499,7 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
                                                    .a = args.dy.data,
                                                    .b = args.w.data,
                                                    .d = args.dx.data,
+                                                   .accumulate = args.accumulate,
                                                    .workspace = ws},
                                        stream_);
   if (!status.ok() || !args.apply_gelu) return status;

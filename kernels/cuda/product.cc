@@ -204,6 +204,7 @@ absl::Status Products::RunAny(const ProductArgs& args, cudaStream_t stream) {
       p.a_col = 1;
       p.b_row = 1;
       p.b_col = args.n;
+      p.accumulate = args.accumulate;
       break;
     case ProductKind::kWeightGrad:
       p.a_row = 1;
@@ -223,7 +224,8 @@ absl::Status Products::Run(const ProductArgs& args, cudaStream_t stream) {
   // accumulates onto it: as exact, and rounded as often.
   const bool has_bias = args.bias != nullptr;
   const bool epilogue = has_bias && args.n % 8 == 0 && Alignment(args.bias) >= 16;
-  const bool accumulate = args.kind == ProductKind::kWeightGrad || (has_bias && !epilogue);
+  const bool accumulate =
+      args.kind == ProductKind::kWeightGrad || args.accumulate || (has_bias && !epilogue);
   const Key key{.kind = args.kind,
                 .dtype = args.dtype,
                 .bias = epilogue,

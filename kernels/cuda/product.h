@@ -21,7 +21,7 @@ namespace lamina::cuda {
 // What a transformer layer needs of a product. All matrices are dense and row-major.
 enum class ProductKind : uint8_t {
   kForward = 1,     // d[m, n]  = a[m, k] b[n, k]^T + bias[n]
-  kInputGrad = 2,   // d[m, n]  = a[m, k] b[k, n]
+  kInputGrad = 2,   // d[m, n]  = a[m, k] b[k, n] (+ d where accumulate)
   kWeightGrad = 3,  // d[m, n] += a[k, m]^T b[k, n], d in fp32
 };
 
@@ -33,6 +33,7 @@ struct ProductArgs {
   const void* b = nullptr;
   const void* bias = nullptr;  // kForward only; null: none
   void* d = nullptr;
+  bool accumulate = false;  // kInputGrad only
   Workspace workspace;
 };
 

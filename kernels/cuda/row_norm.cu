@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(BackwardThreads(kChunks), BackwardBlocksAtOnce
 #pragma unroll
         for (int i = 0; i < 8; ++i) ds[c][i] += other[i];
       }
-      if (p.dsum_out != nullptr) Store8(static_cast<T*>(p.dsum_out) + offset, ds[c]);
+      if (p.dsum_out != nullptr) StoreAndKeep8(static_cast<T*>(p.dsum_out) + offset, ds[c]);
       if (p.dx == nullptr) continue;
       if (p.dropout.rng != nullptr) ApplyDropout<8>(p.dropout, rng, row, chunk * 8, ds[c]);
       Store8(static_cast<T*>(p.dx) + offset, ds[c]);
@@ -361,7 +361,11 @@ __global__ void __launch_bounds__(256) RowNormBackwardAnyKernel(RowNormBackwardP
       }
     }
     if (dsum != nullptr) ds[0] += ToFloat(dsum[offset]);
-    if (p.dsum_out != nullptr) static_cast<T*>(p.dsum_out)[offset] = FromFloat<T>(ds[0]);
+    if (p.dsum_out != nullptr) {
+      const T stored = FromFloat<T>(ds[0]);
+      static_cast<T*>(p.dsum_out)[offset] = stored;
+      ds[0] = ToFloat(stored);
+    }
     if (p.dx == nullptr) continue;
     if (p.dropout.rng != nullptr) ApplyDropout<1>(p.dropout, rng, row, col, ds);
     static_cast<T*>(p.dx)[offset] = FromFloat<T>(ds[0]);

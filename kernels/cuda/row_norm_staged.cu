@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int i = 0; i < 8; ++i) ds[i] += other[i];
         }
         const int64_t offset = row * cols + chunk * 8;
-        if (p.dsum_out != nullptr) Store8(static_cast<T*>(p.dsum_out) + offset, ds);
+        if (p.dsum_out != nullptr) StoreAndKeep8(static_cast<T*>(p.dsum_out) + offset, ds);
         if (p.dx == nullptr) continue;
         if (p.dropout.rng != nullptr) ApplyDropout<8>(p.dropout, rng, row, chunk * 8, ds);
         Store8(static_cast<T*>(p.dx) + offset, ds);

@@ -24,13 +24,6 @@ class Ops {
   void Attention(const AttentionArgs& a) { Run(&Backend::Attention, a); }
   void AttentionBackward(const AttentionBackwardArgs& a) { Run(&Backend::AttentionBackward, a); }
 
-  // out = x + residual. The op set has no plain sum; a DropoutAddNorm without dropout and norm, and
-  // with a bias of zeros, is one.
-  void Add(const TensorView& x, const TensorView& residual, const TensorView& zeros,
-           const TensorView& out) {
-    DropoutAddNorm({.x = x, .bias = zeros, .residual = residual, .sum = out});
-  }
-
   const absl::Status& status() const { return status_; }
 
  private:
@@ -87,13 +80,14 @@ Dropout Layer::DropoutAt(const LayerCall& call, DropoutSite site) const {
 }
 
 absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
-                            const TensorView& y) const {
+                            const TensorView& y, const Layer* below, const Layer* above,
+                            const LayerActivations& above_saved) const {
   Ops ops(backend_, call.workspace);
   const bool pre_norm = call.pre_layer_norm;
   const bool evaluation = !s.norm_rstd;
 
   // n = LN(x; norm), or x itself
-  if (pre_norm)
+  if (pre_norm && below == nullptr)
     ops.LayerNorm({.x = x,
                    .gamma = w_.norm_w,
                    .beta = w_.norm_b,
@@ -144,10 +138,19 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
   if (pre_norm && !y) {
     // Nothing else reads y's product.
   } else if (pre_norm) {
-    // y = attn_sum + drop(inter Wout + bout), summed where the product lies
+    // y = attn_sum + drop(inter Wout + bout), summed where the product lies;  and n above
     ops.Linear({.x = s.inter, .w = w_.output_w, .y = y});
-    ops.DropoutAddNorm(
-        {.x = y, .bias = w_.output_b, .residual = s.attn_sum, .dropout = drop, .sum = y});
+    DropoutAddNormArgs sum{
+        .x = y, .bias = w_.output_b, .residual = s.attn_sum, .dropout = drop, .sum = y};
+    if (above != nullptr) {
+      sum.gamma = above->w_.norm_w;
+      sum.beta = above->w_.norm_b;
+      sum.eps = call.eps;
+      sum.y = above_saved.attn_in;
+      sum.mean = above_saved.norm_mean;
+      sum.rstd = above_saved.norm_rstd;
+    }
+    ops.DropoutAddNorm(sum);
   } else {
     // ffn_sum = ffn_in + drop(inter Wout + bout);  y = LN(ffn_sum; norm)
     ops.Linear({.x = s.inter, .w = w_.output_w, .y = s.ffn_sum});
@@ -168,12 +171,14 @@ absl::Status Layer::Forward(const LayerCall& call, const TensorView& x, const La
 
 absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const LayerActivations& s,
                              const TensorView& dy, const LayerScratch& scratch,
-                             const TensorView& dx, const Layer* above) const {
+                             const TensorView& dx, const Layer* above, const Layer* below) const {
   Ops ops(backend_, call.workspace);
   const bool pre_norm = call.pre_layer_norm;
   const TensorView dproduct = scratch.product;
   const TensorView dbranch = scratch.branch;
-  const TensorView dsum = scratch.sum;
+  // Gradients of ffn_in and attn_sum. Post-LN's branches end in the products that add to them.
+  const TensorView dffn_in = pre_norm ? dbranch : scratch.sum;
+  const TensorView dattn_sum = pre_norm ? scratch.sum : dx;
   const TensorView dinter{scratch.wide.data, s.inter_pre.dtype, s.inter_pre.shape};
   const TensorView dqkv{scratch.wide.data, s.qkv.dtype, s.qkv.shape};
   // What was dropped is computed again from what was kept: gelu where its gradient will lie; and of
@@ -181,15 +186,17 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
   // where that was kept; else the norm's backward writes its output over the output's gradient, and
   // the weight gradient of the product that reads it comes after.
   const bool invert = !s.norm_mean;
-  const TensorView again = invert ? TensorView{} : dbranch;
+  const TensorView again = invert ? TensorView{} : dffn_in;
   const TensorView inter = s.inter ? s.inter : dinter;
 
   // Through y to the output product. Pre-LN: y is the sum, and dy is also attn_sum's gradient by
-  // the residual. Post-LN: y is the norm of ffn_sum, and ffn_sum's gradient is also ffn_in's.
+  // the residual; the layer above has been here already. Post-LN: y is the norm of ffn_sum, and
+  // ffn_sum's gradient is also ffn_in's.
   const Dropout ffn_drop = DropoutAt(call, DropoutSite::kFeedForward);
   if (pre_norm) {
-    ops.DropoutAddNormBackward(
-        {.dsum = dy, .dropout = ffn_drop, .dx = dproduct, .dbias = g_.output_b});
+    if (above == nullptr)
+      ops.DropoutAddNormBackward(
+          {.dsum = dy, .dropout = ffn_drop, .dx = dproduct, .dbias = g_.output_b});
   } else {
     ops.DropoutAddNormBackward({.dy = dy,
                                 .sum = s.ffn_sum,
@@ -200,7 +207,7 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                                 .mean = s.norm_mean,
                                 .rstd = s.norm_rstd,
                                 .dropout = ffn_drop,
-                                .dresidual = dsum,
+                                .dresidual = dffn_in,
                                 .dx = dproduct,
                                 .dbias = g_.output_b,
                                 .dgamma = g_.norm_w,
@@ -218,11 +225,10 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                        .gelu = call.gelu,
                        .pre = s.inter_pre,
                        .dbias = g_.inter_b});
-  ops.LinearInputGrad({.dy = dinter, .w = w_.inter_w, .dx = dbranch});
-  if (!pre_norm) ops.Add(dbranch, dsum, scratch.zeros, dbranch);  // ffn_in is the residual too
+  ops.LinearInputGrad({.dy = dinter, .w = w_.inter_w, .dx = dffn_in, .accumulate = !pre_norm});
 
   // Through the norm and the sum to attention's output product.
-  ops.DropoutAddNormBackward({.dy = dbranch,
+  ops.DropoutAddNormBackward({.dy = dffn_in,
                               .dsum = pre_norm ? dy : TensorView{},
                               .sum = s.attn_sum,
                               .y = invert ? s.ffn_in : TensorView{},
@@ -232,7 +238,7 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                               .mean = s.attn_mean,
                               .rstd = s.attn_rstd,
                               .dropout = DropoutAt(call, DropoutSite::kAttentionOutput),
-                              .dresidual = dsum,
+                              .dresidual = dattn_sum,
                               .dx = dproduct,
                               .dbias = g_.attn_ob,
                               .dgamma = g_.attn_nw,
@@ -255,11 +261,29 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                          .dout = dbranch,
                          .dqkv = dqkv,
                          .dbias = g_.attn_qkvb});
-  ops.LinearInputGrad({.dy = dqkv, .w = w_.attn_qkvw, .dx = dbranch});
+  const TensorView dn = pre_norm ? dbranch : dx;
+  ops.LinearInputGrad({.dy = dqkv, .w = w_.attn_qkvw, .dx = dn, .accumulate = !pre_norm});
 
-  // And to x, with what came by the residual. Post-LN without x: the layer below makes it again.
-  if (pre_norm) {
-    ops.LayerNormBackward({.dy = dbranch,
+  // And to x, with what came by the residual. Pre-LN goes on to the output product of the layer
+  // below in the same pass. Post-LN is there; without x, the layer below makes it again.
+  if (pre_norm && below != nullptr) {
+    ops.DropoutAddNormBackward({.dy = dn,
+                                .dsum = dattn_sum,
+                                .sum = invert ? TensorView{} : x,
+                                .y = invert ? s.attn_in : TensorView{},
+                                .beta = w_.norm_b,
+                                .y_again = again,
+                                .gamma = w_.norm_w,
+                                .mean = s.norm_mean,
+                                .rstd = s.norm_rstd,
+                                .dropout = below->DropoutAt(call, DropoutSite::kFeedForward),
+                                .dresidual = dx,
+                                .dx = dproduct,
+                                .dbias = below->g_.output_b,
+                                .dgamma = g_.norm_w,
+                                .dbeta = g_.norm_b});
+  } else if (pre_norm) {
+    ops.LayerNormBackward({.dy = dn,
                            .x = invert ? TensorView{} : x,
                            .y = invert ? s.attn_in : TensorView{},
                            .beta = w_.norm_b,
@@ -267,14 +291,15 @@ absl::Status Layer::Backward(const LayerCall& call, const TensorView& x, const L
                            .gamma = w_.norm_w,
                            .mean = s.norm_mean,
                            .rstd = s.norm_rstd,
-                           .residual_grad = dsum,
+                           .residual_grad = dattn_sum,
                            .dx = dx,
                            .dgamma = g_.norm_w,
                            .dbeta = g_.norm_b});
+  }
+  if (pre_norm) {
     ops.LinearWeightGrad({.dy = dqkv, .x = invert ? s.attn_in : again, .dw = g_.attn_qkvw});
-  } else {
-    if (x) ops.LinearWeightGrad({.dy = dqkv, .x = x, .dw = g_.attn_qkvw});
-    ops.Add(dbranch, dsum, scratch.zeros, dx);
+  } else if (x) {
+    ops.LinearWeightGrad({.dy = dqkv, .x = x, .dw = g_.attn_qkvw});
   }
   return ops.status();
 }

@@ -52,10 +52,9 @@ struct LayerActivations {
 struct LayerScratch {
   TensorView wide;     // act [T, max(3H, I)]: gradient of inter, then of qkv
   TensorView product;  // act [T, H]: gradient of an output product, before its bias
-  TensorView branch;   // act [T, H]: gradient that comes back through a branch's input; then the
-                       // input itself, where the norm's backward makes it again
-  TensorView sum;      // act [T, H]: gradient of a residual sum
-  TensorView zeros;    // act [H]: zeros, never written
+  TensorView branch;   // act [T, H]: gradient of a branch's input or attention's output
+  TensorView sum;      // act [T, H]: gradient of a residual sum. A norm's backward may make its
+                       // output again over its gradient, in this one or in branch
 };
 
 // Where evaluation keeps a layer's activations: in the scratch that Backward would use.
@@ -74,18 +73,28 @@ class Layer {
 
   // x, y: act [T, H], not overlapping. Fills `saved`. y absent, in Pre-LN alone: what only y needs
   // is left out, as Backward does not.
+  //
+  // `above`: the layer that goes on from y in the same call, if any. Its Forward must come next,
+  // with this one as `below`, and `above_saved` be its `saved`: in Pre-LN its first norm is taken
+  // in the pass that sums y.
   absl::Status Forward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
-                       const TensorView& y) const;
+                       const TensorView& y, const Layer* below, const Layer* above,
+                       const LayerActivations& above_saved) const;
 
   // x and saved are Forward's. dy, dx: act [T, H], not overlapping; dx is overwritten. Adds to the
   // gradients of the parameters.
   //
-  // x may be absent in Pre-LN without norm_mean, and in Post-LN where the layer below is to make it
-  // again: its Backward must come next, with this layer as `above`. That one adds to attn_qkvw's
-  // gradient of this layer first, from what is left in `scratch`, and overwrites its dy.
+  // `below`, or null: the layer of the same call whose Backward must come next, with what is left
+  // in `scratch` and with this one as `above`, in Post-LN only where x is absent. What they do for
+  // each other:
+  // Pre-LN: this one goes on to the gradient of the product that `below` ends with, in one pass,
+  //   and adds to the gradient of its output_b.
+  // Post-LN without x: `below` makes x again, over its dy, and adds to the gradient of this one's
+  //   attn_qkvw first.
+  // Without `below` x may be absent only in Pre-LN without norm_mean.
   absl::Status Backward(const LayerCall& call, const TensorView& x, const LayerActivations& saved,
                         const TensorView& dy, const LayerScratch& scratch, const TensorView& dx,
-                        const Layer* above) const;
+                        const Layer* above, const Layer* below) const;
 
  private:
   Dropout DropoutAt(const LayerCall& call, DropoutSite site) const;

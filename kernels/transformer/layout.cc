@@ -89,7 +89,6 @@ WorkspaceBuffers PlaceWorkspace(Placer& placer, const StackConfig& config, const
   s.product = placer.Place(kKind, "workspace.product", config.dtype, token_vectors);
   s.branch = placer.Place(kKind, "workspace.branch", config.dtype, token_vectors);
   s.sum = placer.Place(kKind, "workspace.sum", config.dtype, token_vectors);
-  s.zeros = placer.Place(kKind, "workspace.zeros", config.dtype, {dims.hidden});
   b.chain = placer.Place(kKind, "workspace.chain", config.dtype, token_vectors);
   if (!sizes.host_memory()) {
     const int64_t act_bytes = tokens * dims.hidden * static_cast<int64_t>(SizeOf(config.dtype));

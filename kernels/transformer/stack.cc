@@ -177,6 +177,11 @@ class StackImpl final : public Stack {
   size_t ActivationBytes(const StackConfig& config) const;
   absl::Status ReplaceActivations(const StackConfig& wanted);
   LayerActivations Recomputed(const LayerDims& dims) const;
+  const Layer& LayerAt(int64_t index) const { return layers_[static_cast<size_t>(index)]; }
+  // Null outside of `layers`.
+  const Layer* LayerIn(LayerRange layers, int64_t index) const {
+    return index >= layers.begin && index < layers.end ? &LayerAt(index) : nullptr;
+  }
   absl::Status CopyNormVectors();
   void WeightsChanged(LayerRange layers);
   void MakeLayers();
@@ -229,8 +234,6 @@ absl::Status StackImpl::Init() {
                           DeviceArena::Allocate(backend_, workspace_size.bytes()));
   Placer workspace(workspace_arena_.data());
   workspace_ = PlaceWorkspace(workspace, config_, backend_.sizes());
-  const TensorView& zeros = workspace_.scratch.zeros;
-  LAMINA_RETURN_IF_ERROR(backend_.SetZero(zeros.data, zeros.bytes()));
 
   if (config_.training) LAMINA_RETURN_IF_ERROR(AllocateTraining());
   MakeLayers();
@@ -510,7 +513,9 @@ absl::Status StackImpl::ForwardEval(const ForwardArgs& args) {
     for (int64_t i = args.layers.begin; i < args.layers.end; ++i) {
       const ProfilerRange range(backend_, "layer.forward", i);
       const TensorView y = (args.layers.end - 1 - i) % 2 == 0 ? output : chain;
-      LAMINA_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].Forward(call, x, activations, y));
+      LAMINA_RETURN_IF_ERROR(LayerAt(i).Forward(call, x, activations, y,
+                                                LayerIn(args.layers, i - 1),
+                                                LayerIn(args.layers, i + 1), activations));
       x = y;
     }
     return absl::OkStatus();
@@ -564,6 +569,12 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
   const TensorView output = Tokens(args.output);
   const TensorView chain = workspace_.chain.Reshaped(output.shape);
   const TensorView input = c.buffers.input ? c.buffers.input : Tokens(args.input);
+  const auto activations = [&](int64_t i) {
+    return WithScratch(config_.activation_checkpointing
+                           ? Recomputed(dims)
+                           : c.buffers.layers[static_cast<size_t>(i)].activations,
+                       dims, scratch);
+  };
   const auto run = [&]() -> absl::Status {
     TensorView x = input;
     for (int64_t i = 0; i < layers; ++i) {
@@ -573,10 +584,10 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
       // Where outputs are not kept they alternate, so that the last is the caller's.
       const TensorView passing = (layers - 1 - i) % 2 == 0 ? output : chain;
       const TensorView y = saved.output && !last ? saved.output : passing;
-      const LayerActivations kept =
-          config_.activation_checkpointing ? Recomputed(dims) : saved.activations;
-      const Layer& layer = layers_[static_cast<size_t>(args.layers.begin + i)];
-      LAMINA_RETURN_IF_ERROR(layer.Forward(c.call, x, WithScratch(kept, dims, scratch), y));
+      const int64_t index = args.layers.begin + i;
+      LAMINA_RETURN_IF_ERROR(LayerAt(index).Forward(
+          c.call, x, activations(i), y, LayerIn(args.layers, index - 1),
+          LayerIn(args.layers, index + 1), last ? LayerActivations{} : activations(i + 1)));
       if (saved.output && last)
         LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(saved.output.data, y.data, y.bytes()));
       x = y;
@@ -633,14 +644,14 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
     TensorView dy = Tokens(output_grad);
     TensorView chain = workspace_.chain.Reshaped(dy.shape);
     TensorView other_chain = training_.chain.Reshaped(dy.shape);
-    const Layer* above = nullptr;  // whose input the next one makes again
+    const Layer* above = nullptr;
     for (size_t i = c->buffers.layers.size(); i-- > 0;) {
-      const ProfilerRange range(backend_, "layer.backward",
-                                c->range.begin + static_cast<int64_t>(i));
+      const int64_t index = c->range.begin + static_cast<int64_t>(i);
+      const ProfilerRange range(backend_, "layer.backward", index);
       const ContextBuffers::SavedLayer& saved = c->buffers.layers[i];
       const TensorView x = i == 0 ? c->buffers.input : c->buffers.layers[i - 1].output;
       const TensorView dx = i == 0 && input_grad ? Tokens(input_grad) : chain;
-      const Layer& layer = layers_[static_cast<size_t>(c->range.begin) + i];
+      const Layer& layer = LayerAt(index);
       LayerActivations activations = saved.activations;
       activations.y = saved.output;
       if (config_.activation_checkpointing) {
@@ -649,11 +660,12 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
         // branch's scratch; where it is not, the residual of its sum lies there.
         if (!config_.pre_layer_norm)
           activations.y = config_.inverts_norms() ? scratch.branch : scratch.product;
-        LAMINA_RETURN_IF_ERROR(
-            layer.Forward(c->call, x, WithScratch(activations, dims, scratch), activations.y));
+        LAMINA_RETURN_IF_ERROR(layer.Forward(c->call, x, WithScratch(activations, dims, scratch),
+                                             activations.y, nullptr, nullptr, {}));
       }
-      LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx, above));
-      above = x || config_.pre_layer_norm ? nullptr : &layer;
+      LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx, above,
+                                            LayerIn(c->range, index - 1)));
+      above = config_.pre_layer_norm || !x ? &layer : nullptr;
       dy = dx;
       std::swap(chain, other_chain);
     }

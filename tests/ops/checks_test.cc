@@ -267,6 +267,7 @@ TEST(Checks, LinearInputGrad) {
           {"dx overlaps dy", [](A& a) { a.dx.data = a.dy.data; }},
           {"dx overlaps w", [](A& a) { a.dx.data = a.w.data; }},
           {"gelu is 3", [](A& a) { a.gelu = static_cast<GeluKind>(3); }},
+          {"accumulate is set; it must not be with apply_gelu", [](A& a) { a.accumulate = true; }},
           {"pre is absent", [](A& a) { a.pre = {}; }},
           {"pre is fp32; it must be bf16 like dy", [](A& a) { a.pre.dtype = DType::kF32; }},
           {"pre has shape [6, 5]; it must be [T, K] with T = 6, K = 8",
@@ -291,6 +292,7 @@ TEST(Checks, LinearInputGrad) {
                        a.pre = {};
                        a.dbias = {};
                        a.apply_gelu = false;
+                       a.accumulate = true;
                      }});
 }
 

@@ -128,22 +128,34 @@ TEST_P(LinearTest, Forward) {
 }
 
 TEST_P(LinearTest, InputGrad) {
-  const Vec dy = Noise(act(), 4, t() * n()), w = Weights();
-  const Results results = RunTwice(
-      backend(),
-      [&](OpRun& run) {
-        return backend().LinearInputGrad(run.WorkspaceFor(Dims()),
-                                         {.dy = run.In(act(), {t(), n()}, dy),
-                                          .w = run.In(act(), {n(), k()}, w),
-                                          .dx = run.Out("dx", act(), {t(), k()})});
-      },
-      param().offset);
-  const Vec dx = ref::LinearInputGrad(Product(), dy, w);
-  Vec bound =
+  const Vec dy = Noise(act(), 4, t() * n()), w = Weights(), before = Noise(act(), 10, t() * k());
+  const Vec product = ref::LinearInputGrad(Product(), dy, w);
+  const Vec accumulation =
       Accumulation(RowLengths(dy, t(), n()), RowLengths(Transposed(w, n(), k()), k(), n()), n());
-  for (size_t i = 0; i < dx.size(); ++i)
-    bound[i] += UnitRoundoff(act()) * std::abs(dx[i]) + Tiny(act());
-  ExpectWithin("dx", results.Values("dx", act()), dx, bound);
+  for (const bool accumulate : {false, true}) {
+    SCOPED_TRACE(accumulate ? "onto what is there" : "by itself");
+    const Results results = RunTwice(
+        backend(),
+        [&](OpRun& run) {
+          return backend().LinearInputGrad(
+              run.WorkspaceFor(Dims()),
+              {.dy = run.In(act(), {t(), n()}, dy),
+               .w = run.In(act(), {n(), k()}, w),
+               .dx = accumulate ? run.InOut("dx", act(), {t(), k()}, before)
+                                : run.Out("dx", act(), {t(), k()}),
+               .accumulate = accumulate});
+        },
+        param().offset);
+    Vec dx = product, bound = accumulation;
+    for (size_t i = 0; i < dx.size(); ++i) {
+      // As one more term of the sum.
+      const double added = accumulate ? before[i] : 0.0;
+      dx[i] += added;
+      bound[i] += kF32Roundoff * (std::abs(added) + std::abs(dx[i])) +
+                  UnitRoundoff(act()) * std::abs(dx[i]) + Tiny(act());
+    }
+    ExpectWithin("dx", results.Values("dx", act()), dx, bound);
+  }
 }
 
 TEST_P(LinearTest, InputGradThroughGelu) {

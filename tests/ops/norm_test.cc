@@ -552,6 +552,61 @@ TEST_P(DropoutAddNormTest, TheOutputAgainHasTheSameBits) {
   EXPECT_EQ(of_sum.Bytes("y_again"), forward.Bytes("y"));
 }
 
+// A norm and the sum below it may have their gradients from one op or from one each: the stack
+// chooses by what a call holds, and its bits must not depend on that.
+TEST_P(DropoutAddNormTest, BackwardOfANormAndOfTheSumBelowHasTheSameBitsApart) {
+  const NormPoint p = PointOf(Noise(act(), 61, t() * h()), Noise(act(), 62, t() * h()));
+  const Vec dsum = Noise(act(), 63, t() * h());
+  const auto norm = [&](OpRun& run, auto& args) {
+    args.dy = run.In(act(), {t(), h()}, p.dy);
+    args.gamma = run.In(act(), {h()}, p.gamma);
+    args.mean = run.In(DType::kF32, {t()}, p.mean);
+    args.rstd = run.In(DType::kF32, {t()}, p.rstd);
+    args.dgamma = run.InOut("dgamma", DType::kF32, {h()}, Vec(cols(), 0.0));
+    args.dbeta = run.InOut("dbeta", DType::kF32, {h()}, Vec(cols(), 0.0));
+  };
+  const auto sum = [&](OpRun& run, DropoutAddNormBackwardArgs& args) {
+    args.dropout = DeviceMask(run);
+    args.dx = run.Out("dx", act(), {t(), h()});
+    args.dbias = run.InOut("dbias", DType::kF32, {h()}, Vec(cols(), 0.0));
+    return backend().DropoutAddNormBackward(run.WorkspaceFor(Dims()), args);
+  };
+  const Results together = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        DropoutAddNormBackwardArgs args;
+        norm(run, args);
+        args.sum = run.In(act(), {t(), h()}, p.x);
+        args.dsum = run.In(act(), {t(), h()}, dsum);
+        args.dresidual = run.Out("ds", act(), {t(), h()});
+        return sum(run, args);
+      },
+      param().offset);
+  const Results of_norm = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        LayerNormBackwardArgs args;
+        norm(run, args);
+        args.x = run.In(act(), {t(), h()}, p.x);
+        args.residual_grad = run.In(act(), {t(), h()}, dsum);
+        args.dx = run.Out("ds", act(), {t(), h()});
+        return backend().LayerNormBackward(run.WorkspaceFor(Dims()), args);
+      },
+      param().offset);
+  const Results of_sum = RunTwice(
+      backend(),
+      [&](OpRun& run) {
+        DropoutAddNormBackwardArgs args;
+        args.dsum = run.In(act(), {t(), h()}, of_norm.Values("ds", act()));
+        return sum(run, args);
+      },
+      param().offset);
+  for (const char* name : {"ds", "dgamma", "dbeta"})
+    EXPECT_EQ(together.Bytes(name), of_norm.Bytes(name)) << name;
+  for (const char* name : {"dx", "dbias"})
+    EXPECT_EQ(together.Bytes(name), of_sum.Bytes(name)) << name;
+}
+
 LAMINA_OP_SUITE(DropoutAddNormTest, RowCases());
 
 }  // namespace

@@ -114,7 +114,10 @@ void DropoutAddNormBackward(const DropoutAddNormBackwardRows& a, int64_t begin, 
         if (a.dgamma != nullptr) Store(a.dgamma + j, Load(a.dgamma + j, part) + d * xhat, part);
         if (a.dbeta != nullptr) Store(a.dbeta + j, Load(a.dbeta + j, part) + d, part);
       }
-      if (dresidual != nullptr) Store(dresidual + j, ds, part);
+      if (dresidual != nullptr) {
+        Store(dresidual + j, ds, part);
+        ds = Load(dresidual + j, part);  // dx is of ds as stored
+      }
       if (a.dropout.on) ds *= Load(factors + j, part);
       if (dx != nullptr) Store(dx + j, ds, part);
       if (a.dbias != nullptr) Store(a.dbias + j, Load(a.dbias + j, part) + ds, part);

@@ -136,6 +136,14 @@ __device__ __forceinline__ void StoreRaw8(T* p, const Raw8<T>& raw) {
     reinterpret_cast<uint4*>(p)[i] = raw.words[i];
   }
 }
+
+// Stores v, and leaves it as T has it.
+template <typename T>
+__device__ __forceinline__ void StoreAndKeep8(T* p, float (&v)[8]) {
+  const Raw8<T> raw = Pack8<T>(v);
+  StoreRaw8(p, raw);
+  Unpack8(raw, v);
+}
 template <typename T>
 __device__ __forceinline__ void Store8(T* p, const float (&v)[8]) {
   StoreRaw8(p, Pack8<T>(v));

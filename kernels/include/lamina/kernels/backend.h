@@ -92,12 +92,13 @@ struct LinearArgs {
                    // then gelu of it as stored, so that Gelu of it gives y's bits
 };
 
-// dx = dy w;  with apply_gelu dx = (dy w) * gelu'(pre), and dbias += column sums of dx: the
-// gradients of the pre-activation and of its bias
+// dx = dy w, or with accumulate dx + dy w, rounded once;  with apply_gelu dx = (dy w) * gelu'(pre),
+// and dbias += column sums of dx: the gradients of the pre-activation and of its bias
 struct LinearInputGradArgs {
-  TensorView dy;  // act [T, N]
-  TensorView w;   // act [N, K]
-  TensorView dx;  // act [T, K], overwritten
+  TensorView dy;            // act [T, N]
+  TensorView w;             // act [N, K]
+  TensorView dx;            // act [T, K], overwritten, or with accumulate added to
+  bool accumulate = false;  // not with apply_gelu
   bool apply_gelu = false;
   GeluKind gelu = GeluKind::kErf;
   TensorView pre;    // act [T, K], with apply_gelu alone: what Linear left of the pre-activation
@@ -182,6 +183,8 @@ struct DropoutAddNormArgs {
 // With ds = d(LayerNorm)/d(sum) . dy + dsum:
 //   dresidual = ds;  dx = mask * scale * ds;  dbias += column sums of dx;  dgamma, dbeta
 //   accumulated.
+// Where dresidual is wanted, dx and dbias are of ds as act has it: the same op of dresidual alone,
+// as dsum, has their bits.
 struct DropoutAddNormBackwardArgs {
   TensorView dy;  // act [T, H]: gradient of the norm's output; absent where Forward had no norm
   TensorView
