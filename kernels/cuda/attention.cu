@@ -1,5 +1,7 @@
 // Purpose: the choice between the attention kernels, and the row sums that the plain backward
 // needs.
+#include <cstdlib>
+
 #include "attention.cuh"
 #include "attention_any.cuh"
 #include "attention_head.cuh"
@@ -109,6 +111,13 @@ bool BackwardAddsToBias(const AttentionParams& params) {
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
   if (UseTensorCores(params)) {
+    if (params.turns != nullptr && std::getenv("LAMINA_OLD") == nullptr) {
+      const cudaError_t error = LaunchDelta(params, stream);
+      if (error != cudaSuccess) return error;
+      AttentionParams p = params;
+      if (const char* trial = std::getenv("LAMINA_TRIAL")) p.trial = std::atoi(trial);
+      return LaunchAttentionWgmmaOnePassBackward(p, stream);
+    }
     if (params.seq > kWgmmaHeadRows) return LaunchAttentionWgmmaBackward(params, stream);
     return params.head_dim <= kWgmmaHeadDim ? LaunchAttentionWgmmaHeadBackward(params, stream)
                                             : LaunchAttentionWgmmaWideHeadBackward(params, stream);

@@ -52,6 +52,10 @@ struct AttentionParams {
   // Workspace for KeptBitsBytes of at least a head; null: none.
   uint32_t* kept = nullptr;
   size_t kept_bytes = 0;
+  // Workspace of the backward in one pass: PassTurnBytes and PassSumBytes; null: none.
+  uint32_t* turns = nullptr;
+  float* query_sums = nullptr;
+  int trial = 1;
   // Which heads, b * A + a, a launch does. Set by the launchers.
   int64_t first_head = 0;
   int64_t head_count = 0;  // 0: all

@@ -17,6 +17,9 @@ constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would hav
 // Fills params.delta itself, and adds to params.dbias where there is params.sums.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
                                                        cudaStream_t stream);
+// The same in one pass, where HasOnePassBackward, from params.delta.
+[[nodiscard]] cudaError_t LaunchAttentionWgmmaOnePassBackward(const AttentionParams& params,
+                                                              cudaStream_t stream);
 // The same for sequences of up to kWgmmaHeadRows tokens, however short, without params.delta.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaHeadBackward(const AttentionParams& params,
                                                            cudaStream_t stream);

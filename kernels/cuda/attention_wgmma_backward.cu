@@ -572,7 +572,8 @@ cudaError_t Backward(AttentionParams p, cudaStream_t stream) {
     }
   }
   if (error != cudaSuccess || p.sums == nullptr) return error;
-  const BiasSlices slices = BiasSlicesOf(p.tokens, p.batch, p.seq, p.head_dim);
+  BiasSlices slices;
+  slices.q = slices.kv = p.batch * ((p.seq + Shape<kDim>::kRows - 1) / Shape<kDim>::kRows);
   error = LaunchFinishColumnSum({p.sums, slices.q, p.width, {p.dbias}}, stream);
   if (error != cudaSuccess) return error;
   return LaunchFinishColumnSum(

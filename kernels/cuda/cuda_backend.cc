@@ -747,20 +747,27 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   if (args.dbias)
     sums_bytes = cuda::BiasSlicesOf(p.tokens, p.batch, p.seq, p.head_dim).Bytes(p.width);
   const size_t column_bytes = args.dbias ? static_cast<size_t>(cols) * sizeof(float) : 0;
-  absl::Status status =
-      NeedWorkspace(ws, std::max(delta_bytes + sums_bytes, column_bytes), "AttentionBackward");
-  if (!status.ok()) return status;
-  p.delta = static_cast<float*>(ws.data);
-  if (sums_bytes > 0) p.sums = p.delta + rows;
   // With what is left; where that is less than the plan has, with fewer heads at a time.
   const size_t before =
       (delta_bytes + sums_bytes + kWordAlignment - 1) / kWordAlignment * kWordAlignment;
+  const bool one_pass = cuda::HasOnePassBackward(p.dtype, p.seq, p.head_dim, info_.threads);
+  const size_t turn_bytes = cuda::PassTurnBytes(info_.threads);
+  const size_t own_bytes = one_pass ? before + turn_bytes + cuda::PassSumBytes(info_.threads)
+                                    : delta_bytes + sums_bytes;
+  absl::Status status = NeedWorkspace(ws, std::max(own_bytes, column_bytes), "AttentionBackward");
+  if (!status.ok()) return status;
+  p.delta = static_cast<float*>(ws.data);
+  if (sums_bytes > 0) p.sums = p.delta + rows;
   const size_t kept_bytes =
       args.dims.packed_tokens > 0 ? 0 : cuda::KeptBitsBytes(p.seq, p.batch * p.heads);
   if (p.dropout.rng != nullptr && kept_bytes > 0 && ws.bytes > before) {
     p.kept_bytes = std::min(kept_bytes, ws.bytes - before);
     if (p.kept_bytes >= cuda::KeptBitsBytes(p.seq))
       p.kept = reinterpret_cast<uint32_t*>(static_cast<char*>(ws.data) + before);
+  }
+  if (one_pass) {
+    p.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(ws.data) + before);
+    p.query_sums = reinterpret_cast<float*>(static_cast<char*>(ws.data) + before + turn_bytes);
   }
   status = Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
   if (!status.ok() || !args.dbias || cuda::BackwardAddsToBias(p)) return status;

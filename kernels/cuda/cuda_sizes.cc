@@ -42,6 +42,12 @@ class Sizes final : public OpSizes {
     // Ops run one after another on one stream, so each may have all of it.
     size_t attention =
         AttentionRows(dims) * sizeof(float) + cuda::MostBiasSliceBytes(dims.tokens(), dims.hidden);
+    const auto multiprocessors = static_cast<int64_t>(multiprocessors_);
+    if (FusedAttention(dims) &&
+        cuda::HasOnePassBackward(dims.dtype, dims.seq, dims.head_dim(), multiprocessors)) {
+      attention = RoundUp(attention) + cuda::PassTurnBytes(multiprocessors) +
+                  cuda::PassSumBytes(multiprocessors);
+    }
     // A packed call's sequences are of any lengths: their bits have no bound but the whole.
     if (dims.packed_tokens == 0) {
       const size_t kept = cuda::KeptBitsBytes(dims.seq, dims.batch * dims.heads);

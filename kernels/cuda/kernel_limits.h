@@ -47,6 +47,24 @@ constexpr int64_t WgmmaBlockRows(int64_t head_dim) { return head_dim <= kWgmmaHe
 // dbias. None where a block has fewer than kBiasSliceRows tokens on average: a pass over dqkv then
 // takes less.
 constexpr int64_t kBiasSliceRows = 32;
+// Keys of a block of the backward in one pass, for more tokens than kWgmmaHeadRows and head dims up
+// to kWgmmaHeadDim; and its scratch, of which each block of a grid of at most one a multiprocessor
+// has two sides: the sums of dq of up to kPassSlots tiles of 64 x 64 a side, and whose turn it is
+// to add to one, for each of the four warps that do.
+constexpr int64_t kPassKeys = 128;
+constexpr int kPassSlots = 4;
+constexpr size_t PassTurnBytes(int64_t multiprocessors) {
+  return static_cast<size_t>(multiprocessors) * 2 * kPassSlots * 4 * sizeof(uint32_t);
+}
+constexpr size_t PassSumBytes(int64_t multiprocessors) {
+  return static_cast<size_t>(multiprocessors) * 2 * kPassSlots * 64 * 64 * sizeof(float);
+}
+constexpr bool HasOnePassBackward(DType dtype, int64_t seq, int64_t head_dim,
+                                  int64_t multiprocessors) {
+  return HasTensorCoreAttention(dtype, head_dim) && seq > kWgmmaHeadRows &&
+         head_dim <= kWgmmaHeadDim &&
+         (seq + kPassKeys - 1) / kPassKeys <= (multiprocessors < 254 ? multiprocessors : 254);
+}
 constexpr size_t BiasSliceBytes(int64_t q, int64_t kv, int64_t hidden) {
   return static_cast<size_t>((q + 2 * kv) * hidden) * sizeof(float);
 }
@@ -57,7 +75,7 @@ struct BiasSlices {
 constexpr BiasSlices BiasSlicesOf(int64_t tokens, int64_t batch, int64_t seq, int64_t head_dim) {
   BiasSlices slices{batch, batch};
   if (seq > kWgmmaHeadRows) {
-    const int64_t rows = WgmmaBlockRows(head_dim);
+    const int64_t rows = head_dim <= kWgmmaHeadDim ? kPassKeys : WgmmaBlockRows(head_dim);
     slices.q *= (seq + rows - 1) / rows;
     slices.kv = slices.q;
   }
