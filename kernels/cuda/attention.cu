@@ -1,12 +1,11 @@
 // Purpose: the choice between the attention kernels, and the row sums that the plain backward
 // needs.
-#include <cstdlib>
-
 #include "attention.cuh"
 #include "attention_any.cuh"
 #include "attention_head.cuh"
 #include "attention_mma.cuh"
 #include "attention_wgmma.cuh"
+#include "column_sum.cuh"
 #include "common/convert.cuh"
 #include "common/dispatch.cuh"
 
@@ -104,26 +103,28 @@ cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream) 
   return LaunchAttentionAny(params, stream);
 }
 
-bool BackwardAddsToBias(const AttentionParams& params) {
-  return params.dbias != nullptr && params.sums != nullptr && UseTensorCores(params);
-}
+bool BackwardSums(const AttentionParams& params) { return UseTensorCores(params); }
 
 cudaError_t LaunchAttentionBackward(const AttentionParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.heads == 0) return cudaSuccess;
-  if (UseTensorCores(params)) {
-    if (params.turns != nullptr && std::getenv("LAMINA_OLD") == nullptr) {
-      const cudaError_t error = LaunchDelta(params, stream);
-      if (error != cudaSuccess) return error;
-      AttentionParams p = params;
-      if (const char* trial = std::getenv("LAMINA_TRIAL")) p.trial = std::atoi(trial);
-      return LaunchAttentionWgmmaOnePassBackward(p, stream);
-    }
-    if (params.seq > kWgmmaHeadRows) return LaunchAttentionWgmmaBackward(params, stream);
-    return params.head_dim <= kWgmmaHeadDim ? LaunchAttentionWgmmaHeadBackward(params, stream)
-                                            : LaunchAttentionWgmmaWideHeadBackward(params, stream);
+  if (!UseTensorCores(params)) {
+    const cudaError_t error = LaunchDelta(params, stream);
+    return error != cudaSuccess ? error : LaunchAttentionAnyBackward(params, stream);
   }
-  if (const cudaError_t error = LaunchDelta(params, stream); error != cudaSuccess) return error;
-  return LaunchAttentionAnyBackward(params, stream);
+  cudaError_t error = cudaSuccess;
+  if (params.turns != nullptr) {
+    error = LaunchDelta(params, stream);
+    if (error == cudaSuccess) error = LaunchAttentionWgmmaOnePassBackward(params, stream);
+  } else if (params.seq > kWgmmaHeadRows) {
+    error = LaunchAttentionWgmmaBackward(params, stream);
+  } else if (params.head_dim <= kWgmmaHeadDim) {
+    error = LaunchAttentionWgmmaHeadBackward(params, stream);
+  } else {
+    error = LaunchAttentionWgmmaWideHeadBackward(params, stream);
+  }
+  if (error != cudaSuccess || params.sums == nullptr || params.leave_sums) return error;
+  return LaunchFinishColumnSum({params.sums, params.sum_slices, 3 * params.width, {params.dbias}},
+                               stream);
 }
 
 }  // namespace lamina::cuda

@@ -48,14 +48,17 @@ struct AttentionParams {
   void* dqkv = nullptr;        // act [T, 3H]
   float* dbias = nullptr;      // fp32 [3H], accumulated: column sums of dqkv; null: none
   float* delta = nullptr;      // workspace [A*T]: row sums of dout * out
-  float* sums = nullptr;       // workspace for BiasSlicesOf these; null: not wanted
+  // Where tensor cores' backwards leave the columns' sums of dqkv: [sum_slices, 3*H], a slice for
+  // BiasSlices' tokens each. Null: not wanted.
+  float* sums = nullptr;
+  int64_t sum_slices = 0;
+  bool leave_sums = false;  // and they stay there; otherwise they are added to dbias
   // Workspace for KeptBitsBytes of at least a head; null: none.
   uint32_t* kept = nullptr;
   size_t kept_bytes = 0;
   // Workspace of the backward in one pass: PassTurnBytes and PassSumBytes; null: none.
   uint32_t* turns = nullptr;
   float* query_sums = nullptr;
-  int trial = 1;
   // Which heads, b * A + a, a launch does. Set by the launchers.
   int64_t first_head = 0;
   int64_t head_count = 0;  // 0: all
@@ -65,7 +68,7 @@ struct AttentionParams {
 [[nodiscard]] cudaError_t LaunchAttention(const AttentionParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionBackward(const AttentionParams& params,
                                                   cudaStream_t stream);
-// Whether LaunchAttentionBackward adds to params.dbias; otherwise the caller does, from dqkv.
-bool BackwardAddsToBias(const AttentionParams& params);
+// Whether LaunchAttentionBackward fills params.sums; otherwise the caller sums up dqkv.
+bool BackwardSums(const AttentionParams& params);
 
 }  // namespace lamina::cuda

@@ -14,7 +14,7 @@ constexpr int kWgmmaMinSeq = 65;  // for fewer tokens, half of a block would hav
 [[nodiscard]] cudaError_t LaunchAttentionWgmma(const AttentionParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaWide(const AttentionParams& params,
                                                    cudaStream_t stream);
-// Fills params.delta itself, and adds to params.dbias where there is params.sums.
+// Fills params.delta itself. This and the following fill params.sums where it is there.
 [[nodiscard]] cudaError_t LaunchAttentionWgmmaBackward(const AttentionParams& params,
                                                        cudaStream_t stream);
 // The same in one pass, where HasOnePassBackward, from params.delta.

@@ -9,7 +9,6 @@
 // between products.
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_ring.cuh"
-#include "column_sum.cuh"
 #include "common/dispatch.cuh"
 
 namespace lamina::cuda {
@@ -100,7 +99,7 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
     const Head h = blocks.template At<BlockRows::kQueries>(p);
     const auto block_sums = [&] {
       const int64_t slice = h.batch * blocks.per_head + h.first / Shape<kDim>::kRows;
-      return p.sums + slice * p.width + h.column;
+      return p.sums + 3 * slice * p.width + h.column;
     };
     if (h.first >= h.length) {
       if (p.sums != nullptr && tid < head_dim) block_sums()[tid] = 0.0f;
@@ -390,10 +389,8 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p,
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.template At<BlockRows::kKeys>(p);
     const auto block_sums = [&] {
-      // After those of dq.
-      const int64_t slices = p.batch * blocks.per_head;
       const int64_t slice = h.batch * blocks.per_head + h.first / Shape<kDim>::kRows;
-      return p.sums + (slices + 2 * slice) * p.width + h.column;
+      return p.sums + (3 * slice + 1) * p.width + h.column;
     };
     if (h.first >= h.length) {
       if (p.sums != nullptr && tid < head_dim) {
@@ -571,13 +568,7 @@ cudaError_t Backward(AttentionParams p, cudaStream_t stream) {
       if (error == cudaSuccess) error = OverHeads<T, kDim, KeysFrom::kKept>(p, stream);
     }
   }
-  if (error != cudaSuccess || p.sums == nullptr) return error;
-  BiasSlices slices;
-  slices.q = slices.kv = p.batch * ((p.seq + Shape<kDim>::kRows - 1) / Shape<kDim>::kRows);
-  error = LaunchFinishColumnSum({p.sums, slices.q, p.width, {p.dbias}}, stream);
-  if (error != cudaSuccess) return error;
-  return LaunchFinishColumnSum(
-      {p.sums + slices.q * p.width, slices.kv, 2 * p.width, {p.dbias + p.width}}, stream);
+  return error;
 }
 
 }  // namespace

@@ -12,7 +12,6 @@
 
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_ring.cuh"
-#include "column_sum.cuh"
 #include "common/dispatch.cuh"
 
 namespace lamina::cuda {
@@ -72,33 +71,36 @@ __device__ __forceinline__ void ArriveByWarp(uint64_t* barrier) {
 // A block's keys of a head, and how the head's blocks share its tiles of queries.
 struct Part {
   Head h;
-  uint32_t mark;   // of the head, in turns: lower 8 bits are 0
-  int block;       // of the head's
-  int members;     // how many blocks there are
-  int tiles;       // of all of the head's queries
+  uint32_t mark;    // of the head, in turns: lower 8 bits are 0
+  int block;        // of the head's
+  int members;      // how many blocks there are
+  int tiles;        // of all of the head's queries
+  int log_own;      // a block's own are 2^log_own neighbouring ones, kPassSlots at most
+  int begin;        // where the block begins
   int first_block;  // of the grid
   int side;         // which half of the sums' slots the head has
 
-  __device__ __forceinline__ int Begin(bool causal, int of) const {
-    return causal ? 2 * of : of * tiles / members;
+  __device__ __forceinline__ void Share(bool causal) {
+    log_own = causal || members < tiles ? 1 : 0;
+    if (!causal && 2 * members < tiles) log_own = 2;
+    begin = block << log_own;
+    if (!causal && begin >= tiles) begin -= tiles;
   }
-  // Which of the grid's blocks for the head, counted from the first one, has its keys `of`. A causal
-  // head's first keys have the most queries: every other time they come last.
+  // Which of the grid's blocks for the head, counted from the first one, has its keys `of`. A
+  // causal head's first keys have the most queries: every other time they come last.
   __device__ __forceinline__ int Place(bool causal, int of) const {
     return causal && side != 0 ? members - 1 - of : of;
   }
   // A causal block leaves out the tiles that see none of its keys.
   __device__ __forceinline__ int Steps(bool causal) const {
-    return causal ? max(tiles - 2 * block, 0) : tiles;
+    return causal ? max(tiles - begin, 0) : tiles;
   }
-  __device__ __forceinline__ int Tile(bool causal, int step) const {
-    const int tile = Begin(causal, block) + step;
+  __device__ __forceinline__ int Tile(int step) const {
+    const int tile = begin + step;
     return tile < tiles ? tile : tile - tiles;
   }
-  // The block whose own a tile is: the last one that begins at it or before.
-  __device__ __forceinline__ int Owner(bool causal, int tile) const {
-    return causal ? tile / 2 : ((tile + 1) * members - 1) / tiles;
-  }
+  // The block whose own a tile is.
+  __device__ __forceinline__ int Owner(int tile) const { return tile >> log_own; }
 };
 
 // A block's parts: heads in their order, as many at a time as the grid has blocks for. So all
@@ -140,6 +142,7 @@ class PartsInTurn {
       part.first_block = first_block + nth * members;
       part.side = round_ & 1;
       part.block = part.Place(p.causal, at - nth * members);
+      part.Share(p.causal);
       const int64_t index = int64_t{batch} * heads + head;
       part.mark = static_cast<uint32_t>(index) << 8;
       part.h = HeadAt<kKeys, BlockRows::kKeys>(p, index, batch, head, part.block);
@@ -180,16 +183,16 @@ __device__ __forceinline__ void CopyTiles(const AttentionParams& p, PassShared<T
       const int first = h.first + i * kTile;
       const T* keys = qkv + p.width + min(first, h.length - 1) * stride;
       auto& to = shared.keys[keys_place.slot];
-      copies.template Start<TileOrder::kPlain>(
-          reinterpret_cast<HeadTile<T, kDim>&>(to.k[i]), keys, stride, h.keys - first);
-      copies.template Start<TileOrder::kPlain>(
-          reinterpret_cast<HeadTile<T, kDim>&>(to.v[i]), keys + p.width, stride, h.keys - first);
+      copies.template Start<TileOrder::kPlain>(reinterpret_cast<HeadTile<T, kDim>&>(to.k[i]), keys,
+                                               stride, h.keys - first);
+      copies.template Start<TileOrder::kPlain>(reinterpret_cast<HeadTile<T, kDim>&>(to.v[i]),
+                                               keys + p.width, stride, h.keys - first);
     }
     ArriveAfterCopies(&shared.keys_full[keys_place.slot]);
     keys_place.Advance();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int query0 = part.Tile(p.causal, step) * kTile;
+      const int query0 = part.Tile(step) * kTile;
       const int rows = h.length - query0;
       SoftmaxRow softmax{INFINITY, 0.0f};
       float delta = 0.0f;
@@ -295,7 +298,7 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, PassSh
                                 shared.delta[place.slot],
                                 shared.kept[place.slot][2 * group + KeptWord(warp)]};
         uint32_t probs[4][4], ds[4][4];
-        keys.Probabilities<T, kDropout>(s, probs, p, queries, part.Tile(p.causal, step) * kTile);
+        keys.Probabilities<T, kDropout>(s, probs, p, queries, part.Tile(step) * kTile);
         WaitForProducts<0>();
         PinProduct(dp);
         keys.ScoreGrads<T, kDropout>(s, dp, ds, p, queries);
@@ -338,9 +341,7 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, PassSh
     StoreHeadRows(dst + p.width, stride, row, head_dim, dk, p.scale, p.scale);
     StoreHeadRows(dst + 2 * p.width, stride, row, head_dim, dv, p.dropout.scale, p.dropout.scale);
     const auto sums_of = [&](int block) {
-      // After those of dq.
-      const int64_t slices = p.batch * blocks;
-      return p.sums + (slices + 2 * (h.batch * blocks + block)) * p.width + h.column;
+      return p.sums + (3 * (h.batch * blocks + block) + 1) * p.width + h.column;
     };
     if (p.sums != nullptr) {
       ComputersBarrier();  // the sums of the part before have been read
@@ -350,9 +351,8 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, PassSh
       const int which = tid / kDim;
       const int column = tid % kDim;
       if (which < 2 && column < head_dim) {
-        sums_of(part.block)[which * p.width + column] =
-            AddWarpSums(shared.sums[which], kComputing / 32,
-                        which == 0 ? p.scale : p.dropout.scale, column);
+        sums_of(part.block)[which * p.width + column] = AddWarpSums(
+            shared.sums[which], kComputing / 32, which == 0 ? p.scale : p.dropout.scale, column);
       }
     }
     // Keys that no block has, as they are cut off.
@@ -413,24 +413,26 @@ struct Turn {
   int turn, all;  // of so many
   int slot;
 
-  __device__ __forceinline__ Turn(const Part& part, bool causal, int step)
-      : tile(part.Tile(causal, step)) {
-    const int owner = part.Owner(causal, tile);
+  __device__ __forceinline__ Turn(const Part& part, bool causal, int step) : tile(part.Tile(step)) {
+    const int owner = part.Owner(tile);
     all = causal ? owner + 1 : part.members;
     turn = owner - part.block + (owner < part.block ? part.members : 0);
     slot = ((part.first_block + part.Place(causal, owner)) * 2 + part.side) * kPassSlots + tile -
-           part.Begin(causal, owner);
+           (owner << part.log_own);
   }
-  // Whether it has come.
+  // What the flag says when it has come.
   __device__ __forceinline__ bool Has(const Part& part, uint32_t value) const {
     return turn == 0 ? (value & 0xFFu) == kFree
                      : value == (part.mark | static_cast<uint32_t>(turn));
   }
+  // What it is to say when it is over.
+  __device__ __forceinline__ uint32_t Over(const Part& part) const {
+    return part.mark | (turn < all - 1 ? static_cast<uint32_t>(turn + 1) : kFree);
+  }
 };
 
 template <typename T>
-__device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
-                                                  PassShared<T>& shared) {
+__device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p, PassShared<T>& shared) {
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t stride = 3 * p.width;
   const int tid = static_cast<int>(threadIdx.x) % kWarpgroup;
@@ -448,35 +450,32 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
       WaitForPhase(&shared.keys_full[keys_place.slot], keys_place.parity);
       ShareWithEngines();
       Turn next(part, p.causal, 0);
-      bool ready = false;  // of the next step, in lane 0
+      // In lane 0. What this warp's last turn was at, until the next one in it is told: while it
+      // waits for the scores' gradients, or for their products.
+      uint32_t* over = nullptr;
+      uint32_t over_value = 0;
+      bool ready = false;  // whether the turn that comes next is there already
+      const auto hand_over = [&](const uint32_t* next_turns, const Turn& next_turn) {
+        // Acquired by the same fence.
+        const uint32_t seen = next_turns != nullptr ? LoadRelaxed(next_turns) : 0;
+        FenceAll();
+        StoreRelaxed(over, over_value);
+        over = nullptr;
+        ready = next_turns != nullptr && next_turn.Has(part, seen);
+      };
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const Turn now = next;
         next = Turn(part, p.causal, min(step + 1, steps - 1));
-        const int tile = now.tile, turn = now.turn, all = now.all;
+        const int tile = now.tile;
         // Warps hand over their own rows.
         uint32_t* turns = p.turns + now.slot * 4 + warp;
         float* sum = p.query_sums + int64_t{now.slot} * (kTile * kDim) + tid * 4;
-        if (all > 1) {
-          if (lane == 0 && !ready && (p.trial & 2) == 0) {
-            while (!now.Has(part, LoadAcquire(turns))) {
-            }
-          }
-          __syncwarp();
+        if (lane == 0 && over != nullptr &&
+            !HasPhaseEnded(&shared.ds_full[ds_place.slot], ds_place.parity)) {
+          hand_over(now.all > 1 ? turns : nullptr, now);
         }
-        ready = false;
-        // Tells the next block of what this warp has written, or read, and sees whether the next
-        // step's turn is there already.
-        const auto hand_over = [&](uint32_t value) {
-          __syncwarp();
-          if (lane != 0) return;
-          const bool look = (p.trial & 1) != 0 && step + 1 < steps && next.all > 1;
-          uint32_t seen = 0;
-          if (look) seen = LoadRelaxed(p.turns + next.slot * 4 + warp);
-          FenceAll();
-          StoreRelaxed(turns, value);
-          ready = look && next.Has(part, seen);
-        };
+        __syncwarp();
         WaitForPhase(&shared.ds_full[ds_place.slot], ds_place.parity);
         const uint64_t ds = DescribeTile(&shared.ds[ds_place.slot][0]);
         const uint64_t k = DescribeTile(&shared.keys[keys_place.slot].k[0]);
@@ -486,37 +485,44 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
         MultiplyTransposedTile<T, false>(dq, ds, k);
         MultiplyTransposedTile<T>(dq, ds + kNext, k + kNext);
         CommitProducts();
+        if (lane == 0 && over != nullptr) hand_over(now.all > 1 ? turns : nullptr, now);
+        __syncwarp();
         WaitForProducts<0>();
         PinProduct(dq);
         ArriveByWarp(&shared.ds_empty[ds_place.slot]);
         ds_place.Advance();
-        if (turn < all - 1) {
-          if ((p.trial & 4) != 0) {
-          } else if (turn == 0) {
+        if (now.all > 1) {
+          if (lane == 0 && !ready) {
+            while (!now.Has(part, LoadAcquire(turns))) {
+            }
+          }
+          ready = false;
+          __syncwarp();
+          if (now.turn == 0) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
               *reinterpret_cast<float4*>(sum + i * kWarpgroup * 4) =
                   make_float4(dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
             }
-          } else {
+          } else if (now.turn < now.all - 1) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) AddFour(sum + i * kWarpgroup * 4, dq[i]);
-          }
-          hand_over(part.mark | static_cast<uint32_t>(turn + 1));
-          continue;
-        }
-        if (all > 1) {
+          } else {
 #pragma unroll
-          for (int fours = 0; fours < 8; fours += 4) {
-            float others[4][4];
+            for (int fours = 0; fours < 8; fours += 4) {
+              float others[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              LoadFour(others[i], sum + (fours + i) * kWarpgroup * 4);
+              for (int i = 0; i < 4; ++i) {
+                LoadFour(others[i], sum + (fours + i) * kWarpgroup * 4);
+              }
+#pragma unroll
+              for (int i = 0; i < 16; ++i) dq[fours + i / 4][i % 4] += others[i / 4][i % 4];
             }
-#pragma unroll
-            for (int i = 0; i < 16; ++i) dq[fours + i / 4][i % 4] += others[i / 4][i % 4];
           }
-          hand_over(part.mark | kFree);
+          __syncwarp();
+          over = turns;
+          over_value = now.Over(part);
+          if (now.turn < now.all - 1) continue;
         }
         int row[2];
 #pragma unroll
@@ -532,19 +538,19 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p,
         StoreHeadRows(static_cast<T*>(p.dqkv) + h.token * stride + h.column, stride, row, head_dim,
                       dq, p.scale, p.scale);
       }
+      if (lane == 0 && over != nullptr) hand_over(nullptr, next);
       ArriveByWarp(&shared.keys_empty[keys_place.slot]);
       keys_place.Advance();
     }
     if (p.sums == nullptr) continue;
     const auto sums_of = [&](int block) {
-      return p.sums + (h.batch * blocks + block) * p.width + h.column;
+      return p.sums + 3 * (h.batch * blocks + block) * p.width + h.column;
     };
     WarpgroupBarrier();  // the sums of the part before have been read
     shared.query_sums[warp].pairs[lane] = sums;
     WarpgroupBarrier();
     if (tid < head_dim) {
-      sums_of(part.block)[tid] =
-          AddWarpSums(shared.query_sums, kWarpgroup / 32, p.scale, tid);
+      sums_of(part.block)[tid] = AddWarpSums(shared.query_sums, kWarpgroup / 32, p.scale, tid);
       for (int block = part.block + part.members; block < blocks; block += part.members) {
         sums_of(block)[tid] = 0.0f;
       }
@@ -591,13 +597,7 @@ cudaError_t Launch(const AttentionParams& p, cudaStream_t stream) {
   cooperative.val.cooperative = 1;
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, p);
-  if (error != cudaSuccess || p.sums == nullptr) return error;
-  const int64_t slices = p.batch * ((p.seq + kKeys - 1) / kKeys);
-  error = LaunchFinishColumnSum({p.sums, slices, p.width, {p.dbias}}, stream);
-  if (error != cudaSuccess) return error;
-  return LaunchFinishColumnSum(
-      {p.sums + slices * p.width, slices, 2 * p.width, {p.dbias + p.width}}, stream);
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 }  // namespace

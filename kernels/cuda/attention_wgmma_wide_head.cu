@@ -11,7 +11,6 @@
 // the same element, so the order of every sum is fixed.
 #include "attention_wgmma.cuh"
 #include "attention_wgmma_ring.cuh"
-#include "column_sum.cuh"
 #include "common/dispatch.cuh"
 
 namespace lamina::cuda {
@@ -266,10 +265,8 @@ cudaError_t LaunchAttentionWgmmaWideHeadBackward(const AttentionParams& p, cudaS
   if (p.seq > kWgmmaHeadRows) return cudaErrorInvalidValue;
   return DispatchHalf(p.dtype, p.dropout.rng != nullptr, [&](auto tag, auto dropout) {
     using T = typename decltype(tag)::type;
-    const cudaError_t error = LaunchBlocks<kDim>(WideHeadGradKernel<T, dropout.value>,
-                                                 sizeof(HeadGradShared<T>), p, stream);
-    if (error != cudaSuccess || p.sums == nullptr) return error;
-    return LaunchFinishColumnSum({p.sums, p.batch, 3 * p.width, {p.dbias}}, stream);
+    return LaunchBlocks<kDim>(WideHeadGradKernel<T, dropout.value>, sizeof(HeadGradShared<T>), p,
+                              stream);
   });
 }
 

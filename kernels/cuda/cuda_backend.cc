@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdlib>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -474,6 +475,12 @@ absl::Status CudaBackend::DoLinear(const Workspace& ws, const LinearArgs& args) 
   return Check(cuda::LaunchGelu(gelu, stream_), "Linear: gelu");
 }
 
+// Where an op's partial sums [slices, cols] of dst stay for FinishSums; null: it finishes them.
+float* LeaveSums(const Workspace& ws, float* dst, int64_t slices, int64_t cols) {
+  if (ws.pending == nullptr || dst == nullptr || slices == 0) return nullptr;
+  return ws.pending->Leave(&dst, 1, slices, cols);
+}
+
 absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInputGradArgs& args) {
   if (absl::Status status = UseDevice(); !status.ok()) return status;
   if (args.apply_gelu) {
@@ -490,11 +497,13 @@ absl::Status CudaBackend::DoLinearInputGrad(const Workspace& ws, const LinearInp
     p.k = ColsOf(args.dy);
     p.tanh = args.gelu == GeluKind::kTanh;
     p.dtype = args.dy.dtype;
-    p.workspace = static_cast<float*>(ws.data);
     if (cuda::UseGeluProduct(p)) {
       const size_t needed = args.dbias ? cuda::GeluProductWorkspaceBytes(p.m, p.n) : 0;
       absl::Status status = NeedWorkspace(ws, needed, "LinearInputGrad");
       if (!status.ok()) return status;
+      p.sums = LeaveSums(ws, p.dbias, cuda::GeluProductSlices(p.m), p.n);
+      p.leave_sums = p.sums != nullptr;
+      if (!p.leave_sums) p.sums = static_cast<float*>(ws.data);
       return Check(cuda::LaunchGeluProductBackward(p, stream_), "LinearInputGrad with gelu");
     }
   }
@@ -742,24 +751,29 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   p.dbias = args.dbias.as<float>();
   const int64_t rows = p.tokens * p.heads;
   const int64_t cols = 3 * p.width;
+  const bool one_pass = cuda::HasOnePassBackward(p.dtype, p.seq, p.head_dim, info_.threads) &&
+                        std::getenv("LAMINA_OLD") == nullptr;
   const size_t delta_bytes = static_cast<size_t>(rows) * sizeof(float);
-  size_t sums_bytes = 0;
-  if (args.dbias)
-    sums_bytes = cuda::BiasSlicesOf(p.tokens, p.batch, p.seq, p.head_dim).Bytes(p.width);
+  if (args.dbias && cuda::BackwardSums(p)) {
+    p.sum_slices = cuda::BiasSlices(p.tokens, p.batch, p.seq,
+                                    one_pass ? cuda::kPassKeys : cuda::WgmmaBlockRows(p.head_dim));
+  }
+  const size_t sums_bytes = cuda::BiasSliceBytes(p.sum_slices, p.width);
   const size_t column_bytes = args.dbias ? static_cast<size_t>(cols) * sizeof(float) : 0;
   // With what is left; where that is less than the plan has, with fewer heads at a time.
   const size_t before =
       (delta_bytes + sums_bytes + kWordAlignment - 1) / kWordAlignment * kWordAlignment;
-  const bool one_pass = cuda::HasOnePassBackward(p.dtype, p.seq, p.head_dim, info_.threads);
   const size_t turn_bytes = cuda::PassTurnBytes(info_.threads);
-  const size_t own_bytes = one_pass ? before + turn_bytes + cuda::PassSumBytes(info_.threads)
-                                    : delta_bytes + sums_bytes;
+  const size_t own_bytes =
+      one_pass ? before + turn_bytes + cuda::PassSumBytes(info_.threads) : delta_bytes + sums_bytes;
   absl::Status status = NeedWorkspace(ws, std::max(own_bytes, column_bytes), "AttentionBackward");
   if (!status.ok()) return status;
   p.delta = static_cast<float*>(ws.data);
-  if (sums_bytes > 0) p.sums = p.delta + rows;
+  p.sums = LeaveSums(ws, p.dbias, p.sum_slices, cols);
+  p.leave_sums = p.sums != nullptr;
+  if (sums_bytes > 0 && !p.leave_sums) p.sums = p.delta + rows;
   const size_t kept_bytes =
-      args.dims.packed_tokens > 0 ? 0 : cuda::KeptBitsBytes(p.seq, p.batch * p.heads);
+      one_pass || args.dims.packed_tokens > 0 ? 0 : cuda::KeptBitsBytes(p.seq, p.batch * p.heads);
   if (p.dropout.rng != nullptr && kept_bytes > 0 && ws.bytes > before) {
     p.kept_bytes = std::min(kept_bytes, ws.bytes - before);
     if (p.kept_bytes >= cuda::KeptBitsBytes(p.seq))
@@ -770,7 +784,7 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
     p.query_sums = reinterpret_cast<float*>(static_cast<char*>(ws.data) + before + turn_bytes);
   }
   status = Check(cuda::LaunchAttentionBackward(p, stream_), "AttentionBackward");
-  if (!status.ok() || !args.dbias || cuda::BackwardAddsToBias(p)) return status;
+  if (!status.ok() || !args.dbias || p.sums != nullptr) return status;
   cuda::ColumnSumArgs sums;
   sums.x = args.dqkv.data;
   sums.dst = p.dbias;

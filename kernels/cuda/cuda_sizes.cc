@@ -14,14 +14,13 @@ constexpr size_t RoundUp(size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// What BiasSlicesOf needs for a call is within what the plan has for its tokens.
+// A call's slices are within those that the plan has for its tokens.
 static_assert([] {
   for (int64_t batch = 1; batch < 40; ++batch) {
     for (const int64_t seq : {1, 31, 32, 33, 128, 129, 192, 193, 384, 385, 1000}) {
       for (const int64_t tokens : {batch, batch * 32 - 1, batch * 32, batch * seq}) {
-        for (const int64_t head_dim : {64, 128}) {
-          if (cuda::BiasSlicesOf(tokens, batch, seq, head_dim).Bytes(8) >
-              cuda::MostBiasSliceBytes(tokens, 8))
+        for (const int64_t rows : {cuda::kPassKeys, cuda::WgmmaBlockRows(64)}) {
+          if (cuda::BiasSlices(tokens, batch, seq, rows) > cuda::MostBiasSlices(tokens))
             return false;
         }
       }
@@ -40,16 +39,15 @@ class Sizes final : public OpSizes {
 
   size_t WorkspaceBytes(const LayerDims& dims) const override {
     // Ops run one after another on one stream, so each may have all of it.
-    size_t attention =
-        AttentionRows(dims) * sizeof(float) + cuda::MostBiasSliceBytes(dims.tokens(), dims.hidden);
+    size_t attention = AttentionRows(dims) * sizeof(float) +
+                       cuda::BiasSliceBytes(cuda::MostBiasSlices(dims.tokens()), dims.hidden);
     const auto multiprocessors = static_cast<int64_t>(multiprocessors_);
     if (FusedAttention(dims) &&
         cuda::HasOnePassBackward(dims.dtype, dims.seq, dims.head_dim(), multiprocessors)) {
       attention = RoundUp(attention) + cuda::PassTurnBytes(multiprocessors) +
                   cuda::PassSumBytes(multiprocessors);
-    }
-    // A packed call's sequences are of any lengths: their bits have no bound but the whole.
-    if (dims.packed_tokens == 0) {
+    } else if (dims.packed_tokens == 0) {
+      // A packed call's sequences are of any lengths: their bits have no bound but the whole.
       const size_t kept = cuda::KeptBitsBytes(dims.seq, dims.batch * dims.heads);
       if (kept > 0) attention = RoundUp(attention) + kept;
     }
@@ -70,7 +68,9 @@ class Sizes final : public OpSizes {
 
   size_t PendingSumBytes(const LayerDims& dims) const override {
     const auto blocks = static_cast<int64_t>(multiprocessors_) * cuda::kRowNormBackwardBlocks;
-    return cuda::kPendingNormArrays * PendingSums::RoomFor(1, blocks, dims.hidden);
+    return cuda::kPendingNormArrays * PendingSums::RoomFor(1, blocks, dims.hidden) +
+           PendingSums::RoomFor(1, cuda::MostBiasSlices(dims.tokens()), 3 * dims.hidden) +
+           PendingSums::RoomFor(1, cuda::GeluProductSlices(dims.tokens()), dims.intermediate);
   }
 
   bool host_memory() const override { return false; }

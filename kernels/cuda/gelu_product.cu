@@ -751,19 +751,14 @@ cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaSt
   Problem problem{};
   problem.out = p.dx;
   problem.again = p.y_again;
-  problem.partials = p.dbias != nullptr ? p.workspace : nullptr;
+  problem.partials = p.dbias != nullptr ? p.sums : nullptr;
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
   error = by_slope ? Launch<Task::kBySlope>(p.dtype, p.tanh, maps, problem, stream)
                    : Launch<Task::kByPre>(p.dtype, p.tanh, maps, problem, stream);
-  if (error != cudaSuccess || p.dbias == nullptr) return error;
-  FinishColumnSumArgs finish;
-  finish.partials = p.workspace;
-  finish.slices = (p.m + kRows - 1) / kRows;
-  finish.cols = p.n;
-  finish.dst[0] = p.dbias;
-  return LaunchFinishColumnSum(finish, stream);
+  if (error != cudaSuccess || p.dbias == nullptr || p.leave_sums) return error;
+  return LaunchFinishColumnSum({p.sums, GeluProductSlices(p.m), p.n, {p.dbias}}, stream);
 }
 
 }  // namespace lamina::cuda

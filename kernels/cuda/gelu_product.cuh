@@ -37,7 +37,8 @@ struct GeluProductBackwardParams {
   int64_t m = 0, n = 0, k = 0;
   bool tanh = false;
   DType dtype = DType::kBF16;
-  float* workspace = nullptr;  // with dbias: GeluProductWorkspaceBytes(m, n)
+  float* sums = nullptr;    // with dbias: for GeluProductSlices(m) partial sums of n columns
+  bool leave_sums = false;  // and they stay there; otherwise they are added to dbias
 };
 
 // Whether to do it so; otherwise a product and a pass over its result do it. There is a kernel for

@@ -32,9 +32,11 @@ constexpr bool HasTensorCoreAttention(DType dtype, int64_t head_dim) {
 
 // Rows of a tile of gelu_product.cuh, each of which leaves a row of partial column sums.
 constexpr int kGeluProductRows = 128;
+constexpr int64_t GeluProductSlices(int64_t rows) {
+  return (rows + kGeluProductRows - 1) / kGeluProductRows;
+}
 constexpr size_t GeluProductWorkspaceBytes(int64_t rows, int64_t cols) {
-  return static_cast<size_t>((rows + kGeluProductRows - 1) / kGeluProductRows) *
-         static_cast<size_t>(cols) * sizeof(float);
+  return static_cast<size_t>(GeluProductSlices(rows) * cols) * sizeof(float);
 }
 
 // Tokens of a head whose backward is one block's with wgmma; and for longer sequences the queries,
@@ -43,10 +45,6 @@ constexpr int64_t kWgmmaHeadRows = 128;
 constexpr int64_t kWgmmaHeadDim = 64;  // wider ones have their own kernels, or shapes of them
 constexpr int64_t WgmmaBlockRows(int64_t head_dim) { return head_dim <= kWgmmaHeadDim ? 192 : 128; }
 
-// How many sums of each column of dq, and of dk and dv, the blocks of those backwards leave for
-// dbias. None where a block has fewer than kBiasSliceRows tokens on average: a pass over dqkv then
-// takes less.
-constexpr int64_t kBiasSliceRows = 32;
 // Keys of a block of the backward in one pass, for more tokens than kWgmmaHeadRows and head dims up
 // to kWgmmaHeadDim; and its scratch, of which each block of a grid of at most one a multiprocessor
 // has two sides: the sums of dq of up to kPassSlots tiles of 64 x 64 a side, and whose turn it is
@@ -65,26 +63,19 @@ constexpr bool HasOnePassBackward(DType dtype, int64_t seq, int64_t head_dim,
          head_dim <= kWgmmaHeadDim &&
          (seq + kPassKeys - 1) / kPassKeys <= (multiprocessors < 254 ? multiprocessors : 254);
 }
-constexpr size_t BiasSliceBytes(int64_t q, int64_t kv, int64_t hidden) {
-  return static_cast<size_t>((q + 2 * kv) * hidden) * sizeof(float);
+
+// How many sums of each column of dqkv the blocks of those backwards leave for dbias: one for
+// `block_rows` tokens of a sequence of more than kWgmmaHeadRows. None where a block has fewer than
+// kBiasSliceRows tokens on average: a pass over dqkv then takes less.
+constexpr int64_t kBiasSliceRows = 32;
+constexpr int64_t BiasSlices(int64_t tokens, int64_t batch, int64_t seq, int64_t block_rows) {
+  const int64_t blocks = seq > kWgmmaHeadRows ? (seq + block_rows - 1) / block_rows : 1;
+  return batch * blocks * kBiasSliceRows <= tokens ? batch * blocks : 0;
 }
-struct BiasSlices {
-  int64_t q = 0, kv = 0;
-  constexpr size_t Bytes(int64_t hidden) const { return BiasSliceBytes(q, kv, hidden); }
-};
-constexpr BiasSlices BiasSlicesOf(int64_t tokens, int64_t batch, int64_t seq, int64_t head_dim) {
-  BiasSlices slices{batch, batch};
-  if (seq > kWgmmaHeadRows) {
-    const int64_t rows = head_dim <= kWgmmaHeadDim ? kPassKeys : WgmmaBlockRows(head_dim);
-    slices.q *= (seq + rows - 1) / rows;
-    slices.kv = slices.q;
-  }
-  return slices.q * kBiasSliceRows <= tokens ? slices : BiasSlices{};
-}
-// As much as those of any so many tokens take, however they are cut into sequences: kv is at most
-// q.
-constexpr size_t MostBiasSliceBytes(int64_t tokens, int64_t hidden) {
-  return BiasSliceBytes(tokens / kBiasSliceRows, tokens / kBiasSliceRows, hidden);
+// As many as any so many tokens have, however they are cut into sequences.
+constexpr int64_t MostBiasSlices(int64_t tokens) { return tokens / kBiasSliceRows; }
+constexpr size_t BiasSliceBytes(int64_t slices, int64_t hidden) {
+  return static_cast<size_t>(slices * 3 * hidden) * sizeof(float);
 }
 
 // Which of a head's attention probabilities dropout keeps: a bit each, in tiles of 64 x 64. The
@@ -112,8 +103,8 @@ constexpr int kColumnSumWidth = 256;
 constexpr int kRowNormBackwardBlocks = 2;
 constexpr int kRowNormBackwardArrays = 3;
 
-// What the norms of one layer's backward leave to FinishSums, at most: three sums each of two
-// norms, and in Pre-LN's last layer one of the sum that it ends with.
+// What the norms of one layer's backward leave to FinishSums, at most, beside GELU and attention:
+// three sums each of two norms, and in Pre-LN's last layer one of the sum that it ends with.
 constexpr int kPendingNormArrays = 7;
 
 // Captured steps of a stack (graph_cache.h): the device memory that they may take, and what a node

@@ -66,6 +66,19 @@ __device__ __forceinline__ void WaitForPhase(uint64_t* barrier, uint32_t parity)
   WaitForPhase(SharedAddress(barrier), parity);
 }
 
+// Whether it has ended, without waiting.
+__device__ __forceinline__ bool HasPhaseEnded(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(ended)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
 // What this thread wrote to shared memory by ordinary stores or copies, or has seen of others', is
 // there for warpgroup products and for bulk copies ("fence.proxy.async").
 __device__ __forceinline__ void ShareWithEngines() {
