@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <deque>
 #include <mutex>
 
@@ -35,13 +36,14 @@ struct HeldCallbackThreads::State {
     ++held;
     changed.notify_all();
     changed.wait(lock, [this] { return released; });
-    --held;
+    ++over;
     changed.notify_all();
   }
 
   std::mutex mutex;
   std::condition_variable changed;
-  int held = 0;           // guarded by mutex
+  // Calls whose callback has begun, and has ended. Guarded by mutex.
+  size_t held = 0, over = 0;
   bool released = false;  // guarded by mutex
   std::unique_ptr<v1::ConfigService::Stub> stub;
   std::deque<Call> calls;
@@ -58,7 +60,8 @@ HeldCallbackThreads::HeldCallbackThreads(int count) {
                                          [state = state_](const grpc::Status&) { state->Hold(); });
   }
   std::unique_lock<std::mutex> lock(state_->mutex);
-  state_->changed.wait_for(lock, kLongestStart, [&] { return state_->held == count; });
+  state_->changed.wait_for(lock, kLongestStart,
+                           [&] { return state_->held == state_->calls.size(); });
 }
 
 HeldCallbackThreads::~HeldCallbackThreads() {
@@ -66,7 +69,8 @@ HeldCallbackThreads::~HeldCallbackThreads() {
   std::unique_lock<std::mutex> lock(state_->mutex);
   state_->released = true;
   state_->changed.notify_all();
-  state_->changed.wait(lock, [this] { return state_->held == 0; });
+  // Also of those that have not begun in time: their calls are about to go.
+  state_->changed.wait(lock, [this] { return state_->over == state_->calls.size(); });
   lock.unlock();
   // Here: on one of gRPC's threads the channel's end could wait for that very thread.
   state_->calls.clear();

@@ -1,9 +1,9 @@
 // gRPC runs callbacks, and so the beginnings of all calls here, on half as many threads as the
 // machine has CPUs, two at least, that take turns in watching the connections: whichever hears
 // something wakes the next one to watch on before it reads, and each answer wakes it once more. Two
-// CPUs pay more for that than a second thread brings: with one, a call's round trip takes 9 to 20 %
-// less there, one on an Execute stream a third less. So do few CPUs of a large machine (a
-// container's), whose threads gRPC does not count.
+// CPUs pay more for that than a second thread brings: with one, an empty call's round trip takes a
+// quarter less there, a Forward's a sixth, an Execute item's a third (docs/performance.md). So do
+// few CPUs of a large machine (a container's), whose threads gRPC does not count.
 #pragma once
 
 #include <memory>
