@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <cstdlib>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -751,8 +750,8 @@ absl::Status CudaBackend::DoAttentionBackward(const Workspace& ws,
   p.dbias = args.dbias.as<float>();
   const int64_t rows = p.tokens * p.heads;
   const int64_t cols = 3 * p.width;
-  const bool one_pass = cuda::HasOnePassBackward(p.dtype, p.seq, p.head_dim, info_.threads) &&
-                        std::getenv("LAMINA_OLD") == nullptr;
+  const bool one_pass = cuda::TakesOnePassBackward(p.dtype, p.seq, p.head_dim, info_.threads,
+                                                   p.causal, p.dropout.rng != nullptr);
   const size_t delta_bytes = static_cast<size_t>(rows) * sizeof(float);
   if (args.dbias && cuda::BackwardSums(p)) {
     p.sum_slices = cuda::BiasSlices(p.tokens, p.batch, p.seq,

@@ -63,6 +63,14 @@ constexpr bool HasOnePassBackward(DType dtype, int64_t seq, int64_t head_dim,
          head_dim <= kWgmmaHeadDim &&
          (seq + kPassKeys - 1) / kPassKeys <= (multiprocessors < 254 ? multiprocessors : 254);
 }
+// Where there is one and it is the faster one (H100, head dim 64): two kernels, which both need the
+// dropout's bits, are it where there is none, up to 1024 tokens and wherever half of the scores are
+// cut off, as neither of them waits for other blocks.
+constexpr bool TakesOnePassBackward(DType dtype, int64_t seq, int64_t head_dim,
+                                    int64_t multiprocessors, bool causal, bool dropout) {
+  return HasOnePassBackward(dtype, seq, head_dim, multiprocessors) &&
+         (dropout || (!causal && seq > 1024));
+}
 
 // How many sums of each column of dqkv the blocks of those backwards leave for dbias: one for
 // `block_rows` tokens of a sequence of more than kWgmmaHeadRows. None where a block has fewer than
