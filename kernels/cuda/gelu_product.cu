@@ -394,12 +394,13 @@ __device__ __forceinline__ void FinishPart(const Problem& p, const PartPlace& pl
     SplitPart<T, kTanh>(y, slope);
     StorePart(p.kept, p, place, slope);
   } else {
-    if (p.kept != nullptr) StorePart(p.kept, p, place, y);
+    const Part pre = y;
 #pragma unroll
     for (uint32_t& word : y.words) {
       const float2 v = UnpackPair<T>(word);
       word = PackPair<T>(Gelu<Fast, kTanh>(v.x), Gelu<Fast, kTanh>(v.y));
     }
+    if (p.kept != nullptr) StorePart(p.kept, p, place, pre);
   }
   StorePart(p.out, p, place, y);
 }
@@ -465,9 +466,17 @@ __device__ __forceinline__ void FinishSums(const Problem& p, Corner corner, int 
       make_float2(two[0], two[1]);
 }
 
+// Whose it is to compute a part's slopes. The first finisher has two boxes of dx to bring to
+// memory, the others one: it computes 4 parts, they 6, as a part of dx takes a third of a part of
+// slopes.
+constexpr int SlopesFinisher(int part) {
+  static_assert(kFinishers == 3 && kBoxes == 4);
+  const int in_four = part % 4;
+  return in_four < kFinishers ? in_four : 1 + part / 4 % 2;
+}
+
 // Backward: makes slopes and y from pre unless the slopes are kept, brings dx and its column sums
-// to memory, and fetches what the next tile needs. A finisher's boxes are its own, but for the
-// slopes' computation, for which that would be too uneven.
+// to memory, and fetches what the next tile needs. A finisher's boxes of dx are its own.
 template <typename T, Task kTask, bool kTanh>
 __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& maps, Shared& shared,
                                                Place place, int first, int step, int finisher) {
@@ -486,7 +495,8 @@ __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& map
       for (int half = 0; half < kMultipliers; ++half) {
         WaitForPhase(&shared.loaded[half], parity);
 #pragma unroll 1
-        for (int part = finisher; part < kParts; part += kFinishers) {
+        for (int part = 0; part < kParts; ++part) {
+          if (SlopesFinisher(part) != finisher) continue;
           const PartPlace from(shared.halves[half], corner.m + half * kHalfRows, corner.n, part);
           Part y, slope;
           y.Load(from.at);
