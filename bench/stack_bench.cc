@@ -11,7 +11,8 @@
 //   run N packed LOW HIGH SEED   uniformly from LOW..HIGH, others in each step, of which the seed
 //                     tells: padded to max_seq_length, or packed. "tokens": theirs, a step each
 //   run N filled LOW HIGH SEED   packed too, as many of them as batch_size x max_seq_length tokens
-//                     hold, of the same lengths first
+//                     hold, of the same lengths first: when one does not fit, the next 32 are
+//                     looked at too
 //   plan              {"bytes": total, "weights": ..., ...}
 //   delete            frees the stack
 //   ceilings DTYPE    {"product_tflops": ..., "copy_tbs": ...}
@@ -59,11 +60,20 @@ class StackUnderTest {
 
     std::vector<int32_t> Draw(std::mt19937& random, int64_t batch, int64_t seq) const {
       std::vector<int32_t> each;
-      for (int64_t room = batch * seq; filled || std::ssize(each) < batch;) {
+      // As a loader does that looks ahead: what does not fit is for the next batch, and some of
+      // what comes after it may fit.
+      constexpr int kLookAhead = 32;
+      int misses = 0;
+      int64_t room = batch * seq;
+      while (filled ? misses <= kLookAhead : std::ssize(each) < batch) {
         const auto length = static_cast<int32_t>(low + random() % (high - low + 1));
+        if (filled && length > room) {
+          ++misses;
+          continue;
+        }
         room -= length;
-        if (room < 0) break;
         each.push_back(length);
+        if (misses > 0) ++misses;
       }
       return each;
     }
