@@ -10,19 +10,19 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "attention.cuh"
-#include "cast.cuh"
+#include "attention/attention.cuh"
 #include "column_sum.cuh"
 #include "cuda_sizes.h"
-#include "gelu.cuh"
-#include "gelu_product.cuh"
+#include "elementwise/cast.cuh"
+#include "elementwise/gelu.cuh"
 #include "graph_cache.h"
 #include "kernel_limits.h"
-#include "lamb.cuh"
+#include "norms/row_norm.cuh"
 #include "nvtx.h"
-#include "optimizer.cuh"
-#include "product.h"
-#include "row_norm.cuh"
+#include "optimizer/lamb.cuh"
+#include "optimizer/optimizer.cuh"
+#include "products/gelu_product.cuh"
+#include "products/product.h"
 #include "shared_memory.h"
 
 namespace lamina {
