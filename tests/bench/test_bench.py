@@ -1,6 +1,8 @@
 """The benchmarks of kernels and of stacks, run at tiny shapes on the CPU: that they run, and that their figures agree with
 one another. BENCH_BIN names the folder of the binaries; build/release/bin by default."""
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import pathlib
@@ -192,3 +194,51 @@ def test_observing_a_step_is_cheap():
     cost = json.loads(run(BIN / "observe", "--seconds", 0.2, "--output", "json").stdout)  # it exits with 1 above 1 % of 1 ms
     assert 0 < cost["share_of_1_ms_step"] < 0.01
     assert cost["scrapes"] > 0
+
+
+@pytest.fixture(scope="module")
+def trace():
+    loader = importlib.machinery.SourceFileLoader("bench_trace", str(ROOT / "bench/trace"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_a_trace_is_of_what_follows_the_last_pause(trace):
+    pause = 100_000_000
+    lines = [f"{begin} {end} {name}\n" for begin, end, name in (
+        (0, 5_000, "warm_up"), (pause, pause + 1_000, "warm_up"),
+        (2 * pause + 4_000, 2 * pause + 10_000, "second kernel<int, 2>"), (2 * pause + 1_000, 2 * pause + 3_000, "first"),
+        (2 * pause + 10_000, 2 * pause + 14_000, "first"), (2 * pause + 16_000, 2 * pause + 22_000, "second kernel<int, 2>"))]
+    records = trace.read_records(lines)
+    assert [name for _, _, name in records] == ["first", "second kernel<int, 2>"] * 2
+    step = trace.summary(records, 2)
+    assert step["ms"] == pytest.approx(0.0105) and step["gaps_ms"] == pytest.approx(0.0015) and step["gap_us"] == pytest.approx(1.0)
+    second, first = step["kernels"]
+    assert second["kernel"] == "second kernel<int, 2>" and second["calls"] == 1 and second["ms"] == pytest.approx(0.006)
+    assert first["us"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+
+
+def test_kernels_that_run_side_by_side_leave_no_gap(trace):
+    step = trace.summary([(0, 10_000, "long"), (2_000, 4_000, "short"), (11_000, 12_000, "short")], 1)
+    assert step["gaps_ms"] == pytest.approx(0.001) and step["ms"] == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize("name, own", [
+    ("_ZN6lamina4cuda46_GLOBAL__N__2e9bbc32_13_column_sum_cu_578cf39722FinishColumnSumsKernelENS", "FinishColumnSumsKernel"),
+    ("_ZN6lamina4cuda39_GLOBAL__N__550bdea4_7_cast_cu_bf9c4c4a10CastKernelIf13__nv_bfloat16Li8EE", "CastKernel"),
+    ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT"), ("[fill]", "[fill]")])
+def test_a_traced_kernel_has_its_own_name(trace, name, own):
+    assert trace.short(name) == own
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--device", "cpu"), "cpu is no GPU"), (("--steps", 0), "at least 1"), (("--flags", "fast"), "choose from"),
+    (("--lengths", "5"), "LOW..HIGH"), (("--shape", "1,2"), "--shape")])
+def test_a_trace_says_what_is_wrong(words, said):
+    assert said in run(sys.executable, ROOT / "bench/trace", *words, code=2).stderr
+
+
+def test_nothing_recorded_is_an_error(trace):
+    with pytest.raises(SystemExit, match="libcupti"):
+        trace.read_records([])
