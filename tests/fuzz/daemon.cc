@@ -197,6 +197,15 @@ void Daemon::Serve() {
   session_stub_ = v1::SessionService::NewStub(channel);
 }
 
+void Daemon::StopServing() {
+  layer_stub_.reset();
+  session_stub_.reset();
+  server_->Shutdown();
+  server_.reset();
+  session_.reset();
+  layer_.reset();
+}
+
 absl::Status Daemon::Execute(const ExecuteStream& stream) {
   Serve();
   grpc::ClientContext context;
@@ -229,6 +238,10 @@ absl::Status Daemon::Execute(const ExecuteStream& stream) {
   sent->WritesDone();
   reader.join();
   const absl::Status status = FromGrpc(sent->Finish());
+  // Then the stream goes on with the calls that it has taken in, and nobody but the server, whose
+  // end waits for its streams, knows for how long. The next input is not to meet them, nor the
+  // process's end.
+  if (absl::IsCancelled(status)) StopServing();
   if (absl::IsDeadlineExceeded(status)) Broken("an Execute stream whose client says no more ends");
   if (status.ok() && answers != calls) Broken("Execute answers every call");
   return status;
@@ -387,22 +400,26 @@ void Daemon::End() {
   for (const Client& client : clients_) (void)sessions_->Delete(client.id);
   const bool had_sessions = !clients_.empty();
   clients_.clear();
-  // A session that something still held ends on that one's thread.
+  // A session that something still held ends on that one's thread, and its contexts before its
+  // regions: that the manager knows of neither any more says nothing of contexts.
   const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  const auto contexts = [&] {
+    int64_t sum = 0;
+    if (had_sessions && contexts_made_)
+      for (const StackInfo& stack : engine_->ListStacks()) sum += stack.outstanding_contexts;
+    return sum;
+  };
   const auto gone = [&] {
-    return sessions_->live_sessions() == 0 && sessions_->live_regions() == 0;
+    return sessions_->live_sessions() == 0 && sessions_->live_regions() == 0 && contexts() == 0;
   };
   while (!gone() && std::chrono::steady_clock::now() < late) std::this_thread::yield();
+  if (contexts() != 0) Broken("no context outlives its session");
   if (!gone() || sessions_->region_bytes() != 0)
     Broken(absl::StrFormat("nothing is left of ended sessions: %d sessions, %d regions, %d bytes",
                            sessions_->live_sessions(), sessions_->live_regions(),
                            sessions_->region_bytes()));
   if (absl::Status health = engine_->health(); !health.ok())
     Broken(absl::StrCat("no request fails the device: ", health.ToString()));
-  if (had_sessions && contexts_made_)
-    for (const StackInfo& stack : engine_->ListStacks())
-      if (engine_->GetStack(stack.name)->outstanding_contexts != 0)
-        Broken("no context outlives its session");
   if (++inputs_ % kStackInputs == 0) changed_.insert(std::begin(kStacks), std::end(kStacks));
   if (!changed_.empty() || !saved_.empty()) RestoreStacks();
   changed_.clear();

@@ -71,7 +71,9 @@ class Daemon {
   void AddHandlers();
   template <typename Request, typename Response>
   void Add();
-  void Serve();  // starts the server, once
+  void Serve();  // starts the server, where none runs
+  // The other way round; returns when no stream is left.
+  void StopServing();
   absl::Status Execute(const ExecuteStream& stream);
   // What later requests can name, and what is to be undone.
   void Note(const google::protobuf::Message& request, const google::protobuf::Message& response);
