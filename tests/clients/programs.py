@@ -1,6 +1,7 @@
 """Each language's training program: made ready once, run with flags."""
 
 import functools
+import os
 import pathlib
 import re
 import shutil
@@ -34,8 +35,8 @@ class Run:
 
     @staticmethod
     def _read(file):
-        file.seek(0)
-        return file.read()
+        # The program writes at the file's one position: a seek here would move that too.
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
 
     @property
     def out(self):
@@ -59,7 +60,8 @@ class Run:
     @property
     def losses(self):
         """A float a step."""
-        parsed = [re.fullmatch(r"step (\d+)  loss (\S+)", line) for line in self.out.splitlines()[1:]]
+        whole, _, _ = self.out.rpartition("\n")  # the last line may be on its way
+        parsed = [re.fullmatch(r"step (\d+)  loss (\S+)", line) for line in whole.splitlines()[1:]]
         assert all(parsed) and [int(p[1]) for p in parsed] == list(range(len(parsed))), self
         return [float(p[2]) for p in parsed]
 
