@@ -153,13 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
       WaitForProducts<0>();
       PinProduct(o);
       if (lane == 0) Arrive(&shared.empty[(tile - 1) % kStages]);
-      if (__any_sync(0xFFFFFFFFu, above)) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
-        }
-      }
+      RescaleRows(o, factor, above);
     }
     PackTile<T>(s, probs);
   };
@@ -323,13 +317,7 @@ __global__ void __launch_bounds__(kThreads, 2) HeadForwardKernel(const Attention
         if constexpr (!first) {
           WaitForProducts<0>();
           PinProduct(o);
-          if (__any_sync(0xFFFFFFFFu, above)) {
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
-            }
-          }
+          RescaleRows(o, factor, above);
         }
         PackTile<T>(s, probs);
       };

@@ -62,12 +62,6 @@ struct PassShared {
   }
 };
 
-// One lane of each warp arrives, when all of them have got here.
-__device__ __forceinline__ void ArriveByWarp(uint64_t* barrier) {
-  __syncwarp();
-  if ((threadIdx.x & 31u) == 0) Arrive(barrier);
-}
-
 // A block's keys of a head, and how the head's blocks share its tiles of queries.
 struct Part {
   Head h;

@@ -351,10 +351,7 @@ struct Ring {
     ShareWithEngines();
   }
   // Of a warp that needs it no more.
-  __device__ __forceinline__ void Release(int slot) {
-    __syncwarp();
-    if ((threadIdx.x & 31u) == 0) Arrive(&empty[slot]);
-  }
+  __device__ __forceinline__ void Release(int slot) { ArriveByWarp(&empty[slot]); }
 };
 
 // Fills the ring with a head's keys and values, a tile of each a slot, and the keys' masks.

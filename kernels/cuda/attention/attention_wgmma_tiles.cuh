@@ -132,6 +132,19 @@ __device__ __forceinline__ void SetZero(float (&c)[8][4]) {
   }
 }
 
+// What is summed up before the references change, by this lane's rows g and g + 8: o * factor,
+// where one of the warp's factors is not 1. `above`: whether one of this lane's is not.
+template <int kTiles>
+__device__ __forceinline__ void RescaleRows(float (&o)[kTiles][4], const float (&factor)[2],
+                                            bool above) {
+  if (!__any_sync(0xFFFFFFFFu, above)) return;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
+  }
+}
+
 // Writes c * factor to this lane's rows g and g + 8: of half h to dst + row[h] * stride, unless
 // row[h] is -1.
 template <typename T>

@@ -121,13 +121,7 @@ __device__ __forceinline__ void Compute(const AttentionParams& p, ForwardShared<
         WaitForProducts<0>();
         PinProduct(o);
         shared.ring.Release(before);
-        if (__any_sync(0xFFFFFFFFu, above)) {
-#pragma unroll
-          for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) o[n][i] *= factor[i >> 1];
-          }
-        }
+        RescaleRows(o, factor, above);
       }
       PackTile<T>(s, probs);
       if constexpr (kDropout) DropTile<T>(kept, probs);

@@ -103,10 +103,7 @@ __device__ __forceinline__ void ComputeHeads(const AttentionParams& p, HeadGradS
   const uint64_t k_tile = DescribeTile(&shared.k[group]);
   const uint64_t v_tile = DescribeTile(&shared.v[group]);
   uint32_t parity = 0;
-  const auto release = [&](Part part) {
-    __syncwarp();
-    if (lane == 0) Arrive(&shared.empty[part]);
-  };
+  const auto release = [&](Part part) { ArriveByWarp(&shared.empty[part]); };
 
   for (; blocks.Any(); blocks.Next()) {
     const Head h = blocks.At<BlockRows::kKeys>(p);

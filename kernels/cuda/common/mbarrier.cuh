@@ -24,6 +24,13 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
       : "memory");
 }
 
+// One lane of each warp arrives, when all of the warp have got here, and tells of what all of them
+// have done: an arrival a warp.
+__device__ __forceinline__ void ArriveByWarp(uint64_t* barrier) {
+  __syncwarp();
+  if ((threadIdx.x & 31u) == 0) Arrive(barrier);
+}
+
 // Arrives; the phase then also waits for `bytes` of bulk copies to land.
 __device__ __forceinline__ void ArriveAndExpect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

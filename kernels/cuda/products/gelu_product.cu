@@ -149,12 +149,6 @@ struct Corner {
 
 __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % 32; }
 
-// Tells `barrier`, which counts warps, of what all threads of this one have done.
-__device__ __forceinline__ void ArriveByWarp(uint64_t* barrier) {
-  __syncwarp();
-  if (Lane() == 0) Arrive(barrier);
-}
-
 // --- the producer ---
 
 // The right operand's rows go along n, or with kTransposed along k.
