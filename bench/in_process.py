@@ -1,13 +1,16 @@
 """Our side without a daemon (stack_bench, a stack in a process of its own), round trips to one, and what a benchmark notes of
 its run."""
 
+import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPE_NAMES = ["batch", "seq", "hidden", "heads", "intermediate", "layers"]
+FLAGS = ["normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "activation_checkpointing", "stochastic_mode"]
 
 
 def shape(text):
@@ -16,6 +19,16 @@ def shape(text):
     if len(values) != len(SHAPE_NAMES):
         raise ValueError(text)
     return dict(zip(SHAPE_NAMES, values))
+
+
+def list_of(*allowed):
+    """An argument's type: words with commas between them, "none" for none."""
+    def parse(text):
+        values = [] if text == "none" else text.split(",")
+        if allowed and set(values) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(allowed)}")
+        return values
+    return parse
 
 
 def find_binary(name, device):
@@ -37,14 +50,16 @@ def measure_round_trips(binary, target, *arguments):
 
 
 class Ours:
-    """A stack_bench and its commands."""
+    """A stack_bench and its commands. `environment`: variables that it has besides."""
 
-    def __init__(self, binary, device):
+    def __init__(self, binary, device, environment=None):
         self.arguments = [binary, "--device", device]
+        self.environment = {**os.environ, **(environment or {})}
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=self.environment)
         self.hello = self._answer()
 
     def restart(self):
