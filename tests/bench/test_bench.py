@@ -1,8 +1,6 @@
 """The benchmarks of kernels and of stacks, run at tiny shapes on the CPU: that they run, and that their figures agree with
 one another. BENCH_BIN names the folder of the binaries; build/release/bin by default."""
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import pathlib
@@ -197,11 +195,8 @@ def test_observing_a_step_is_cheap():
 
 
 @pytest.fixture(scope="module")
-def trace():
-    loader = importlib.machinery.SourceFileLoader("bench_trace", str(ROOT / "bench/trace"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+def trace(script):
+    return script("trace")
 
 
 def test_a_trace_is_of_what_follows_the_last_pause(trace):

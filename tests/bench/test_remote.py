@@ -1,8 +1,6 @@
 """bench/remote at tiny shapes on the CPU: that it runs, that its figures agree with one another, and that what it times is
 what it says. BENCH_BIN names the folder of the binaries; build/release/bin by default."""
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import pathlib
@@ -26,12 +24,8 @@ def remote(*arguments):
 
 
 @pytest.fixture(scope="module")
-def module():
-    loader = importlib.machinery.SourceFileLoader("remote", str(REMOTE))
-    spec = importlib.util.spec_from_loader("remote", loader)
-    loaded = importlib.util.module_from_spec(spec)
-    loader.exec_module(loaded)
-    return loaded
+def module(script):
+    return script("remote")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
