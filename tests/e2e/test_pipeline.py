@@ -568,6 +568,16 @@ def test_what_an_interrupt_leaves_on_its_way():
     with pytest.raises(KeyError), condition:
         raise KeyError
     assert not condition._is_owned()
+    release = condition._release_save
+
+    def interrupted():
+        release()
+        raise KeyboardInterrupt
+
+    condition._release_save = interrupted
+    with pytest.raises(KeyboardInterrupt), condition:
+        condition.wait()
+    assert not condition._is_owned()
     turn, mine, other = Turn(), object(), object()
     turn.take(mine)
     turn.take(mine)

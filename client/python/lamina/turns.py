@@ -22,6 +22,17 @@ class Condition(threading.Condition):
         return self._lock.__exit__  # type: ignore[attr-defined]
 
 
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """As threading.Condition's; an interrupt out of it, too, finds the lock taken, once. The base's gives it up in front
+        of the block that takes it back. What waited so is woken with the others by the next notify_all, to no effect."""
+        try:
+            return super().wait(timeout)
+        except BaseException:
+            if not self._is_owned():  # type: ignore[attr-defined]
+                self.acquire()
+            raise
+
+
 class Turn:
     """Something that one holder has at a time. Whoever asks for it again has it already, and any thread may give it back
     for its holder: one that was interrupted on the way from taking it loses nothing. Threads: any."""
