@@ -43,6 +43,7 @@ struct Options {
   std::string json;
   bool unordered = false;
   std::string ops = ".*";
+  double sustained = 0;
 };
 
 struct Shape {
@@ -84,6 +85,12 @@ class Bench {
         wanted_(options.ops),
         device_(options.device),
         timer_(device_, options.repetitions) {
+    if (options.sustained > 0) {
+      meter_ = PowerMeter::Open(device_.backend().info().uuid);
+      if (!meter_)
+        throw std::runtime_error("--sustained: no energy counter of " + options.device +
+                                 " (NVML's, of a GPU)");
+    }
     char date[16];
     const std::time_t now = std::time(nullptr);
     std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
@@ -100,13 +107,28 @@ class Bench {
     const std::vector<Shape> shapes = ParseShapes(options_.shapes, options_.layers);
     for (const auto& name : absl::StrSplit(options_.dtypes, ',')) {
       const DType dtype = ParseDType(std::string(name));
-      ceilings_ = MeasureCeilings(device_, timer_, dtype);
+      ceilings_ =
+          MeasureCeilings(device_, timer_, dtype, meter_ ? &*meter_ : nullptr, options_.sustained);
       std::printf("%s, %s: product %.4g TFLOP/s, copy %.4g TB/s\n",
                   device_.backend().info().name.c_str(), Name(dtype), ceilings_.flops / 1e12,
                   ceilings_.bytes / 1e12);
-      result_["ceilings"].push_back({{"dtype", Name(dtype)},
-                                     {"product_tflops", ceilings_.flops / 1e12},
-                                     {"copy_tbs", ceilings_.bytes / 1e12}});
+      Json ceilings = {{"dtype", Name(dtype)},
+                       {"product_tflops", ceilings_.flops / 1e12},
+                       {"copy_tbs", ceilings_.bytes / 1e12}};
+      if (meter_) {
+        ceilings.update({{"pj_per_flop", ceilings_.flop_picojoules},
+                         {"pj_per_byte", ceilings_.byte_picojoules},
+                         {"sustained_product", ToJson(*ceilings_.product)},
+                         {"sustained_copy", ToJson(*ceilings_.copy)}});
+        for (const auto& [what, s] :
+             {std::pair("product", *ceilings_.product), std::pair("copy", *ceilings_.copy)}) {
+          std::printf("for long: %s %.4g us, %.4g mJ, %.0f W, %.0f MHz\n", what, s.us,
+                      s.millijoules, s.watts, s.megahertz);
+        }
+        std::printf("          %.4g pJ a FLOP, %.4g pJ a byte\n", ceilings_.flop_picojoules,
+                    ceilings_.byte_picojoules);
+      }
+      result_["ceilings"].push_back(std::move(ceilings));
       for (Shape shape : shapes) {
         shape.dims.dtype = dtype;
         RunShape(shape.dims, shape.layers);
@@ -115,6 +137,10 @@ class Bench {
   }
 
  private:
+  static Json ToJson(const Sustained& s) {
+    return {{"us", s.us}, {"mj", s.millijoules}, {"w", s.watts}, {"mhz", s.megahertz}};
+  }
+
   void RunShape(const LayerDims& dims, int64_t layers) {
     shape_ = {{"batch", dims.batch},
               {"seq", dims.seq},
@@ -128,8 +154,10 @@ class Bench {
                 static_cast<long>(dims.hidden), static_cast<long>(dims.heads),
                 static_cast<long>(dims.intermediate), Name(dims.dtype), options_.dropout,
                 device_.backend().sizes().FusedAttention(dims) ? "" : ", plain attention");
-    std::printf("%-48s %9s %9s %9s %9s %9s %9s %9s  %5s %9s\n", "", "us", "min", "max", "MB",
-                "GFLOP", "GB/s", "TFLOP/s", "share", "copy us");
+    std::printf("%-48s %9s %9s %9s %9s %9s %9s %9s  %5s %9s", "", "us", "min", "max", "MB", "GFLOP",
+                "GB/s", "TFLOP/s", "share", "copy us");
+    if (meter_) std::printf(" %9s %9s %9s %9s", "long: us", "mJ", "W", "MHz");
+    std::printf("\n");
 
     const Scratch scratch(device_, dims);
     LayerSum pre_norm, post_norm;
@@ -184,6 +212,12 @@ class Bench {
     std::printf("  %4.0f%%", 100 * floor / t.median_us);
     const double copy_us = op.flops > 0 ? 0.0 : CopyUs(t.moved_bytes);
     if (copy_us > 0) std::printf(" %9.2f", copy_us);
+    if (meter_) {
+      const Sustained s = timer_.Sustain(op, workspace, *meter_, options_.sustained);
+      if (copy_us <= 0) std::printf(" %9s", "");
+      std::printf(" %9.2f %9.2f %9.0f %9.0f", s.us, s.millijoules, s.watts, s.megahertz);
+      row["sustained"] = ToJson(s);
+    }
     std::printf("\n");
     std::fflush(stdout);
 
@@ -243,6 +277,7 @@ class Bench {
   std::regex wanted_;
   Device device_;
   OpTimer timer_;
+  std::optional<PowerMeter> meter_;
   Ceilings ceilings_;
   std::map<size_t, double> copy_us_;  // by the bytes that are moved
   Json shape_, result_;
@@ -261,6 +296,10 @@ int Main(int argc, char** argv) {
       ->check(CLI::PositiveNumber);
   app.add_option("--reps", o.repetitions, "how often each op is timed")->check(CLI::PositiveNumber);
   app.add_option("--json", o.json, "write the figures here too");
+  app.add_option("--sustained", o.sustained,
+                 "also call each op for so many seconds on end, for its energy and its time at the "
+                 "card's power limit")
+      ->check(CLI::Range(0.0, 60.0));
   app.add_flag("--unordered", o.unordered, "also with sums over tokens in any order");
   app.add_option("--ops", o.ops, "a regular expression: only ops with such a name");
   CLI11_PARSE(app, argc, argv);

@@ -1,7 +1,11 @@
 #include "op_timer.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <utility>
 
 namespace lamina::bench {
 
@@ -12,18 +16,21 @@ OpTimer::OpTimer(Device& device, int repetitions)
   for (TensorView* view : {&from_, &to_}) *view = head_start_.Zeros(DType::kU8, {kBytes});
 }
 
-Timing OpTimer::Time(const OpCase& op, const Workspace& workspace) {
-  // As many sets of operands as push one another out of any cache.
+OpTimer::Calls OpTimer::Prepare(const OpCase& op) {
   constexpr size_t kCold = size_t{128} << 20, kMostSets = 16;
-  std::vector<Operands> operands;
-  std::vector<OpCall> calls;
+  Calls prepared;
+  auto& [operands, calls] = prepared;
   size_t wanted = 1;
   do {
     calls.push_back(op.make(operands.emplace_back(device_)));
     const size_t bytes = std::max<size_t>(operands.front().moved_bytes(), 1);
     wanted = bytes >= 4 * kCold ? 1 : std::min(1 + (kCold + bytes - 1) / bytes, kMostSets);
   } while (calls.size() < wanted);
+  return prepared;
+}
 
+Timing OpTimer::Time(const OpCase& op, const Workspace& workspace) {
+  const auto [operands, calls] = Prepare(op);
   const auto sets = static_cast<int64_t>(calls.size());
   for (int i = 0; i < 2; ++i) Run(calls, workspace, sets);
   const double estimate = Run(calls, workspace, sets);
@@ -38,6 +45,53 @@ Timing OpTimer::Time(const OpCase& op, const Workspace& workspace) {
           .min_us = us.front(),
           .max_us = us.back(),
           .moved_bytes = operands.front().moved_bytes()};
+}
+
+Sustained OpTimer::Sustain(const OpCase& op, const Workspace& workspace, const PowerMeter& meter,
+                           double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  const auto [operands, calls] = Prepare(op);
+  Backend& backend = device_.backend();
+  // Beside which asking the driver, for milliseconds, leaves no gap.
+  constexpr double kBatchSeconds = 10e-3;
+  const auto batch = std::max<int64_t>(
+      std::llround(kBatchSeconds / Run(calls, workspace, static_cast<int64_t>(calls.size()))), 1);
+  // One batch runs while the next one is enqueued.
+  int64_t enqueued = 0;
+  const auto enqueue = [&] {
+    for (int64_t i = 0; i < batch; ++i) Check(calls[next_++ % calls.size()](workspace));
+    Check(backend.RecordMark(static_cast<int>(enqueued++ % 2)));
+  };
+  struct Moment {
+    double joules, second;
+    int64_t batches;
+  };
+  std::optional<Moment> first, last;
+  double joules = 0.0, megahertz = 0.0;
+  int64_t clocks = 0;
+  const Clock::time_point start = Clock::now();
+  enqueue();
+  for (int64_t done = 0; since(start) < seconds; ++done) {
+    enqueue();
+    Check(backend.WaitMark(static_cast<int>(done % 2)));
+    const Moment now{meter.Joules(), since(start), done + 1};
+    const bool renewed = std::exchange(joules, now.joules) != now.joules;
+    if (!renewed || now.second < seconds / 3) continue;
+    (first ? last : first) = now;
+    megahertz += meter.Megahertz();
+    ++clocks;
+  }
+  Check(backend.Synchronize());
+  if (!last) throw std::runtime_error("the driver's energy counter stands still: a longer time");
+  const auto count = static_cast<double>((last->batches - first->batches) * batch);
+  const double taken = last->second - first->second, drawn = last->joules - first->joules;
+  return {.us = taken / count * 1e6,
+          .millijoules = drawn / count * 1e3,
+          .watts = drawn / taken,
+          .megahertz = megahertz / static_cast<double>(clocks)};
 }
 
 double OpTimer::Run(const std::vector<OpCall>& calls, const Workspace& workspace, int64_t count) {
@@ -69,7 +123,8 @@ double Ceilings::FloorUs(double op_flops, double op_bytes) const {
   return std::max(op_flops / flops, op_bytes / bytes) * 1e6;
 }
 
-Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype) {
+Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype, const PowerMeter* meter,
+                         double seconds) {
   const int64_t size = device.is_gpu() ? 8192 : 512;
   const Scratch scratch(device, {.batch = 1,
                                  .seq = size,
@@ -81,8 +136,15 @@ Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype) {
   const OpCase copy = CopyCeiling(int64_t{1} << (device.is_gpu() ? 30 : 26));
   const Timing product_timing = timer.Time(product, scratch.workspace());
   const Timing copy_timing = timer.Time(copy, scratch.workspace());
-  return {.flops = product.flops / product_timing.median_us * 1e6,
-          .bytes = static_cast<double>(copy_timing.moved_bytes) / copy_timing.median_us * 1e6};
+  const auto copy_bytes = static_cast<double>(copy_timing.moved_bytes);
+  Ceilings ceilings{.flops = product.flops / product_timing.median_us * 1e6,
+                    .bytes = copy_bytes / copy_timing.median_us * 1e6};
+  if (meter == nullptr) return ceilings;
+  ceilings.product = timer.Sustain(product, scratch.workspace(), *meter, seconds);
+  ceilings.copy = timer.Sustain(copy, scratch.workspace(), *meter, seconds);
+  ceilings.flop_picojoules = ceilings.product->millijoules / product.flops * 1e9;
+  ceilings.byte_picojoules = ceilings.copy->millijoules / copy_bytes * 1e9;
+  return ceilings;
 }
 
 }  // namespace lamina::bench

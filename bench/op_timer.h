@@ -3,11 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "device.h"
 #include "lamina/kernels/backend.h"
 #include "layer_ops.h"
+#include "power.h"
 
 namespace lamina::bench {
 
@@ -16,14 +18,31 @@ struct Timing {
   size_t moved_bytes = 0;                        // by a call
 };
 
+// An op called again and again, without a pause, for so long that a card at its power limit has
+// brought its clock down to what the op allows. Of calls between two changes of the driver's energy
+// counter.
+struct Sustained {
+  double us = 0, millijoules = 0;  // a call
+  double watts = 0, megahertz = 0;
+};
+
 class OpTimer {
  public:
   OpTimer(Device& device, int repetitions);
 
   // Calls follow one another on the device, each on operands that are not in its cache.
   Timing Time(const OpCase& op, const Workspace& workspace);
+  // For about so many seconds, of which the first third only heats.
+  Sustained Sustain(const OpCase& op, const Workspace& workspace, const PowerMeter& meter,
+                    double seconds);
 
  private:
+  struct Calls {
+    std::vector<Operands> operands;
+    std::vector<OpCall> calls;
+  };
+  // With as many sets of operands as push one another out of any cache.
+  Calls Prepare(const OpCase& op);
   // Seconds a call of `count`.
   double Run(const std::vector<OpCall>& calls, const Workspace& workspace, int64_t count);
 
@@ -53,11 +72,16 @@ class Scratch {
 // written.
 struct Ceilings {
   double flops = 0, bytes = 0;
+  // The same two for long, where a meter was given: picojoules a FLOP and a byte.
+  std::optional<Sustained> product, copy;
+  double flop_picojoules = 0, byte_picojoules = 0;
 
   // The least time in which an op can be done.
   double FloorUs(double op_flops, double op_bytes) const;
 };
 
-Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype);
+// `meter`: may be null; else both are also called for about `seconds`.
+Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype,
+                         const PowerMeter* meter = nullptr, double seconds = 0);
 
 }  // namespace lamina::bench

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -135,7 +136,8 @@ def test_ops_can_be_chosen(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--shapes", "1,8,16,2"], "is not B,S,H,A,I"), (["--shapes", "1,8,16,2,32,2,2"], "is not B,S,H,A,I"), (["--shapes", "1,8,16,3,32"], "divisor"),
-    (["--shapes", "1,8,16,2,32,0"], "is not B,S,H,A,I"), (["--dtype", "int8"], "int8"), (["--device", "tpu"], "tpu")])
+    (["--shapes", "1,8,16,2,32,0"], "is not B,S,H,A,I"), (["--dtype", "int8"], "int8"), (["--device", "tpu"], "tpu"),
+    (["--sustained", 0.1], "no energy counter of cpu")])
 def test_what_kernels_refuses(tmp_path, flags, words):
     done = run(sys.executable, ROOT / "bench/kernels", "--device", "cpu", "--binary", BIN / "kernel_bench", "--json", tmp_path / "k.json",
                *flags, code=1)
@@ -192,6 +194,42 @@ def test_observing_a_step_is_cheap():
     cost = json.loads(run(BIN / "observe", "--seconds", 0.2, "--output", "json").stdout)  # it exits with 1 above 1 % of 1 ms
     assert 0 < cost["share_of_1_ms_step"] < 0.01
     assert cost["scrapes"] > 0
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--device", "cpu"), "cpu is no GPU"), (("--dropout", "0.1,1"), "[0, 1)"), (("--reps", 0), "at least 1"),
+    (("--shapes", "4,512,16"), "--shapes"), (("--shapes", "4,512,0,64"), "--shapes")])
+def test_attention_beside_others_says_what_is_wrong(words, said):
+    assert said in run(sys.executable, ROOT / "bench/attention", *words, code=2).stderr
+
+
+def test_an_attention_that_fails_is_noted_beside_those_that_do_not(script, monkeypatch, tmp_path, capsys):
+    attention = script("attention")
+    asked = []
+
+    def time_ours(args, one, dropout):
+        return {"forward": 2.5, "backward": 7.5}, {"device": "a card", "uuid": ""}
+
+    def time_peer(torch, args, one, dropout, backend):
+        asked.append((one["seq"], dropout, backend))
+        if backend == "CUDNN_ATTENTION":
+            raise RuntimeError("no plan\nand more of it")
+        return {"forward": 5.0, "backward": 10.0}
+
+    torch = types.SimpleNamespace(__version__="2.0", cuda=types.SimpleNamespace(
+        is_available=lambda: True, set_device=lambda device: None, empty_cache=lambda: None))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(attention, "time_ours", time_ours)
+    monkeypatch.setattr(attention, "time_peer", time_peer)
+    monkeypatch.setattr(sys, "argv", ["attention", "--shapes", "2,64,4,32;1,128,4,32", "--dropout", "0.1", "--json", str(tmp_path / "a.json")])
+    attention.main()
+    assert asked == [(seq, 0.1, name) for seq in (64, 128) for name in attention.PEERS.values()]
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 2 and rows[0]["batch"] == 2 and rows[0]["ours_us"] == {"forward": 2.5, "backward": 7.5}
+    assert rows[0]["peers_us"] == {"flash": {"forward": 5.0, "backward": 10.0}, "cudnn": None, "efficient": {"forward": 5.0, "backward": 10.0}}
+    assert rows[0]["failures"] == {"cudnn": "no plan"}
+    forward = next(line for line in capsys.readouterr().out.splitlines() if "forward" in line)
+    assert forward.split() == ["2", "64", "4", "32", "0.1", "forward", "2.5", "5.0", "failed", "5.0"]
 
 
 @pytest.fixture(scope="module")
