@@ -6,7 +6,7 @@
 // they only hand it over, through shared memory, and go on with the next one; GELU is that of
 // three warps of the third warpgroup, which have the time of a tile for it. (A fourth warpgroup
 // would leave each thread 128 registers, as many as the accumulators of 64 x 256 alone.) The last
-// warp only starts copies into a ring of stages, 32 deep along k each.
+// warp only starts copies into a ring of stages.
 //
 // Forward GELU's input is handed over, rounded as it is kept. Backward the slopes are in the same
 // place before the product is: brought by the copy engine, or computed from what it brought. The
@@ -53,12 +53,8 @@ constexpr bool IsBackward(Task task) { return task == Task::kBySlope || task == 
 
 constexpr int kRows = kGeluProductRows;  // of a tile
 constexpr int kCols = 256;
-constexpr int kDepth = 32;  // of a stage along k
-constexpr int kStages = 6;
-constexpr int kRowBytes = kDepth * 2;       // of an operand whose rows go along k
-constexpr int kColumnBytes = kDepth * 128;  // of 64 columns of one whose columns do
-constexpr int kGroupRows = 8;               // squares of neighbouring rows that are done together
-constexpr int kRowBlocks = 2;               // of a cluster: along rows, and along columns
+constexpr int kGroupRows = 8;  // squares of neighbouring rows that are done together
+constexpr int kRowBlocks = 2;  // of a cluster: along rows, and along columns
 constexpr int kColBlocks = 1;
 constexpr int kCluster = kRowBlocks * kColBlocks;
 // The roles of warps: the first two warpgroups multiply, then there are finishers and the producer.
@@ -66,15 +62,31 @@ constexpr int kMultipliers = 2;
 constexpr int kWarps = kWarpgroup / 32;  // of a warpgroup
 constexpr int kFinishers = kWarps - 1;
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kLeftBytes = kRows * kDepth * 2;
-constexpr int kRightBytes = kCols * kDepth * 2;
-constexpr int kStageBytes = kLeftBytes + kRightBytes;
 // Blocks with the same rows share the left operand's tile, each fetching a part for all; blocks
 // with the same columns the right one's.
 constexpr int kLeftPart = kRows / kColBlocks;
 constexpr int kRightPart = kCols / kRowBlocks;
 // Arrivals that free a stage: each multiplying warp of each block that a copy of it goes to.
 constexpr int kReaders = (kRowBlocks + kColBlocks - 1) * kMultipliers * kWarps;
+
+// The ring of stages. Deep ones take less energy, 2.5 % of a forward's and 3 of a backward's that
+// computes slopes, and a card at its power limit gives that back as time. By slopes that are there
+// it takes none less, and at large n more time, as so few hide less.
+template <Task kTask>
+struct Stages {
+  static constexpr int kDepth = kTask == Task::kBySlope ? 32 : 64;  // along k
+  static constexpr int kCount = 192 / kDepth;
+  static constexpr int kRowBytes = kDepth * 2;       // of an operand whose rows go along k
+  static constexpr int kColumnBytes = kDepth * 128;  // of 64 columns of one whose columns do
+  static constexpr int kLeftBytes = kRows * kDepth * 2;
+  static constexpr int kRightBytes = kCols * kDepth * 2;
+  static constexpr int kBytes = kLeftBytes + kRightBytes;
+
+  // An operand's tile whose rows go along k.
+  static __device__ __forceinline__ uint64_t Describe(const unsigned char* rows) {
+    return kDepth == 64 ? DescribeTile(rows) : DescribeNarrowTile(rows);
+  }
+};
 
 // As Swizzled and the copy engine have the result: a multiplier's half of a tile is four boxes of
 // 64 columns, side by side. A warp takes 16 rows of a box at once where there is much to compute.
@@ -87,17 +99,20 @@ constexpr int kPartsOfBox = kHalfRows / kPartRows;
 constexpr int kParts = kBoxes * kPartsOfBox;  // of a half
 using Half = unsigned char[kBoxes][kBoxBytes];
 
+template <Task kTask>
 struct Shared {
-  unsigned char stages[kStages][kStageBytes];  // the left operand's tile, then the right one's
-  Half halves[kMultipliers];                   // of the tile, on their way in or out
-  float2 bias[kMultipliers][kCols / 2];        // forward, each multiplier's own
+  static constexpr int kStages = Stages<kTask>::kCount;
+  // The left operand's tile, then the right one's.
+  unsigned char stages[kStages][Stages<kTask>::kBytes];
+  Half halves[kMultipliers];             // of the tile, on their way in or out
+  float2 bias[kMultipliers][kCols / 2];  // forward, each multiplier's own
   uint64_t full[kStages], empty[kStages];
   uint64_t loaded[kMultipliers];  // backward: the copy engine has brought what a half needs
   uint64_t ready[kMultipliers];   // a half may be written, and backward has the slopes
   uint64_t given[kMultipliers];   // and is written
 };
-constexpr size_t kSharedBytes = sizeof(Shared);
-static_assert(kSharedBytes <= 227 * 1024);
+static_assert(sizeof(Shared<Task::kSlope>) <= 227 * 1024 &&
+              sizeof(Shared<Task::kBySlope>) <= 227 * 1024);
 
 struct Problem {
   const void* bias;  // forward: act [n]
@@ -116,6 +131,7 @@ struct Maps {
 };
 
 // Where a warpgroup is in the ring.
+template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
@@ -151,32 +167,34 @@ __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % 3
 
 // --- the producer ---
 
-// The right operand's rows go along n, or with kTransposed along k.
-template <bool kTransposed>
-__device__ __forceinline__ void Produce(const Maps& maps, const Problem& p, Shared& shared,
+// The right operand's rows go along n, or backward along k.
+template <Task kTask>
+__device__ __forceinline__ void Produce(const Maps& maps, const Problem& p, Shared<kTask>& shared,
                                         int first, int step) {
+  using Stage = Stages<kTask>;
   const Place place(static_cast<int>(ClusterRank()));
   uint16_t same_rows = 0, same_cols = 0;
   for (int rank = 0; rank < kCluster; ++rank) {
     if (Place(rank).row == place.row) same_rows |= static_cast<uint16_t>(1 << rank);
     if (Place(rank).col == place.col) same_cols |= static_cast<uint16_t>(1 << rank);
   }
-  Ring ring;
+  Ring<Stage::kCount> ring;
   for (int square = first; square < p.squares; square += step) {
     const Corner corner(p, square, place);
     const int m = corner.m + place.col * kLeftPart;
     const int n = corner.n + place.row * kRightPart;
-    for (int k = 0; k < p.k; k += kDepth) {
+    for (int k = 0; k < p.k; k += Stage::kDepth) {
       uint64_t* full = &shared.full[ring.stage];
       WaitForPhase(&shared.empty[ring.stage], ring.parity ^ 1);
-      ArriveAndExpect(full, kStageBytes);
+      ArriveAndExpect(full, Stage::kBytes);
       unsigned char* left = shared.stages[ring.stage];
-      StartBox(&maps.left, k, m, left + place.col * kLeftPart * kRowBytes, full, same_rows);
-      unsigned char* right = left + kLeftBytes + place.row * kRightPart * kRowBytes;
-      if constexpr (kTransposed) {
+      StartBox(&maps.left, k, m, left + place.col * kLeftPart * Stage::kRowBytes, full, same_rows);
+      unsigned char* right = left + Stage::kLeftBytes + place.row * kRightPart * Stage::kRowBytes;
+      if constexpr (IsBackward(kTask)) {
 #pragma unroll
         for (int col = 0; col < kRightPart; col += 64) {
-          StartBox(&maps.right, n + col, k, right + col / 64 * kColumnBytes, full, same_cols);
+          StartBox(&maps.right, n + col, k, right + col / 64 * Stage::kColumnBytes, full,
+                   same_cols);
         }
       } else {
         StartBox(&maps.right, k, n, right, full, same_cols);
@@ -189,7 +207,8 @@ __device__ __forceinline__ void Produce(const Maps& maps, const Problem& p, Shar
 // --- the multipliers ---
 
 // Tells every block whose copies went into the stage that this warp has read it.
-__device__ __forceinline__ void Release(Shared& shared, int stage, Place place) {
+template <Task kTask>
+__device__ __forceinline__ void Release(Shared<kTask>& shared, int stage, Place place) {
   const Place other(static_cast<int>(threadIdx.x) & 31);
   if (other.col < kColBlocks && (other.row == place.row || other.col == place.col)) {
     ArriveAt(&shared.empty[stage], threadIdx.x & 31u);
@@ -200,20 +219,24 @@ __device__ __forceinline__ void Release(Shared& shared, int stage, Place place) 
 using Fragment = float[kBoxes * 8][4];
 
 // acc = this multiplier's rows of the tile. Calls meanwhile() when the last products are under way.
-template <typename T, bool kTransposed, typename Meanwhile>
-__device__ __forceinline__ void Multiply(const Problem& p, Shared& shared, Ring& ring, int half,
-                                         Fragment& acc, const Meanwhile& meanwhile) {
+template <typename T, Task kTask, typename Meanwhile>
+__device__ __forceinline__ void Multiply(const Problem& p, Shared<kTask>& shared,
+                                         Ring<Stages<kTask>::kCount>& ring, int half, Fragment& acc,
+                                         const Meanwhile& meanwhile) {
+  using Stage = Stages<kTask>;
+  constexpr bool kTransposed = IsBackward(kTask);
   const Place place(static_cast<int>(ClusterRank()));
   int previous = -1;
-  for (int k0 = 0; k0 < p.k; k0 += kDepth) {
+  for (int k0 = 0; k0 < p.k; k0 += Stage::kDepth) {
     WaitForPhase(&shared.full[ring.stage], ring.parity);
     const unsigned char* left = shared.stages[ring.stage];
-    const unsigned char* right = left + kLeftBytes;
-    const uint64_t a = DescribeNarrowTile(left + half * kHalfRows * kRowBytes);
-    const uint64_t b = kTransposed ? DescribeTile(right, kColumnBytes) : DescribeNarrowTile(right);
+    const unsigned char* right = left + Stage::kLeftBytes;
+    const uint64_t a = Stage::Describe(left + half * kHalfRows * Stage::kRowBytes);
+    const uint64_t b =
+        kTransposed ? DescribeTile(right, Stage::kColumnBytes) : Stage::Describe(right);
     BeginProducts();
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
+    for (int k = 0; k < Stage::kDepth / 16; ++k) {
       ProductStep<T, kTransposed>(acc, a + k * kStepAlongRow,
                                   b + k * (kTransposed ? kStepAlongColumn : kStepAlongRow),
                                   k0 > 0 || k > 0);
@@ -403,7 +426,7 @@ __device__ __forceinline__ void FinishPart(const Problem& p, const PartPlace& pl
 
 // Forward. The last tile is the multipliers' own.
 template <typename T, Task kTask, bool kTanh>
-__device__ __forceinline__ void FinishForward(const Problem& p, Shared& shared, Place place,
+__device__ __forceinline__ void FinishForward(const Problem& p, Shared<kTask>& shared, Place place,
                                               int first, int step, int finisher) {
   uint32_t parity = 0;
   for (int square = first; square + step < p.squares; square += step) {
@@ -423,8 +446,9 @@ __device__ __forceinline__ void FinishForward(const Problem& p, Shared& shared, 
 }
 
 // Starts to fetch the slopes of a box, or what they are computed from.
-__device__ __forceinline__ void Fetch(const Maps& maps, Shared& shared, Corner corner, int half,
-                                      int box) {
+template <Task kTask>
+__device__ __forceinline__ void Fetch(const Maps& maps, Shared<kTask>& shared, Corner corner,
+                                      int half, int box) {
   uint64_t* loaded = &shared.loaded[half];
   ArriveAndExpect(loaded, kBoxBytes);
   StartBox(&maps.kept, corner.n + box * 64, corner.m + half * kHalfRows, shared.halves[half][box],
@@ -472,8 +496,9 @@ constexpr int SlopesFinisher(int part) {
 // Backward: makes slopes and y from pre unless the slopes are kept, brings dx and its column sums
 // to memory, and fetches what the next tile needs. A finisher's boxes of dx are its own.
 template <typename T, Task kTask, bool kTanh>
-__device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& maps, Shared& shared,
-                                               Place place, int first, int step, int finisher) {
+__device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& maps,
+                                               Shared<kTask>& shared, Place place, int first,
+                                               int step, int finisher) {
   if (Lane() == 0) {
     for (int half = 0; half < kMultipliers; ++half) {
       for (int box = finisher; box < kBoxes; box += kFinishers) {
@@ -538,9 +563,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     GeluProductKernel(const __grid_constant__ Maps maps, const Problem p) {
   constexpr bool kBackward = IsBackward(kTask);
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  auto& shared = *reinterpret_cast<Shared<kTask>*>(shared_bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < Stages<kTask>::kCount; ++i) {
       StartBarrier(&shared.full[i], 1);
       StartBarrier(&shared.empty[i], kReaders);
     }
@@ -562,7 +587,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   constexpr int kFirstFinisher = kMultipliers * kWarps;
   if (warp == kFirstFinisher + kFinishers) {
-    if (Lane() == 0) Produce<kBackward>(maps, p, shared, first, step);
+    if (Lane() == 0) Produce(maps, p, shared, first, step);
     __syncwarp();
   } else if (warp >= kFirstFinisher) {
     if constexpr (kBackward) {
@@ -577,12 +602,12 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     // Forward a half may be written at first without waiting.
     uint64_t* ready = kTask == Task::kBySlope ? &shared.loaded[group] : &shared.ready[group];
     uint32_t parity = kBackward ? 0 : 1;
-    Ring ring;
+    Ring<Stages<kTask>::kCount> ring;
     for (int square = first; square < p.squares; square += step) {
       const Corner corner(p, square, place);
       Fragment acc;
       if constexpr (kBackward) {
-        Multiply<T, kBackward>(p, shared, ring, group, acc, [&] { WaitForPhase(ready, parity); });
+        Multiply<T>(p, shared, ring, group, acc, [&] { WaitForPhase(ready, parity); });
         GiveTimesSlopes<T>(acc, words);
       } else {
         const int col = corner.n + thread * 2;
@@ -590,7 +615,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
             col < p.n
                 ? *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.bias) + col)
                 : 0;
-        Multiply<T, kBackward>(p, shared, ring, group, acc, [&] {
+        Multiply<T>(p, shared, ring, group, acc, [&] {
           // Then the bias of the tile before has been read by all, too.
           WaitForPhase(ready, parity);
           shared.bias[group][thread] = UnpackPair<T>(pair);
@@ -659,13 +684,13 @@ cudaError_t MakeTensorMap(CUtensorMap* map, const void* data, DType dtype, int64
 // longer than a launch. On another device of the kind it may be off by a few, which costs a little
 // time there.
 template <typename Kernel>
-cudaError_t Clusters(Kernel kernel, std::atomic<int>& known, int* clusters) {
+cudaError_t Clusters(Kernel kernel, size_t shared, std::atomic<int>& known, int* clusters) {
   *clusters = known.load(std::memory_order_relaxed);
   if (*clusters > 0) return cudaSuccess;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(kCluster);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.dynamicSmemBytes = shared;
   if (const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
       error != cudaSuccess) {
     return error;
@@ -678,12 +703,13 @@ cudaError_t Clusters(Kernel kernel, std::atomic<int>& known, int* clusters) {
 template <typename T, Task kTask, bool kTanh>
 cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   const auto kernel = GeluProductKernel<T, kTask, kTanh>;
+  constexpr size_t kShared = sizeof(Shared<kTask>);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(kSharedBytes));
+                                           static_cast<int>(kShared));
   if (error != cudaSuccess) return error;
   static std::atomic<int> known_clusters{0};
   int clusters = 0;
-  error = Clusters(kernel, known_clusters, &clusters);
+  error = Clusters(kernel, kShared, known_clusters, &clusters);
   if (error != cudaSuccess) return error;
   const auto squares = [](int size, int side) { return (size + side - 1) / side; };
   problem.row_squares = squares(problem.m, kRowBlocks * kRows);
@@ -691,7 +717,7 @@ cudaError_t Launch(const Maps& maps, Problem problem, cudaStream_t stream) {
   problem.group_rows = std::min(problem.row_squares, kGroupRows);
   problem.group_squares = problem.group_rows * squares(problem.n, kColBlocks * kCols);
   const int used = std::min(clusters, problem.squares);
-  kernel<<<static_cast<unsigned>(used * kCluster), kThreads, kSharedBytes, stream>>>(maps, problem);
+  kernel<<<static_cast<unsigned>(used * kCluster), kThreads, kShared, stream>>>(maps, problem);
   return cudaGetLastError();
 }
 
@@ -728,6 +754,8 @@ bool UseGeluProduct(const GeluProductBackwardParams& p) {
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
   Maps maps{};
+  constexpr int kDepth = Stages<Task::kGelu>::kDepth;
+  static_assert(kDepth == Stages<Task::kSlope>::kDepth);
   cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart, kDepth);
   if (error == cudaSuccess) {
     error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart, kDepth);
@@ -747,9 +775,12 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
 cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaStream_t stream) {
   const bool by_slope = p.slope != nullptr;
   const void* kept = by_slope ? p.slope : p.pre;
+  constexpr uint32_t kBySlopeDepth = Stages<Task::kBySlope>::kDepth;
+  constexpr uint32_t kByPreDepth = Stages<Task::kByPre>::kDepth;
+  const uint32_t depth = by_slope ? kBySlopeDepth : kByPreDepth;
   Maps maps;
-  cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart, kDepth);
-  if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, kDepth);
+  cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart, depth);
+  if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, depth);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.kept, kept, p.dtype, p.m, p.n, kHalfRows);
   if (error != cudaSuccess) return error;
   Problem problem{};
