@@ -439,7 +439,7 @@ __device__ __forceinline__ void FinishForward(const Problem& p, Shared<kTask>& s
         FinishPart<T, kTask, kTanh>(
             p, PartPlace(shared.halves[half], corner.m + half * kHalfRows, corner.n, part));
       }
-      ArriveByWarp(&shared.ready[half]);
+      Arrive(&shared.ready[half]);
     }
     parity ^= 1;
   }
@@ -523,7 +523,7 @@ __device__ __forceinline__ void FinishBackward(const Problem& p, const Maps& map
           slope.Store(from.at);
           StorePart(p.again, p, from, y);
         }
-        ArriveByWarp(&shared.ready[half]);
+        Arrive(&shared.ready[half]);
       }
     }
     constexpr int kOwn = (kBoxes + kFinishers - 1) / kFinishers;  // boxes of a half, at most
@@ -571,8 +571,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kMultipliers; ++i) {
       StartBarrier(&shared.loaded[i], kBoxes);
-      StartBarrier(&shared.ready[i], kFinishers);
-      StartBarrier(&shared.given[i], kWarps);
+      // Every thread tells of what it has done itself, which racecheck understands.
+      StartBarrier(&shared.ready[i], kFinishers * 32);
+      StartBarrier(&shared.given[i], kWarpgroup);
     }
     PublishBarriers();
     PrefetchTensorMap(&maps.left);
@@ -625,7 +626,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       }
       parity ^= 1;
       if (kBackward) ShareWithEngines();  // which bring the next slopes to the same place
-      if (kBackward || square + step < p.squares) ArriveByWarp(&shared.given[group]);
+      if (kBackward || square + step < p.squares) Arrive(&shared.given[group]);
     }
     if constexpr (!kBackward) {
       // With no product left to do meanwhile the multipliers finish the last tile themselves, which
