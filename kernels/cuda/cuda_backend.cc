@@ -607,83 +607,73 @@ absl::Status CudaBackend::RunRowNormBackward(RowNormBackwardParams params, const
   return Check(cuda::LaunchRowNormBackward(params, stream_), op);
 }
 
-absl::Status CudaBackend::DoLayerNorm(const Workspace& /*ws*/, const LayerNormArgs& args) {
+// What LayerNorm and DropoutAddNorm call the same, as do their backwards.
+template <typename Args>
+RowNormParams NormParams(const Args& args) {
   RowNormParams p;
   p.x = args.x.data;
   p.gamma = args.gamma.data;
   p.beta = args.beta.data;
   p.eps = args.eps;
   p.y = args.y.data;
-  p.mean = args.mean.as<float>();
-  p.rstd = args.rstd.as<float>();
+  p.mean = args.mean.template as<float>();
+  p.rstd = args.rstd.template as<float>();
   p.rows = RowsOf(args.x);
   p.cols = ColsOf(args.x);
   p.dtype = args.x.dtype;
-  return RunRowNorm(p, "LayerNorm");
+  return p;
 }
 
-absl::Status CudaBackend::DoLayerNormBackward(const Workspace& ws,
-                                              const LayerNormBackwardArgs& args) {
+template <typename Args>
+RowNormBackwardParams NormBackwardParams(const Args& args) {
   RowNormBackwardParams p;
   p.dy = args.dy.data;
-  p.dsum = args.residual_grad.data;
-  p.sum = args.x.data;
   p.y = args.y.data;
   p.beta = args.beta.data;
   p.y_again = args.y_again.data;
   p.gamma = args.gamma.data;
-  p.mean = args.mean.as<float>();
-  p.rstd = args.rstd.as<float>();
-  p.dsum_out = args.dx.data;
-  p.dgamma = args.dgamma.as<float>();
-  p.dbeta = args.dbeta.as<float>();
+  p.mean = args.mean.template as<float>();
+  p.rstd = args.rstd.template as<float>();
+  p.dgamma = args.dgamma.template as<float>();
+  p.dbeta = args.dbeta.template as<float>();
   p.rows = RowsOf(args.dx);
   p.cols = ColsOf(args.dx);
   p.dtype = args.dx.dtype;
+  return p;
+}
+
+absl::Status CudaBackend::DoLayerNorm(const Workspace& /*ws*/, const LayerNormArgs& args) {
+  return RunRowNorm(NormParams(args), "LayerNorm");
+}
+
+absl::Status CudaBackend::DoLayerNormBackward(const Workspace& ws,
+                                              const LayerNormBackwardArgs& args) {
+  RowNormBackwardParams p = NormBackwardParams(args);
+  p.dsum = args.residual_grad.data;
+  p.sum = args.x.data;
+  p.dsum_out = args.dx.data;
   return RunRowNormBackward(p, ws, "LayerNormBackward");
 }
 
 absl::Status CudaBackend::DoDropoutAddNorm(const Workspace& /*ws*/,
                                            const DropoutAddNormArgs& args) {
-  RowNormParams p;
-  p.x = args.x.data;
+  RowNormParams p = NormParams(args);
   p.bias = args.bias.data;
   p.residual = args.residual.data;
   p.dropout = DropoutOf(args.dropout);
   p.sum = args.sum.data;
-  p.gamma = args.gamma.data;
-  p.beta = args.beta.data;
-  p.eps = args.eps;
-  p.y = args.y.data;
-  p.mean = args.mean.as<float>();
-  p.rstd = args.rstd.as<float>();
-  p.rows = RowsOf(args.x);
-  p.cols = ColsOf(args.x);
-  p.dtype = args.x.dtype;
   return RunRowNorm(p, "DropoutAddNorm");
 }
 
 absl::Status CudaBackend::DoDropoutAddNormBackward(const Workspace& ws,
                                                    const DropoutAddNormBackwardArgs& args) {
-  RowNormBackwardParams p;
-  p.dy = args.dy.data;
+  RowNormBackwardParams p = NormBackwardParams(args);
   p.dsum = args.dsum.data;
   p.sum = args.sum.data;
-  p.y = args.y.data;
-  p.beta = args.beta.data;
-  p.y_again = args.y_again.data;
-  p.gamma = args.gamma.data;
-  p.mean = args.mean.as<float>();
-  p.rstd = args.rstd.as<float>();
   p.dropout = DropoutOf(args.dropout);
   p.dsum_out = args.dresidual.data;
   p.dx = args.dx.data;
   p.dbias = args.dbias.as<float>();
-  p.dgamma = args.dgamma.as<float>();
-  p.dbeta = args.dbeta.as<float>();
-  p.rows = RowsOf(args.dx);
-  p.cols = ColsOf(args.dx);
-  p.dtype = args.dx.dtype;
   return RunRowNormBackward(p, ws, "DropoutAddNormBackward");
 }
 
