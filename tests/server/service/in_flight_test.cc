@@ -349,7 +349,7 @@ TEST_F(InFlightTest, ASessionEndsOnceItsStepsAreOver) {
   EXPECT_EQ(Hear().code(), static_cast<int>(kNotFound));
   deleting.join();
   WaitUntil([&] { return service.ended().size() == 1; });
-  EXPECT_EQ(service.sessions().live_regions(), 0);
+  WaitUntil([&] { return service.sessions().live_regions() == 0; });  // which come after its contexts
   EXPECT_EQ(witness.Describe().outstanding_contexts(), 0);
 }
 
