@@ -99,7 +99,7 @@ class Keeper final : public grpc::ServerBidiReactor<v1::KeepAliveRequest, v1::Ke
   }
 
   static absl::Status StatusOfLoss(const std::string& reason) {
-    if (reason == "deleted") return absl::NotFoundError("session_id: the session was deleted");
+    if (reason == "deleted") return absl::OkStatus();  // in order: no failed call to count or log
     if (reason == "taken_over")
       return absl::AbortedError("another KeepAlive stream of the session took over from this one");
     return absl::DeadlineExceededError(kSilent);

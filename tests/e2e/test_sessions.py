@@ -13,6 +13,7 @@ import lamina
 import numpy as np
 import pytest
 from daemon import ON_CPU, ROOT, Daemon, wait_until
+from lamina.v1 import session_service_pb2 as session_pb
 from replaced import Replaced
 
 CONFIG = dict(batch_size=4, max_seq_length=16, hidden_size=32, heads=4, num_hidden_layers=2, seed=11)
@@ -391,3 +392,24 @@ def test_empty_names_its_mistakes(client):
         stack.forward(X, training=False, lengths=[1.0, 2.0, 3.0, 4.0])
     with pytest.raises(ValueError, match="lengths"):
         stack.forward(X, training=False, lengths=[2**32 + 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("grace", [0, 60])
+def test_a_session_that_somebody_deletes(daemon, grace):
+    with lamina.connect(daemon.target, resume_grace=grace) as client:
+        client.empty((4,))
+        with lamina.connect(daemon.target) as other:
+            other._stubs.session.DeleteSession(session_pb.DeleteSessionRequest(session_id=client.session.id))
+        wait_until(lambda: client.session.over() is not None)
+        with pytest.raises(lamina.Unavailable, match="it was deleted.*connect again"):
+            client.session.ping()
+
+
+def test_a_client_that_closes_leaves_no_failed_call():
+    with Daemon() as d:
+        with lamina.connect(d.target) as client:
+            client.empty((4,))
+        wait_until(lambda: "event=session_ended" in d.log())
+        with lamina.connect(d.target) as client:  # what came of the first one's stream is written by then
+            assert client.info().backend
+        assert "event=rpc_failed" not in d.log(), d.log()

@@ -105,9 +105,8 @@ class StreamKeeper : public Keeper {
       ++breaks_;
       changed_.notify_all();
       if (stopping_) break;
-      const absl::Status end = outcome.end.ok()
-                                   ? absl::UnavailableError("the daemon ended the session")
-                                   : ToAbsl(outcome.end, args_.connection->target());
+      const absl::Status end = outcome.end.ok() ? absl::NotFoundError("the session was deleted")
+                                                : ToAbsl(outcome.end, args_.connection->target());
       if (outcome.answered || !give_up) {
         give_up = Clock::now() + grace_;
         pause = kFirstPause;

@@ -2,6 +2,7 @@ package lamina
 
 import (
 	"context"
+	"io"
 	"sync"
 	"time"
 
@@ -103,7 +104,12 @@ func (s *Session) holdLease() error {
 	}
 	go func() {
 		for {
-			if _, err := stream.Recv(); err != nil {
+			_, err := stream.Recv()
+			if err == io.EOF {
+				s.end("it was deleted")
+				return
+			}
+			if err != nil {
 				s.end(status.Convert(err).Message())
 				return
 			}

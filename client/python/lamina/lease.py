@@ -10,7 +10,7 @@ from typing import Any, Callable, Deque, Optional
 
 import grpc
 
-from lamina.errors import Cancelled, LaminaError, Unavailable, from_rpc
+from lamina.errors import Cancelled, LaminaError, NotFound, Unavailable, from_rpc
 from lamina.turns import Condition
 from lamina.v1 import session_service_pb2 as pb
 
@@ -174,7 +174,7 @@ class Lease:
                     self._streams += not self._held
                     self._held = True
                     self._changed.notify_all()
-            return Unavailable("the daemon ended it")
+            return NotFound("it was deleted")
         except grpc.RpcError as error:
             return from_rpc(error)
         except ValueError as error:  # the channel was closed under it

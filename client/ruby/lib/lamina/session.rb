@@ -136,7 +136,7 @@ module Lamina
       end
       settled = Queue.new
       @keeper = Thread.new do
-        reason = "the daemon ended it"
+        reason = "it was deleted"
         @client.sessions.keep_alive(messages) { settled << true if settled.empty? }
       rescue GRPC::BadStatus => e
         reason = e.details
