@@ -349,7 +349,8 @@ TEST_F(InFlightTest, ASessionEndsOnceItsStepsAreOver) {
   EXPECT_EQ(Hear().code(), static_cast<int>(kNotFound));
   deleting.join();
   WaitUntil([&] { return service.ended().size() == 1; });
-  WaitUntil([&] { return service.sessions().live_regions() == 0; });  // which come after its contexts
+  // Its regions go after its contexts.
+  WaitUntil([&] { return service.sessions().live_regions() == 0; });
   EXPECT_EQ(witness.Describe().outstanding_contexts(), 0);
 }
 
