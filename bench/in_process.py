@@ -13,12 +13,17 @@ SHAPE_NAMES = ["batch", "seq", "hidden", "heads", "intermediate", "layers"]
 FLAGS = ["normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "activation_checkpointing", "stochastic_mode"]
 
 
-def shape(text):
-    """A stack's shape of text such as "64,128,1024,16,4096,24"; ValueError."""
+def shape(text, names=SHAPE_NAMES):
+    """A stack's shape of text such as "64,128,1024,16,4096,24", or another's; ValueError."""
     values = [int(v) for v in text.split(",")]
-    if len(values) != len(SHAPE_NAMES):
+    if len(values) != len(names):
         raise ValueError(text)
-    return dict(zip(SHAPE_NAMES, values))
+    return dict(zip(names, values))
+
+
+def shapes(text, names=SHAPE_NAMES):
+    """Several, with semicolons between them."""
+    return [shape(one, names) for one in text.split(";") if one]
 
 
 def list_of(*allowed):

@@ -115,18 +115,18 @@ class Bench {
       Json ceilings = {{"dtype", Name(dtype)},
                        {"product_tflops", ceilings_.flops / 1e12},
                        {"copy_tbs", ceilings_.bytes / 1e12}};
-      if (meter_) {
-        ceilings.update({{"pj_per_flop", ceilings_.flop_picojoules},
-                         {"pj_per_byte", ceilings_.byte_picojoules},
-                         {"sustained_product", ToJson(*ceilings_.product)},
-                         {"sustained_copy", ToJson(*ceilings_.copy)}});
+      if (const auto& energy = ceilings_.energy) {
+        ceilings.update({{"pj_per_flop", energy->flop_picojoules},
+                         {"pj_per_byte", energy->byte_picojoules},
+                         {"sustained_product", ToJson(energy->product)},
+                         {"sustained_copy", ToJson(energy->copy)}});
         for (const auto& [what, s] :
-             {std::pair("product", *ceilings_.product), std::pair("copy", *ceilings_.copy)}) {
+             {std::pair("product", energy->product), std::pair("copy", energy->copy)}) {
           std::printf("for long: %s %.4g us, %.4g mJ, %.0f W, %.0f MHz\n", what, s.us,
                       s.millijoules, s.watts, s.megahertz);
         }
-        std::printf("          %.4g pJ a FLOP, %.4g pJ a byte\n", ceilings_.flop_picojoules,
-                    ceilings_.byte_picojoules);
+        std::printf("          %.4g pJ a FLOP, %.4g pJ a byte\n", energy->flop_picojoules,
+                    energy->byte_picojoules);
       }
       result_["ceilings"].push_back(std::move(ceilings));
       for (Shape shape : shapes) {

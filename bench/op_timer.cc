@@ -140,10 +140,12 @@ Ceilings MeasureCeilings(Device& device, OpTimer& timer, DType dtype, const Powe
   Ceilings ceilings{.flops = product.flops / product_timing.median_us * 1e6,
                     .bytes = copy_bytes / copy_timing.median_us * 1e6};
   if (meter == nullptr) return ceilings;
-  ceilings.product = timer.Sustain(product, scratch.workspace(), *meter, seconds);
-  ceilings.copy = timer.Sustain(copy, scratch.workspace(), *meter, seconds);
-  ceilings.flop_picojoules = ceilings.product->millijoules / product.flops * 1e9;
-  ceilings.byte_picojoules = ceilings.copy->millijoules / copy_bytes * 1e9;
+  const Sustained p = timer.Sustain(product, scratch.workspace(), *meter, seconds);
+  const Sustained c = timer.Sustain(copy, scratch.workspace(), *meter, seconds);
+  ceilings.energy = {.product = p,
+                     .copy = c,
+                     .flop_picojoules = p.millijoules / product.flops * 1e9,
+                     .byte_picojoules = c.millijoules / copy_bytes * 1e9};
   return ceilings;
 }
 

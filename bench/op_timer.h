@@ -72,9 +72,12 @@ class Scratch {
 // written.
 struct Ceilings {
   double flops = 0, bytes = 0;
-  // The same two for long, where a meter was given: picojoules a FLOP and a byte.
-  std::optional<Sustained> product, copy;
-  double flop_picojoules = 0, byte_picojoules = 0;
+  // The same two for long, where a meter was given.
+  struct Energy {
+    Sustained product, copy;
+    double flop_picojoules, byte_picojoules;
+  };
+  std::optional<Energy> energy;
 
   // The least time in which an op can be done.
   double FloorUs(double op_flops, double op_bytes) const;

@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include "device.h"
+#include <stdexcept>
 
 namespace lamina::bench {
 namespace {

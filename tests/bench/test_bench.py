@@ -232,6 +232,23 @@ def test_an_attention_that_fails_is_noted_beside_those_that_do_not(script, monke
     assert forward.split() == ["2", "64", "4", "32", "0.1", "forward", "2.5", "5.0", "failed", "5.0"]
 
 
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_our_attention_is_the_ops_of_that_name(script, dropout):
+    args = types.SimpleNamespace(device="cpu", dtype="fp32", reps=1, binary=BIN / "kernel_bench")
+    ours, said = script("attention").time_ours(args, dict(batch=1, seq=8, heads=2, head_dim=8), dropout)
+    assert ours.keys() == {"forward", "backward"} and min(ours.values()) > 0
+    assert len(said["rows"]) == 2  # nothing else was timed
+
+
+def test_our_attention_that_fails_is_told(script, tmp_path):
+    failing = tmp_path / "kernel_bench"
+    failing.write_text("#!/bin/sh\necho '{\"rows\": [{\"op\": \"Attention\", \"error\": \"no memory\"}]}' >\"${14}\"\n")
+    failing.chmod(0o755)
+    args = types.SimpleNamespace(device="cpu", dtype="fp32", reps=1, binary=failing)
+    with pytest.raises(SystemExit, match="Attention at .*'seq': 8.*: no memory"):
+        script("attention").time_ours(args, dict(batch=1, seq=8, heads=2, head_dim=8), 0)
+
+
 @pytest.fixture(scope="module")
 def trace(script):
     return script("trace")

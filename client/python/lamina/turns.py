@@ -21,7 +21,6 @@ class Condition(threading.Condition):
     def __exit__(self) -> Any:  # type: ignore[override]
         return self._lock.__exit__  # type: ignore[attr-defined]
 
-
     def wait(self, timeout: Optional[float] = None) -> bool:
         """As threading.Condition's; an interrupt out of it, too, finds the lock taken, once. The base's gives it up in front
         of the block that takes it back. What waited so is woken with the others by the next notify_all, to no effect."""

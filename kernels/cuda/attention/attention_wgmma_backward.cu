@@ -345,7 +345,7 @@ __device__ __forceinline__ void CopyForKeys(const AttentionParams& p,
         shared.softmax[place.slot][tid] = softmax;
         shared.shift[place.slot][tid] = ShiftOf(softmax);
         shared.delta[place.slot][tid] = delta;
-        // Each tells of its own, which racecheck understands.
+        // Each thread for itself: see ArriveByWarp.
         Arrive(&shared.ring.full[place.slot]);
       }
       place.Advance();

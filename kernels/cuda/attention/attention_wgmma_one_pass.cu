@@ -216,7 +216,7 @@ __device__ __forceinline__ void CopyTiles(const AttentionParams& p, PassShared<T
               static_cast<uint32_t>(DrawCall(p.dropout, rng, softmax_row, call + 1)) << 16;
         }
       }
-      // Each tells of its own, which racecheck understands.
+      // Each thread for itself: see ArriveByWarp.
       Arrive(&shared.full[place.slot]);
       place.Advance();
     }

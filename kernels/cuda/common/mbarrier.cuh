@@ -25,7 +25,8 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
 }
 
 // One lane of each warp arrives, when all of the warp have got here, and tells of what all of them
-// have done: an arrival a warp.
+// have done: an arrival a warp. compute-sanitizer's racecheck credits it with that lane's stores
+// only: where others then load what a warp has stored, each thread arrives for itself.
 __device__ __forceinline__ void ArriveByWarp(uint64_t* barrier) {
   __syncwarp();
   if ((threadIdx.x & 31u) == 0) Arrive(barrier);

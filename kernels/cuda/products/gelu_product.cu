@@ -69,12 +69,14 @@ constexpr int kRightPart = kCols / kRowBlocks;
 // Arrivals that free a stage: each multiplying warp of each block that a copy of it goes to.
 constexpr int kReaders = (kRowBlocks + kColBlocks - 1) * kMultipliers * kWarps;
 
-// The ring of stages. Deep ones take less energy, 2.5 % of a forward's and 3 of a backward's that
-// computes slopes, and a card at its power limit gives that back as time. By slopes that are there
-// it takes none less, and at large n more time, as so few hide less.
+// How deep a stage of the ring is along k. Deep ones take less energy, 2.5 % of a forward's and 3
+// of a backward's that computes slopes, and a card at its power limit gives that back as time. By
+// slopes that are there it takes none less, and at large n more time, as so few hide less.
+constexpr int DepthOf(Task task) { return task == Task::kBySlope ? 32 : 64; }
+
 template <Task kTask>
 struct Stages {
-  static constexpr int kDepth = kTask == Task::kBySlope ? 32 : 64;  // along k
+  static constexpr int kDepth = DepthOf(kTask);
   static constexpr int kCount = 192 / kDepth;
   static constexpr int kRowBytes = kDepth * 2;       // of an operand whose rows go along k
   static constexpr int kColumnBytes = kDepth * 128;  // of 64 columns of one whose columns do
@@ -571,7 +573,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kMultipliers; ++i) {
       StartBarrier(&shared.loaded[i], kBoxes);
-      // Every thread tells of what it has done itself, which racecheck understands.
+      // Each thread for itself: see ArriveByWarp.
       StartBarrier(&shared.ready[i], kFinishers * 32);
       StartBarrier(&shared.given[i], kWarpgroup);
     }
@@ -755,11 +757,11 @@ bool UseGeluProduct(const GeluProductBackwardParams& p) {
 
 cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
   Maps maps{};
-  constexpr int kDepth = Stages<Task::kGelu>::kDepth;
-  static_assert(kDepth == Stages<Task::kSlope>::kDepth);
-  cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart, kDepth);
+  const Task task = p.slope != nullptr ? Task::kSlope : Task::kGelu;
+  const auto depth = static_cast<uint32_t>(DepthOf(task));
+  cudaError_t error = MakeTensorMap(&maps.left, p.x, p.dtype, p.m, p.k, kLeftPart, depth);
   if (error == cudaSuccess) {
-    error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart, kDepth);
+    error = MakeTensorMap(&maps.right, p.w, p.dtype, p.n, p.k, kRightPart, depth);
   }
   if (error != cudaSuccess) return error;
   Problem problem{};
@@ -769,16 +771,14 @@ cudaError_t LaunchGeluProduct(const GeluProductParams& p, cudaStream_t stream) {
   problem.m = static_cast<int>(p.m);
   problem.n = static_cast<int>(p.n);
   problem.k = static_cast<int>(p.k);
-  return p.slope != nullptr ? Launch<Task::kSlope>(p.dtype, p.tanh, maps, problem, stream)
-                            : Launch<Task::kGelu>(p.dtype, p.tanh, maps, problem, stream);
+  return task == Task::kSlope ? Launch<Task::kSlope>(p.dtype, p.tanh, maps, problem, stream)
+                              : Launch<Task::kGelu>(p.dtype, p.tanh, maps, problem, stream);
 }
 
 cudaError_t LaunchGeluProductBackward(const GeluProductBackwardParams& p, cudaStream_t stream) {
   const bool by_slope = p.slope != nullptr;
   const void* kept = by_slope ? p.slope : p.pre;
-  constexpr uint32_t kBySlopeDepth = Stages<Task::kBySlope>::kDepth;
-  constexpr uint32_t kByPreDepth = Stages<Task::kByPre>::kDepth;
-  const uint32_t depth = by_slope ? kBySlopeDepth : kByPreDepth;
+  const auto depth = static_cast<uint32_t>(DepthOf(by_slope ? Task::kBySlope : Task::kByPre));
   Maps maps;
   cudaError_t error = MakeTensorMap(&maps.left, p.dy, p.dtype, p.m, p.k, kLeftPart, depth);
   if (error == cudaSuccess) error = MakeTensorMap(&maps.right, p.w, p.dtype, p.k, p.n, depth);
