@@ -44,6 +44,15 @@ uint32_t Alignment(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
+// Up to how many tokens share an algorithm with `tokens`: the next multiple of a 32nd of the power
+// of two below, and of 8. The library takes up to 0.1 ms to choose one, for each of a layer's
+// products, and packed batches bring other numbers of tokens with each step.
+int64_t RoundedTokens(int64_t tokens) {
+  int64_t step = 8;
+  while (step * 64 < tokens) step *= 2;
+  return (tokens + step - 1) / step * step;
+}
+
 // How cuBLAS sees the operands of each kind.
 struct Transposes {
   cublasOperation_t first, second;
@@ -83,7 +92,7 @@ Products::~Products() {
   cublasLtDestroy(handle_);
 }
 
-absl::StatusOr<Products::Plan> Products::Create(const Key& key, const void* bias) {
+absl::StatusOr<Products::Plan> Products::SetUp(const Key& key, const void* bias) {
   Plan plan;
   const Transposes transposes = TransposesOf(key.kind);
   const cudaDataType_t type = CudaType(key.dtype);
@@ -125,12 +134,30 @@ absl::StatusOr<Products::Plan> Products::Create(const Key& key, const void* bias
   layout(plan.second, type, second_t ? key.m : key.k, second_t ? key.k : key.m);
   layout(plan.result, result_type, key.n, key.m);
   if (!status.ok()) return status;
-  status.Update(SelectAlgorithm(key, plan));
-  if (!status.ok()) return status;
   return plan;
 }
 
-absl::Status Products::SelectAlgorithm(const Key& key, Plan& plan) {
+absl::StatusOr<Products::Plan> Products::Create(const Key& key, const void* bias) {
+  absl::StatusOr<Plan> plan = SetUp(key, bias);
+  if (!plan.ok()) return plan;
+  Key rounded = key;
+  int64_t& tokens = key.kind == ProductKind::kWeightGrad ? rounded.k : rounded.m;
+  tokens = RoundedTokens(tokens);
+  auto found = choices_.find(rounded);
+  if (found == choices_.end()) {
+    absl::StatusOr<Plan> larger = SetUp(rounded, bias);
+    if (!larger.ok()) return larger;
+    absl::StatusOr<Choice> choice = Choose(rounded, *larger);
+    if (!choice.ok()) return choice.status();
+    if (choices_.size() >= kMaxPlans) choices_.clear();
+    found = choices_.emplace(rounded, *choice).first;
+  }
+  plan->choice = found->second;
+  plan->shared = !(rounded == key);
+  return plan;
+}
+
+absl::StatusOr<Products::Choice> Products::Choose(const Key& key, const Plan& plan) {
   cublasLtMatmulPreference_t raw = nullptr;
   absl::Status status = Check(cublasLtMatmulPreferenceCreate(&raw), "product preference");
   if (!status.ok()) return status;
@@ -157,19 +184,16 @@ absl::Status Products::SelectAlgorithm(const Key& key, Plan& plan) {
   const cublasStatus_t answer = cublasLtMatmulAlgoGetHeuristic(
       handle_, plan.desc.get(), plan.first.get(), plan.second.get(), plan.result.get(),
       plan.result.get(), raw, kCandidates, results, &found);
-  plan.supported = false;
   if (answer == CUBLAS_STATUS_NOT_SUPPORTED || answer == CUBLAS_STATUS_INVALID_VALUE) {
-    return absl::OkStatus();
+    return Choice{};
   }
   if (absl::Status checked = Check(answer, "product heuristic"); !checked.ok()) return checked;
   for (int i = 0; i < found; ++i) {
     if (results[i].state != CUBLAS_STATUS_SUCCESS) continue;
     if (results[i].workspaceSize > key.workspace_bytes) continue;
-    plan.algorithm = results[i].algo;
-    plan.supported = true;
-    break;
+    return Choice{.algorithm = results[i].algo, .supported = true};
   }
-  return absl::OkStatus();
+  return Choice{};
 }
 
 absl::StatusOr<Products::Plan*> Products::FindOrCreate(const Key& key, const void* bias) {
@@ -242,7 +266,7 @@ absl::Status Products::Run(const ProductArgs& args, cudaStream_t stream) {
   absl::StatusOr<Plan*> found = FindOrCreate(key, args.bias);
   if (!found.ok()) return found.status();
   Plan& plan = **found;
-  if (!plan.supported) return RunAny(args, stream);
+  if (!plan.choice.supported) return RunAny(args, stream);
 
   if (epilogue) {
     absl::Status status =
@@ -262,13 +286,27 @@ absl::Status Products::Run(const ProductArgs& args, cudaStream_t stream) {
   }
   const float alpha = 1.0f;
   const float beta = accumulate ? 1.0f : 0.0f;
-  const cublasStatus_t status =
-      cublasLtMatmul(handle_, plan.desc.get(), &alpha, args.b, plan.first.get(), args.a,
-                     plan.second.get(), &beta, args.d, plan.result.get(), args.d, plan.result.get(),
-                     &plan.algorithm, args.workspace.data, key.workspace_bytes, stream);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
+  const auto multiply = [&] {
+    return cublasLtMatmul(handle_, plan.desc.get(), &alpha, args.b, plan.first.get(), args.a,
+                          plan.second.get(), &beta, args.d, plan.result.get(), args.d,
+                          plan.result.get(), &plan.choice.algorithm, args.workspace.data,
+                          key.workspace_bytes, stream);
+  };
+  const auto refused = [](cublasStatus_t status) {
+    return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE;
+  };
+  cublasStatus_t status = multiply();
+  if (refused(status) && plan.shared) {
+    // Not an algorithm for so many tokens; perhaps there is another one.
+    plan.shared = false;
+    absl::StatusOr<Choice> own = Choose(key, plan);
+    if (!own.ok()) return own.status();
+    plan.choice = *own;
+    if (plan.choice.supported) status = multiply();
+  }
+  if (refused(status)) {
     // Refused before anything was enqueued: the heuristic promised what the library can't do here.
-    plan.supported = false;
+    plan.choice.supported = false;
     return RunAny(args, stream);
   }
   return Check(status, Describe(args).c_str());

@@ -1,5 +1,6 @@
 // Matrix products through cuBLASLt, with the plan of each (descriptors, algorithm) kept, so that a
-// repeated step creates nothing.
+// repeated step creates nothing. Numbers of tokens that are near each other share an algorithm, so
+// that a step with another one waits for no choice.
 #pragma once
 
 #include <cublasLt.h>
@@ -84,24 +85,32 @@ class Products {
   using Layout = Owned<cublasLtMatrixLayout_t>;
   using Preference = Owned<cublasLtMatmulPreference_t>;
 
+  struct Choice {
+    cublasLtMatmulAlgo_t algorithm{};
+    bool supported = false;  // false: cuBLASLt has no algorithm for it, and product_any does it
+  };
+
   // cuBLAS thinks column-major, where a row-major matrix is its own transpose; so its A is our b,
   // its B is our a, and its D [n, m] is our d.
   struct Plan {
     Desc desc;
     Layout first, second, result;
-    cublasLtMatmulAlgo_t algorithm{};
-    bool supported = false;  // false: cuBLASLt has no algorithm for it, and product_any does it
+    Choice choice;
+    bool shared = false;  // the choice is that of somewhat more tokens
   };
 
   explicit Products(cublasLtHandle_t handle) : handle_(handle) {}
   absl::StatusOr<Plan*> FindOrCreate(const Key& key, const void* bias);
   absl::StatusOr<Plan> Create(const Key& key, const void* bias);
-  // Sets the plan's algorithm: the place where candidates can be timed instead.
-  absl::Status SelectAlgorithm(const Key& key, Plan& plan);
+  // A plan without an algorithm.
+  absl::StatusOr<Plan> SetUp(const Key& key, const void* bias);
+  // The algorithm for such a plan: the place where candidates can be timed instead.
+  absl::StatusOr<Choice> Choose(const Key& key, const Plan& plan);
   absl::Status RunAny(const ProductArgs& args, cudaStream_t stream);
 
   cublasLtHandle_t handle_;
   absl::flat_hash_map<Key, std::unique_ptr<Plan>> plans_;
+  absl::flat_hash_map<Key, Choice> choices_;  // for rounded numbers of tokens
 };
 
 }  // namespace lamina::cuda
