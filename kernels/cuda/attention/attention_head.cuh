@@ -14,19 +14,25 @@
 
 namespace lamina::cuda {
 
-// A sequence's first token and its length.
 struct Sequence {
-  int64_t token;
+  int64_t token;  // the first
   int length;
+  int keys;  // that are not cut off by a length
 };
 
 __device__ __forceinline__ Sequence SequenceOf(const AttentionParams& p, int64_t batch) {
-  if (p.cu_seqlens == nullptr) return {batch * p.seq, static_cast<int>(p.seq)};
-  // The caller has checked the boundaries. They lie in device memory all the same: whatever they
-  // are, the sequence stays within the T tokens, and within the rows that the grid covers.
-  const int64_t begin = min(max(int64_t{p.cu_seqlens[batch]}, int64_t{0}), p.tokens);
-  const int64_t length = int64_t{p.cu_seqlens[batch + 1]} - begin;
-  return {begin, static_cast<int>(min(max(length, int64_t{0}), min(p.seq, p.tokens - begin)))};
+  Sequence sequence{batch * p.seq, static_cast<int>(p.seq), 0};
+  if (p.cu_seqlens != nullptr) {
+    // The caller has checked the boundaries. They lie in device memory all the same: whatever they
+    // are, the sequence stays within the T tokens, and within the rows that the grid covers.
+    sequence.token = min(max(int64_t{p.cu_seqlens[batch]}, int64_t{0}), p.tokens);
+    const int64_t length = int64_t{p.cu_seqlens[batch + 1]} - sequence.token;
+    sequence.length =
+        static_cast<int>(min(max(length, int64_t{0}), min(p.seq, p.tokens - sequence.token)));
+  }
+  sequence.keys = sequence.length;
+  if (p.lengths != nullptr) sequence.keys = max(0, min(sequence.keys, p.lengths[batch]));
+  return sequence;
 }
 
 // A block's rows are queries in the forward and in the dQ kernel, keys in the dK/dV kernel.
@@ -49,21 +55,24 @@ struct Head {
 // `batch`. `first` may be at or beyond the sequence's end: there are as many blocks as the longest
 // one has, and such a block has nothing to do.
 template <int kRows, BlockRows kBlockRows>
-__device__ __forceinline__ Head HeadAt(const AttentionParams& p, int64_t index, int64_t batch,
-                                       int64_t head, int64_t block) {
+__device__ __forceinline__ Head HeadAt(const AttentionParams& p, const Sequence& sequence,
+                                       int64_t index, int64_t batch, int64_t head, int64_t block) {
   Head h;
   h.index = index;
   h.batch = batch;
-  const Sequence sequence = SequenceOf(p, h.batch);
   h.token = sequence.token;
   h.length = sequence.length;
   h.row = h.token * p.heads + head * h.length;
   h.column = head * p.head_dim;
   h.first = static_cast<int>(block) * kRows;
-  h.keys = h.length;
-  if (p.lengths != nullptr) h.keys = max(0, min(h.keys, p.lengths[h.batch]));
+  h.keys = sequence.keys;
   if (kBlockRows == BlockRows::kQueries && p.causal) h.keys = min(h.keys, h.first + kRows);
   return h;
+}
+template <int kRows, BlockRows kBlockRows>
+__device__ __forceinline__ Head HeadAt(const AttentionParams& p, int64_t index, int64_t batch,
+                                       int64_t head, int64_t block) {
+  return HeadAt<kRows, kBlockRows>(p, SequenceOf(p, batch), index, batch, head, block);
 }
 
 // Of block `grid_block` of a grid with one for every kRows rows of a head.

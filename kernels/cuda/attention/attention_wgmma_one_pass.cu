@@ -2,12 +2,12 @@
 // up to 64; attention_wgmma.cuh.
 //
 // A block has 128 keys of a head: two warpgroups compute the gradients of their scores, and dK and
-// dV, a third one dQ, and the fourth copies what they read and draws the dropout's bits. All blocks
-// of a head run at once, on different multiprocessors, and go over the head's tiles of queries in
-// turn, each from its own tile on. dQ of a tile is summed up in device memory, by one block after
-// the other: the tile's own block writes its part there, the others add theirs in a fixed order,
-// and the last one has the sum. Until a tile is back with a block before the tile's own it has been
-// with all others, so that they hardly wait for each other.
+// dV, a third one dQ, and the fourth finds out what part comes next, copies what the others read
+// and draws the dropout's bits. All blocks of a head run at once, on different multiprocessors, and
+// go over the head's tiles of queries in turn, each from its own tile on. dQ of a tile is summed up
+// in device memory, by one block after the other: the tile's own block writes its part there, the
+// others add theirs in a fixed order, and the last one has the sum. Until a tile is back with a
+// block before the tile's own it has been with all others, so that they hardly wait for each other.
 #include <algorithm>
 
 #include "attention/attention_wgmma.cuh"
@@ -27,47 +27,12 @@ constexpr int kComputeRegisters = 192, kQueryGradRegisters = 88, kCopyRegisters 
 static_assert(2 * kComputeRegisters + kQueryGradRegisters + kCopyRegisters == 512);
 constexpr int kSlots = 4;
 
-template <typename T>
-struct PassShared {
-  struct Keys {
-    SwizzledTile<T> k[kGroups], v[kGroups];
-  };
-  Keys keys[2];
-  struct Slot {
-    SwizzledTile<T> q, dout;
-  };
-  Slot slots[kSlots];
-  SwizzledTile<T> ds[2][kGroups];  // rows are keys
-  SoftmaxRow softmax[kSlots][kTile];
-  float shift[kSlots][kTile];
-  float delta[kSlots][kTile];
-  uint32_t kept[kSlots][2 * kGroups][kTile];  // [word of the block's keys][query]
-  WarpSums sums[2][kComputing / 32];          // of dk and dv
-  WarpSums query_sums[kWarpgroup / 32];
-  uint64_t full[kSlots], empty[kSlots];
-  uint64_t keys_full[2], keys_empty[2];
-  uint64_t ds_full[2], ds_empty[2];
-
-  __device__ __forceinline__ void Start() {
-    for (int i = 0; i < kSlots; ++i) {
-      StartBarrier(&full[i], 2 * kWarpgroup);
-      StartBarrier(&empty[i], kComputing / 32);
-    }
-    for (int i = 0; i < 2; ++i) {
-      StartBarrier(&keys_full[i], kWarpgroup);
-      StartBarrier(&keys_empty[i], (kComputing + kWarpgroup) / 32);
-      StartBarrier(&ds_full[i], kComputing / 32);
-      StartBarrier(&ds_empty[i], kWarpgroup / 32);
-    }
-  }
-};
-
 // A block's keys of a head, and how the head's blocks share its tiles of queries.
 struct Part {
   Head h;
   uint32_t mark;    // of the head, in turns: lower 8 bits are 0
   int block;        // of the head's
-  int members;      // how many blocks there are
+  int members;      // how many blocks there are; 0: there is no such part
   int tiles;        // of all of the head's queries
   int log_own;      // a block's own are 2^log_own neighbouring ones, kPassSlots at most
   int begin;        // where the block begins
@@ -98,56 +63,124 @@ struct Part {
 };
 
 // A block's parts: heads in their order, as many at a time as the grid has blocks for. So all
-// blocks of a head have it at the same time, after what they had before.
-class PartsInTurn {
- public:
-  __device__ __forceinline__ bool Next(const AttentionParams& p, Part& part) {
+// blocks of a head have it at the same time, after what they had before. In shared memory: it is
+// one warp's, which has more to keep in registers from one part to the next.
+struct PartsInTurn {
+  int batch, head;   // the next one
+  int place, round;  // of the grid's blocks
+  int known;         // the first of the following sequences
+  Sequence sequences[32];
+
+  __device__ __forceinline__ void Start() {
+    batch = head = place = round = 0;
+    known = -32;
+  }
+  // For all lanes of the warp together; the first one sets `part`.
+  __device__ __forceinline__ void Next(const AttentionParams& p, Part& part) {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
     const int grid = static_cast<int>(gridDim.x);
     const int heads = static_cast<int>(p.heads);
-    while (batch_ < static_cast<int>(p.batch)) {
-      const Sequence sequence = SequenceOf(p, batch_);
+    const int batches = static_cast<int>(p.batch);
+    int next_batch = batch, next_head = head, next_place = place, next_round = round;
+    bool found = false;
+    while (next_batch < batches && !found) {
+      if (next_batch >= known + 32) {
+        __syncwarp();
+        sequences[lane] = SequenceOf(p, min(next_batch + lane, batches - 1));
+        if (lane == 0) known = next_batch;
+        __syncwarp();
+      }
+      const Sequence& sequence = sequences[next_batch - known];
       const int tiles = (sequence.length + kTile - 1) / kTile;
-      int keys = sequence.length;
-      if (p.lengths != nullptr && !p.causal) keys = max(0, min(keys, p.lengths[batch_]));
+      const int keys = p.causal ? sequence.length : sequence.keys;
       int members = max(1, (keys + kKeys - 1) / kKeys);
       // No block has more tiles than there are slots for.
       if (!p.causal) members = max(members, (tiles + kPassSlots - 1) / kPassSlots);
-      const int fit = min((grid - place_) / members, heads - head_);
+      const int fit = min(Quotient(grid - next_place, members), heads - next_head);
       if (fit == 0) {
-        place_ = 0;
-        ++round_;
+        next_place = 0;
+        ++next_round;
         continue;
       }
-      const int batch = batch_;
-      const int at = static_cast<int>(blockIdx.x) - place_;
-      const int first_head = head_;
-      const int first_block = place_;
-      place_ += fit * members;
-      head_ += fit;
-      if (head_ == heads) {
-        head_ = 0;
-        ++batch_;
+      const int64_t this_batch = next_batch;
+      const int at = static_cast<int>(blockIdx.x) - next_place;
+      const int first_head = next_head;
+      const int first_block = next_place;
+      next_place += fit * members;
+      next_head += fit;
+      if (next_head == heads) {
+        next_head = 0;
+        ++next_batch;
       }
-      if (at < 0 || at >= fit * members) continue;
-      const int nth = at / members;
-      const int head = first_head + nth;
+      found = at >= 0 && at < fit * members;
+      if (!found || lane != 0) continue;
+      const int nth = Quotient(at, members);
       part.members = members;
       part.tiles = tiles;
       part.first_block = first_block + nth * members;
-      part.side = round_ & 1;
+      part.side = next_round & 1;
       part.block = part.Place(p.causal, at - nth * members);
       part.Share(p.causal);
-      const int64_t index = int64_t{batch} * heads + head;
+      const int64_t index = this_batch * heads + first_head + nth;
       part.mark = static_cast<uint32_t>(index) << 8;
-      part.h = HeadAt<kKeys, BlockRows::kKeys>(p, index, batch, head, part.block);
-      return true;
+      part.h = HeadAt<kKeys, BlockRows::kKeys>(p, sequence, index, this_batch, first_head + nth,
+                                               part.block);
     }
-    return false;
+    __syncwarp();
+    if (lane == 0) {
+      batch = next_batch;
+      head = next_head;
+      place = next_place;
+      round = next_round;
+      if (!found) part.members = 0;
+    }
   }
 
  private:
-  int batch_ = 0, head_ = 0;  // the next one
-  int place_ = 0, round_ = 0;
+  // a / b, of numbers up to a thousand: half of one is more than is lost. A division of integers
+  // takes ten times as long.
+  static __device__ __forceinline__ int Quotient(int a, int b) {
+    return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
+  }
+};
+
+template <typename T>
+struct PassShared {
+  struct Keys {
+    SwizzledTile<T> k[kGroups], v[kGroups];
+  };
+  Keys keys[2];
+  Part parts[2];  // that the keys are of
+  PartsInTurn parts_in_turn;
+  struct Slot {
+    SwizzledTile<T> q, dout;
+  };
+  Slot slots[kSlots];
+  SwizzledTile<T> ds[2][kGroups];  // rows are keys
+  SoftmaxRow softmax[kSlots][kTile];
+  float shift[kSlots][kTile];
+  float delta[kSlots][kTile];
+  uint32_t kept[kSlots][2 * kGroups][kTile];  // [word of the block's keys][query]
+  // Of a part and of the next one in turn, so that there is one barrier a part.
+  WarpSums sums[2][2][kComputing / 32];  // of dk and dv
+  WarpSums query_sums[2][kWarpgroup / 32];
+  uint64_t full[kSlots], empty[kSlots];
+  uint64_t keys_full[2], keys_empty[2];
+  uint64_t ds_full[2], ds_empty[2];
+
+  __device__ __forceinline__ void Start() {
+    parts_in_turn.Start();
+    for (int i = 0; i < kSlots; ++i) {
+      StartBarrier(&full[i], 2 * kWarpgroup);
+      StartBarrier(&empty[i], kComputing / 32);
+    }
+    for (int i = 0; i < 2; ++i) {
+      StartBarrier(&keys_full[i], kWarpgroup + 1);
+      StartBarrier(&keys_empty[i], (kComputing + kWarpgroup) / 32);
+      StartBarrier(&ds_full[i], kComputing / 32);
+      StartBarrier(&ds_empty[i], kWarpgroup / 32);
+    }
+  }
 };
 
 // --- the warpgroup that copies and draws ---
@@ -163,15 +196,22 @@ __device__ __forceinline__ void CopyTiles(const AttentionParams& p, PassShared<T
   if (kDropout) rng = UniformState(p.dropout.rng);
   RingPlace<kSlots> place;
   RingPlace<2> keys_place;
-  PartsInTurn parts;
-  Part part;
-  while (parts.Next(p, part)) {
+  while (true) {
+    WaitForPhase(&shared.keys_empty[keys_place.slot], keys_place.parity ^ 1);
+    if (tid < 32) shared.parts_in_turn.Next(p, shared.parts[keys_place.slot]);
+    if (tid == 0) Arrive(&shared.keys_full[keys_place.slot]);
+    WarpgroupBarrier();
+    const Part& part = shared.parts[keys_place.slot];
+    const int steps = part.members > 0 ? part.Steps(p.causal) : 0;
+    if (steps == 0) {
+      Arrive(&shared.keys_full[keys_place.slot]);
+      keys_place.Advance();
+      if (part.members == 0) break;
+      continue;
+    }
     const Head& h = part.h;
-    const int steps = part.Steps(p.causal);
-    if (steps == 0) continue;
     const T* qkv = static_cast<const T*>(p.qkv) + h.token * stride + h.column;
     const T* dout = static_cast<const T*>(p.dout) + h.token * p.width + h.column;
-    WaitForPhase(&shared.keys_empty[keys_place.slot], keys_place.parity ^ 1);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int first = h.first + i * kTile;
@@ -225,8 +265,9 @@ __device__ __forceinline__ void CopyTiles(const AttentionParams& p, PassShared<T
 
 // --- those that compute with scores ---
 
+// A barrier beside those of the warpgroups.
 __device__ __forceinline__ void ComputersBarrier() {
-  asm volatile("bar.sync 4, %0;" ::"n"(kComputing) : "memory");
+  asm volatile("bar.sync 5, %0;" ::"n"(kComputing) : "memory");
 }
 
 template <typename T, bool kDropout>
@@ -241,90 +282,85 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, PassSh
   const int blocks = static_cast<int>((p.seq + kKeys - 1) / kKeys);
   RingPlace<kSlots> place;
   RingPlace<2> keys_place, ds_place;
-  PartsInTurn parts;
-  Part part;
-  while (parts.Next(p, part)) {
+  const auto wait_full = [&] {
+    WaitForPhase(&shared.full[place.slot], place.parity);
+    ShareWithEngines();
+  };
+  // To the warpgroup that computes dQ.
+  const auto pass_ds = [&](const uint32_t(&ds)[4][4]) {
+    WaitForPhase(&shared.ds_empty[ds_place.slot], ds_place.parity ^ 1);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) StoreFragment(shared.ds[ds_place.slot][group], warp_row, k, ds[k]);
+    ShareWithEngines();
+    ArriveByWarp(&shared.ds_full[ds_place.slot]);
+    ds_place.Advance();
+  };
+  int side = 0;  // of the sums
+  while (true) {
+    WaitForPhase(&shared.keys_full[keys_place.slot], keys_place.parity);
+    const Part& part = shared.parts[keys_place.slot];
+    if (Uniform(part.members) == 0) break;
     const Head& h = part.h;
     const int key0 = h.first + group * kTile;
     const KeyTile keys(p, h, key0, warp_row);
+    const uint64_t k_tile = DescribeTile(&shared.keys[keys_place.slot].k[group]);
+    const uint64_t v_tile = DescribeTile(&shared.keys[keys_place.slot].v[group]);
     float dk[8][4] = {};
     float dv[8][4] = {};
-    const int steps = part.Steps(p.causal);
+    const int steps = Uniform(part.Steps(p.causal));
     // A warpgroup whose keys are cut off, or not seen by the first queries.
-    const int skipped = key0 < h.keys ? min(p.causal ? group : 0, steps) : steps;
-    if (steps > 0) {
-      const auto wait_full = [&] {
-        WaitForPhase(&shared.full[place.slot], place.parity);
-        ShareWithEngines();
-      };
-      // To the warpgroup that computes dQ.
-      const auto pass_ds = [&](const uint32_t(&ds)[4][4]) {
-        WaitForPhase(&shared.ds_empty[ds_place.slot], ds_place.parity ^ 1);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          StoreFragment(shared.ds[ds_place.slot][group], warp_row, k, ds[k]);
-        }
-        ShareWithEngines();
-        ArriveByWarp(&shared.ds_full[ds_place.slot]);
-        ds_place.Advance();
-      };
-      WaitForPhase(&shared.keys_full[keys_place.slot], keys_place.parity);
+    const int skipped = Uniform(key0 < h.keys ? min(p.causal ? group : 0, steps) : steps);
 #pragma unroll 1
-      for (int step = 0; step < skipped; ++step) {
-        wait_full();
-        ArriveByWarp(&shared.empty[place.slot]);
-        place.Advance();
-        const uint32_t none[4][4] = {};
-        pass_ds(none);
-      }
-      const uint64_t k_tile = DescribeTile(&shared.keys[keys_place.slot].k[group]);
-      const uint64_t v_tile = DescribeTile(&shared.keys[keys_place.slot].v[group]);
-      float s[8][4], dp[8][4];
-      const auto begin = [&] {
-        wait_full();
-        BeginProducts();
-        MultiplyRowsOfTiles<T>(s, k_tile, DescribeTile(&shared.slots[place.slot].q));
-        CommitProducts();
-        MultiplyRowsOfTiles<T>(dp, v_tile, DescribeTile(&shared.slots[place.slot].dout));
-        CommitProducts();
-      };
-      const auto compute = [&](int step, auto last) {
-        const QueryTile queries{shared.softmax[place.slot], shared.shift[place.slot],
-                                shared.delta[place.slot],
-                                shared.kept[place.slot][2 * group + KeptWord(warp)]};
-        uint32_t probs[4][4], ds[4][4];
-        keys.Probabilities<T, kDropout>(s, probs, p, queries, part.Tile(step) * kTile);
-        WaitForProducts<0>();
-        PinProduct(dp);
-        keys.ScoreGrads<T, kDropout>(s, dp, ds, p, queries);
-        pass_ds(ds);
-        BeginProducts();
-        MultiplyTile<T>(dv, probs, DescribeTile(&shared.slots[place.slot].dout));
-        MultiplyTile<T>(dk, ds, DescribeTile(&shared.slots[place.slot].q));
-        CommitProducts();
-        const int now = place.slot;
-        place.Advance();
-        if constexpr (!last) {
-          begin();
-          WaitForProducts<1>();
-          PinProduct(s);
-        } else {
-          WaitForProducts<0>();
-        }
-        PinProduct(dv);
-        PinProduct(dk);
-        ArriveByWarp(&shared.empty[now]);
-      };
-      if (skipped < steps) {
+    for (int step = 0; step < skipped; ++step) {
+      wait_full();
+      ArriveByWarp(&shared.empty[place.slot]);
+      place.Advance();
+      const uint32_t none[4][4] = {};
+      pass_ds(none);
+    }
+    float s[8][4], dp[8][4];
+    const auto begin = [&] {
+      wait_full();
+      BeginProducts();
+      MultiplyRowsOfTiles<T>(s, k_tile, DescribeTile(&shared.slots[place.slot].q));
+      CommitProducts();
+      MultiplyRowsOfTiles<T>(dp, v_tile, DescribeTile(&shared.slots[place.slot].dout));
+      CommitProducts();
+    };
+    const auto compute = [&](int step, auto last) {
+      const QueryTile queries{shared.softmax[place.slot], shared.shift[place.slot],
+                              shared.delta[place.slot],
+                              shared.kept[place.slot][2 * group + KeptWord(warp)]};
+      uint32_t probs[4][4], ds[4][4];
+      keys.Probabilities<T, kDropout>(s, probs, p, queries, part.Tile(step) * kTile);
+      WaitForProducts<0>();
+      PinProduct(dp);
+      keys.ScoreGrads<T, kDropout>(s, dp, ds, p, queries);
+      pass_ds(ds);
+      BeginProducts();
+      MultiplyTile<T>(dv, probs, DescribeTile(&shared.slots[place.slot].dout));
+      MultiplyTile<T>(dk, ds, DescribeTile(&shared.slots[place.slot].q));
+      CommitProducts();
+      const int now = place.slot;
+      place.Advance();
+      if constexpr (!last) {
         begin();
         WaitForProducts<1>();
         PinProduct(s);
-#pragma unroll 1
-        for (int step = skipped; step < steps - 1; ++step) compute(step, std::false_type{});
-        compute(steps - 1, std::true_type{});
+      } else {
+        WaitForProducts<0>();
       }
-      ArriveByWarp(&shared.keys_empty[keys_place.slot]);
-      keys_place.Advance();
+      PinProduct(dv);
+      PinProduct(dk);
+      ArriveByWarp(&shared.empty[now]);
+    };
+    if (skipped < steps) {
+      begin();
+      WaitForProducts<1>();
+      PinProduct(s);
+#pragma unroll 1
+      for (int step = skipped; step < steps - 1; ++step) compute(step, std::false_type{});
+      compute(steps - 1, std::true_type{});
     }
 
     T* dst = static_cast<T*>(p.dqkv) + h.token * stride + h.column;
@@ -339,15 +375,15 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, PassSh
       return p.sums + (3 * (h.batch * blocks + block) + 1) * p.width + h.column;
     };
     if (p.sums != nullptr) {
-      ComputersBarrier();  // the sums of the part before have been read
-      shared.sums[0][warp].pairs[lane] = ColumnSums(dk);
-      shared.sums[1][warp].pairs[lane] = ColumnSums(dv);
+      auto& sums = shared.sums[side];
+      sums[0][warp].pairs[lane] = ColumnSums(dk);
+      sums[1][warp].pairs[lane] = ColumnSums(dv);
       ComputersBarrier();
       const int which = tid / kDim;
       const int column = tid % kDim;
       if (which < 2 && column < head_dim) {
         sums_of(part.block)[which * p.width + column] = AddWarpSums(
-            shared.sums[which], kComputing / 32, which == 0 ? p.scale : p.dropout.scale, column);
+            sums[which], kComputing / 32, which == 0 ? p.scale : p.dropout.scale, column);
       }
     }
     // Keys that no block has, as they are cut off.
@@ -364,6 +400,9 @@ __device__ __forceinline__ void ComputeKeyGrads(const AttentionParams& p, PassSh
         sums_of(block)[tid] = sums_of(block)[p.width + tid] = 0.0f;
       }
     }
+    ArriveByWarp(&shared.keys_empty[keys_place.slot]);
+    keys_place.Advance();
+    side ^= 1;
   }
 }
 
@@ -435,14 +474,15 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p, Pass
   const int warp = __shfl_sync(0xFFFFFFFFu, tid / 32, 0);
   const int blocks = static_cast<int>((p.seq + kKeys - 1) / kKeys);
   RingPlace<2> keys_place, ds_place;
-  PartsInTurn parts;
-  Part part;
-  while (parts.Next(p, part)) {
+  int side = 0;  // of the sums
+  while (true) {
+    WaitForPhase(&shared.keys_full[keys_place.slot], keys_place.parity);
+    const Part& part = shared.parts[keys_place.slot];
+    if (Uniform(part.members) == 0) break;
     const Head& h = part.h;
-    const int steps = part.Steps(p.causal);
+    const int steps = Uniform(part.Steps(p.causal));
     float2 sums = make_float2(0.0f, 0.0f);
     if (steps > 0) {
-      WaitForPhase(&shared.keys_full[keys_place.slot], keys_place.parity);
       ShareWithEngines();
       Turn next(part, p.causal, 0);
       // In lane 0. What this warp's last turn was at, until the next one in it is told: while it
@@ -534,22 +574,24 @@ __device__ __forceinline__ void ComputeQueryGrads(const AttentionParams& p, Pass
                       dq, p.scale, p.scale);
       }
       if (lane == 0 && over != nullptr) hand_over(nullptr, next);
-      ArriveByWarp(&shared.keys_empty[keys_place.slot]);
-      keys_place.Advance();
     }
-    if (p.sums == nullptr) continue;
-    const auto sums_of = [&](int block) {
-      return p.sums + 3 * (h.batch * blocks + block) * p.width + h.column;
-    };
-    WarpgroupBarrier();  // the sums of the part before have been read
-    shared.query_sums[warp].pairs[lane] = sums;
-    WarpgroupBarrier();
-    if (tid < head_dim) {
-      sums_of(part.block)[tid] = AddWarpSums(shared.query_sums, kWarpgroup / 32, p.scale, tid);
-      for (int block = part.block + part.members; block < blocks; block += part.members) {
-        sums_of(block)[tid] = 0.0f;
+    if (p.sums != nullptr) {
+      const auto sums_of = [&](int block) {
+        return p.sums + 3 * (h.batch * blocks + block) * p.width + h.column;
+      };
+      auto& query_sums = shared.query_sums[side];
+      side ^= 1;
+      query_sums[warp].pairs[lane] = sums;
+      WarpgroupBarrier();
+      if (tid < head_dim) {
+        sums_of(part.block)[tid] = AddWarpSums(query_sums, kWarpgroup / 32, p.scale, tid);
+        for (int block = part.block + part.members; block < blocks; block += part.members) {
+          sums_of(block)[tid] = 0.0f;
+        }
       }
     }
+    ArriveByWarp(&shared.keys_empty[keys_place.slot]);
+    keys_place.Advance();
   }
 }
 
