@@ -101,6 +101,26 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
   // Where dropout is drawn in between, the warpgroups need no order.
   constexpr bool kTurns = !kDropout;
   if (kTurns && group == 1) Turns::End(group);
+  const auto start_after = [&](int tile) {
+    if (tile + kAhead < tiles) {
+      const int next = tile + kAhead;
+      WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
+      start(next);
+    }
+  };
+  // A warpgroup beyond the sequence's end only copies.
+  if (group_query >= h.length) {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (kTurns) Turns::Begin(group);
+      if (kTurns) Turns::End(group);
+      start_after(tile);
+      ArriveByWarp(&shared.empty[tile % kStages]);
+    }
+    CommitCopies();
+    WaitForCopies<0>();
+    return;
+  }
   const auto step = [&](int tile, auto first) {
     const int key0 = tile * kTile;
     auto& stage = shared.stages[tile % kStages];
@@ -111,27 +131,20 @@ __global__ void __launch_bounds__(kThreads, 2) AttentionWgmmaKernel(const Attent
     BeginProducts();
     MultiplyRowsOfTile<T>(s, q, DescribeTile(&stage.k));
     CommitProducts();
-    const auto start_next = [&] {
-      if (tile + kAhead < tiles) {
-        const int next = tile + kAhead;
-        WaitForPhase(&shared.empty[next % kStages], ((next / kStages) & 1) ^ 1);
-        start(next);
-      }
-    };
     const auto multiply_values = [&] {
       MultiplyTile<T>(o, probs, DescribeTile(&shared.stages[(tile - 1) % kStages].v));
       CommitProducts();
     };
     if constexpr (!first && kDropout) {
       // Copies come first as without a branch in between ptxas draws before the products.
-      start_next();
+      start_after(tile);
       DropTile<T>(p.dropout, rng, h.row + query, tile - 1, probs);
       BeginProducts();
       multiply_values();
     } else {
       if constexpr (!first) multiply_values();
       if (kTurns) Turns::End(group);
-      start_next();
+      start_after(tile);
     }
     WaitForProducts<first ? 0 : 1>();
     PinProduct(s);
