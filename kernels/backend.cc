@@ -350,6 +350,14 @@ absl::StatusOr<std::unique_ptr<SharedMemory>> Backend::AllocateShared(size_t /*b
       absl::StrCat(info_.kind, ": has no device memory that another process could map"));
 }
 
+absl::Status StepCache::Run(const Key& /*kind*/, const Key& /*key*/, int64_t parts,
+                            absl::FunctionRef<absl::Status(int64_t)> part) {
+  for (int64_t i = 0; i < parts; ++i) {
+    if (absl::Status status = part(i); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Backend::Signal(uint64_t* at, uint64_t value) {
   // Ops of a backend that keeps this have run when they return.
   std::atomic_ref<uint64_t>(*at).store(value, std::memory_order_release);

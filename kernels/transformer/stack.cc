@@ -61,6 +61,12 @@ TensorView Tokens(const TensorView& activation) {
 // What a step does. Part of its key.
 enum class StepKind : uint64_t { kEvaluation, kForward, kBackward };
 
+// What steps have in common that differ in nothing but sizes and addresses.
+StepCache::Key KindOf(StepKind kind, LayerRange layers, const LayerCall& call) {
+  return {static_cast<uint64_t>(kind), static_cast<uint64_t>(layers.begin),
+          static_cast<uint64_t>(layers.end), call.cu_seqlens.data != nullptr ? 1u : 0u};
+}
+
 // All that decides a step's launches but the stack's own buffers and the flags that lay them out,
 // whose change forgets every step. A context's buffers follow from where it begins, which is where
 // its RngState lies.
@@ -509,20 +515,19 @@ absl::Status StackImpl::ForwardEval(const ForwardArgs& args) {
   // Outputs alternate between the chain buffer and the caller's, so that the last is the caller's.
   const TensorView output = Tokens(args.output);
   const TensorView chain = workspace_.chain.Reshaped(output.shape);
-  const auto run = [&]() -> absl::Status {
-    TensorView x = Tokens(args.input);
-    for (int64_t i = args.layers.begin; i < args.layers.end; ++i) {
-      const ProfilerRange range(backend_, "layer.forward", i);
-      const TensorView y = (args.layers.end - 1 - i) % 2 == 0 ? output : chain;
-      LAMINA_RETURN_IF_ERROR(LayerAt(i).Forward(call, x, activations, y,
-                                                LayerIn(args.layers, i - 1),
-                                                LayerIn(args.layers, i + 1), activations));
-      x = y;
-    }
-    return absl::OkStatus();
+  const auto output_of = [&](int64_t i) {
+    return (args.layers.end - 1 - i) % 2 == 0 ? output : chain;
   };
-  return steps_->Run(StepKey(StepKind::kEvaluation, args.layers, call, args.input, args.output),
-                     run);
+  const auto run = [&](int64_t part) {
+    const int64_t i = args.layers.begin + part;
+    const ProfilerRange range(backend_, "layer.forward", i);
+    return LayerAt(i).Forward(call, part == 0 ? Tokens(args.input) : output_of(i - 1), activations,
+                              output_of(i), LayerIn(args.layers, i - 1),
+                              LayerIn(args.layers, i + 1), activations);
+  };
+  return steps_->Run(KindOf(StepKind::kEvaluation, args.layers, call),
+                     StepKey(StepKind::kEvaluation, args.layers, call, args.input, args.output),
+                     args.layers.end - args.layers.begin, run);
 }
 
 absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const ForwardArgs& args) {
@@ -576,30 +581,27 @@ absl::StatusOr<std::unique_ptr<Context>> StackImpl::ForwardTraining(const Forwar
                            : c.buffers.layers[static_cast<size_t>(i)].activations,
                        dims, scratch);
   };
-  const auto run = [&]() -> absl::Status {
-    TensorView x = input;
-    LayerActivations own = activations(0);
-    for (int64_t i = 0; i < layers; ++i) {
-      const ProfilerRange range(backend_, "layer.forward", args.layers.begin + i);
-      const ContextBuffers::SavedLayer& saved = c.buffers.layers[static_cast<size_t>(i)];
-      const bool last = i + 1 == layers;
-      // Where outputs are not kept they alternate, so that the last is the caller's.
-      const TensorView passing = (layers - 1 - i) % 2 == 0 ? output : chain;
-      const TensorView y = saved.output && !last ? saved.output : passing;
-      const int64_t index = args.layers.begin + i;
-      const LayerActivations above = last ? LayerActivations{} : activations(i + 1);
-      LAMINA_RETURN_IF_ERROR(LayerAt(index).Forward(c.call, x, own, y,
-                                                    LayerIn(args.layers, index - 1),
-                                                    LayerIn(args.layers, index + 1), above));
-      own = above;
-      if (saved.output && last)
-        LAMINA_RETURN_IF_ERROR(backend_.CopyWithin(saved.output.data, y.data, y.bytes()));
-      x = y;
-    }
-    return absl::OkStatus();
+  // Where outputs are not kept they alternate, so that the last is the caller's.
+  const auto output_of = [&](int64_t i) {
+    const TensorView& saved = c.buffers.layers[static_cast<size_t>(i)].output;
+    if (saved && i + 1 < layers) return saved;
+    return (layers - 1 - i) % 2 == 0 ? output : chain;
+  };
+  const auto run = [&](int64_t i) -> absl::Status {
+    const int64_t index = args.layers.begin + i;
+    const ProfilerRange range(backend_, "layer.forward", index);
+    const bool last = i + 1 == layers;
+    const TensorView y = output_of(i);
+    LAMINA_RETURN_IF_ERROR(
+        LayerAt(index).Forward(c.call, i == 0 ? input : output_of(i - 1), activations(i), y,
+                               LayerIn(args.layers, index - 1), LayerIn(args.layers, index + 1),
+                               last ? LayerActivations{} : activations(i + 1)));
+    const TensorView& saved = c.buffers.layers[static_cast<size_t>(i)].output;
+    return saved && last ? backend_.CopyWithin(saved.data, y.data, y.bytes()) : absl::OkStatus();
   };
   LAMINA_RETURN_IF_ERROR(
-      steps_->Run(StepKey(StepKind::kForward, args.layers, c.call, input, output), run));
+      steps_->Run(KindOf(StepKind::kForward, args.layers, c.call),
+                  StepKey(StepKind::kForward, args.layers, c.call, input, output), layers, run));
   ++counters_.rng_counter;
   return context;
 }
@@ -644,39 +646,43 @@ absl::Status StackImpl::Backward(Context& context, const TensorView& output_grad
   // Recomputation is Forward again, to the bit: it has no part in stochastic_mode.
   LayerCall backward_call = c->call;
   backward_call.workspace.unordered = config_.stochastic_mode;
-  const auto run = [&]() -> absl::Status {
-    TensorView dy = Tokens(output_grad);
-    TensorView chain = workspace_.chain.Reshaped(dy.shape);
-    TensorView other_chain = training_.chain.Reshaped(dy.shape);
-    const Layer* above = nullptr;
-    for (size_t i = c->buffers.layers.size(); i-- > 0;) {
-      const int64_t index = c->range.begin + static_cast<int64_t>(i);
-      const ProfilerRange range(backend_, "layer.backward", index);
-      const ContextBuffers::SavedLayer& saved = c->buffers.layers[i];
-      const TensorView x = i == 0 ? c->buffers.input : c->buffers.layers[i - 1].output;
-      const TensorView dx = i == 0 && input_grad ? Tokens(input_grad) : chain;
-      const Layer& layer = LayerAt(index);
-      LayerActivations activations = saved.activations;
-      activations.y = saved.output;
-      if (config_.activation_checkpointing) {
-        activations = Recomputed(dims);
-        // Pre-LN needs y no more. Post-LN's is read, if at all, before anything is written to the
-        // branch's scratch; where it is not, the residual of its sum lies there.
-        if (!config_.pre_layer_norm)
-          activations.y = config_.inverts_norms() ? scratch.branch : scratch.product;
-        LAMINA_RETURN_IF_ERROR(layer.Forward(c->call, x, WithScratch(activations, dims, scratch),
-                                             activations.y, nullptr, nullptr, {}));
-      }
-      LAMINA_RETURN_IF_ERROR(layer.Backward(backward_call, x, activations, dy, scratch, dx, above,
-                                            LayerIn(c->range, index - 1)));
-      above = config_.pre_layer_norm || !x ? &layer : nullptr;
-      dy = dx;
-      std::swap(chain, other_chain);
-    }
-    return absl::OkStatus();
+  const auto layers = static_cast<int64_t>(c->buffers.layers.size());
+  const auto input_of = [&](int64_t i) {
+    return i == 0 ? c->buffers.input : c->buffers.layers[static_cast<size_t>(i - 1)].output;
   };
-  return steps_->Run(StepKey(StepKind::kBackward, c->range, backward_call, output_grad, input_grad),
-                     run);
+  // Gradients of inputs alternate, too.
+  const auto input_grad_of = [&](int64_t i) {
+    if (i == 0 && input_grad) return Tokens(input_grad);
+    return ((layers - 1 - i) % 2 == 0 ? workspace_.chain : training_.chain)
+        .Reshaped(Tokens(output_grad).shape);
+  };
+  const auto run = [&](int64_t part) -> absl::Status {
+    const int64_t i = layers - 1 - part;
+    const int64_t index = c->range.begin + i;
+    const ProfilerRange range(backend_, "layer.backward", index);
+    const ContextBuffers::SavedLayer& saved = c->buffers.layers[static_cast<size_t>(i)];
+    const TensorView x = input_of(i);
+    const Layer& layer = LayerAt(index);
+    LayerActivations activations = saved.activations;
+    activations.y = saved.output;
+    if (config_.activation_checkpointing) {
+      activations = Recomputed(dims);
+      // Pre-LN needs y no more. Post-LN's is read, if at all, before anything is written to the
+      // branch's scratch; where it is not, the residual of its sum lies there.
+      if (!config_.pre_layer_norm)
+        activations.y = config_.inverts_norms() ? scratch.branch : scratch.product;
+      LAMINA_RETURN_IF_ERROR(layer.Forward(c->call, x, WithScratch(activations, dims, scratch),
+                                           activations.y, nullptr, nullptr, {}));
+    }
+    const bool first = part == 0;
+    const bool takes_norm = !first && (config_.pre_layer_norm || !input_of(i + 1));
+    return layer.Backward(
+        backward_call, x, activations, first ? Tokens(output_grad) : input_grad_of(i + 1), scratch,
+        input_grad_of(i), takes_norm ? &LayerAt(index + 1) : nullptr, LayerIn(c->range, index - 1));
+  };
+  return steps_->Run(KindOf(StepKind::kBackward, c->range, backward_call),
+                     StepKey(StepKind::kBackward, c->range, backward_call, output_grad, input_grad),
+                     layers, run);
 }
 
 absl::Status StackImpl::ZeroGradients() {

@@ -249,19 +249,23 @@ class CountingBackend final : public Backend {
    public:
     CheckedSteps(CountingBackend& backend, std::unique_ptr<StepCache> inner)
         : backend_(backend), inner_(std::move(inner)) {}
-    absl::Status Run(const Key& key, absl::FunctionRef<absl::Status()> work) override {
+    absl::Status Run(const Key& kind, const Key& key, int64_t parts,
+                     absl::FunctionRef<absl::Status(int64_t)> part) override {
       ++backend_.steps;
       const auto known = logs_.find(key);
       if (known != logs_.end()) ++backend_.repeated_steps;
-      StepLog log;
-      absl::Status status = inner_->Run(key, [&] {
-        log.Clear();
-        backend_.log_ = &log;
-        absl::Status result = work();
+      std::vector<StepLog> log(static_cast<size_t>(parts));
+      absl::Status status = inner_->Run(kind, key, parts, [&](int64_t i) {
+        StepLog& own = log[static_cast<size_t>(i)];
+        own.Clear();
+        backend_.log_ = &own;
+        absl::Status result = part(i);
         backend_.log_ = nullptr;
         return result;
       });
-      if (!status.ok() || log.empty()) return status;
+      const bool replayed = std::all_of(log.begin(), log.end(),
+                                        [](const StepLog& part_log) { return part_log.empty(); });
+      if (!status.ok() || replayed) return status;
       if (known == logs_.end()) {
         logs_.emplace(key, std::move(log));
       } else if (!(known->second == log)) {
@@ -278,7 +282,7 @@ class CountingBackend final : public Backend {
    private:
     CountingBackend& backend_;
     std::unique_ptr<StepCache> inner_;
-    std::map<Key, StepLog> logs_;
+    std::map<Key, std::vector<StepLog>> logs_;
   };
 
   template <typename Args>

@@ -346,8 +346,9 @@ class OpSizes {
 };
 
 // For steps that come back with the same launches: a device that can keep a step's launches does so
-// when it meets its key again, and replays them from then on. The results have the same bits
-// either way. This class keeps nothing and runs every step.
+// when it meets its key again, and replays them from then on. Of steps that are alike but for sizes
+// and addresses it can keep launches too, and change what differs. The results have the same bits
+// in any case. This class keeps nothing and runs every step.
 //
 // Made by Backend::MakeStepCache, owned by whoever owns the memory that its steps use, and gone
 // before the backend. Threads: as ops.
@@ -357,13 +358,14 @@ class StepCache {
   using Key = std::vector<uint64_t>;
 
   virtual ~StepCache() = default;
-  // Enqueues what work() enqueues, or what it did when it last ran with this key. work() may thus
-  // run once, twice or not at all: it calls ops, CopyWithin and SetZero and changes nothing else.
-  // What differs from one such step to the next must be read from the backend's memory. The status
-  // is that of a plain work(): where a device can't keep a step, that is no error.
-  virtual absl::Status Run(const Key& /*key*/, absl::FunctionRef<absl::Status()> work) {
-    return work();
-  }
+  // Enqueues what part(0) to part(parts - 1) enqueue, in this order, or what they did when they
+  // last ran with this key. A part may thus run once, twice or not at all: it calls ops, CopyWithin
+  // and SetZero and changes nothing else, nor does it need an earlier part to have run. What
+  // differs from one such step to the next must be read from the backend's memory. Steps of one
+  // `kind` enqueue much the same ops, part by part, with other arguments. The status is that of
+  // parts that ran plainly: where a device can't keep a step, that is no error.
+  virtual absl::Status Run(const Key& kind, const Key& key, int64_t parts,
+                           absl::FunctionRef<absl::Status(int64_t)> part);
   // The same keys will mean other launches from now on, or other contents of the addresses in them.
   virtual void Forget() {}
 };
