@@ -27,6 +27,7 @@ using Digest = std::array<unsigned char, SHA256_DIGEST_LENGTH>;
 struct Token {
   std::string name;
   Digest digest;
+  int line;  // of the file
 };
 
 struct Rule {
@@ -46,6 +47,7 @@ constexpr size_t kShortestToken = 16;
 constexpr size_t kLongestToken = 4096;
 constexpr size_t kLongestName = 64;
 constexpr size_t kMostTokens = 1000;
+constexpr size_t kLongestShown = 120;  // of a word, in messages
 constexpr const char* kNameless = "default";
 constexpr const char* kTokens = "--tokens";
 constexpr const char* kRoles = "--roles";
@@ -68,7 +70,11 @@ bool IsNameCharacter(char c) {
          absl::StrContains("-._@", absl::string_view(&c, 1));
 }
 
-// Calls `take` (absl::Status(words)) for each line that has some; '#' begins a comment.
+absl::Status WrongLine(const char* what, const std::string& path, int line, absl::string_view why) {
+  return absl::FailedPreconditionError(absl::StrCat(what, " ", path, ":", line, ": ", why));
+}
+
+// Calls `take` (absl::Status(line, words)) for each line that has some; '#' begins a comment.
 template <typename Take>
 absl::Status EachLine(const char* what, const std::string& path, const std::string& content,
                       Take take) {
@@ -79,20 +85,27 @@ absl::Status EachLine(const char* what, const std::string& path, const std::stri
     const std::vector<absl::string_view> words =
         absl::StrSplit(line, absl::ByAnyChar(" \t\r"), absl::SkipEmpty());
     if (words.empty()) continue;
-    if (const absl::Status status = take(words); !status.ok()) {
-      return absl::FailedPreconditionError(
-          absl::StrCat(what, " ", path, ":", number, ": ", status.message()));
+    if (const absl::Status status = take(number, words); !status.ok()) {
+      return WrongLine(what, path, number, status.message());
     }
   }
   return absl::OkStatus();
 }
 
-// No message repeats a word that may be a token.
+// A word for a message: one line of a log, and not a long one.
+std::string Shown(absl::string_view word) {
+  return absl::StrCat("'", absl::CEscape(word.substr(0, kLongestShown)),
+                      word.size() > kLongestShown ? "...'" : "'");
+}
+
+// No message repeats a word that may be a token, and so none at all: names and tokens are easily
+// exchanged.
 absl::StatusOr<std::vector<Token>> ParseTokens(const std::string& path,
                                                const std::string& content) {
   std::vector<Token> tokens;
   const absl::Status status = EachLine(
-      kTokens, path, content, [&](const std::vector<absl::string_view>& words) -> absl::Status {
+      kTokens, path, content,
+      [&](int line, const std::vector<absl::string_view>& words) -> absl::Status {
         if (words.size() > 2) {
           return absl::InvalidArgumentError(
               absl::StrCat("has ", words.size(), " words; must be TOKEN or NAME TOKEN"));
@@ -112,24 +125,34 @@ absl::StatusOr<std::vector<Token>> ParseTokens(const std::string& path,
         if (tokens.size() == kMostTokens) {
           return absl::InvalidArgumentError(absl::StrCat("more than ", kMostTokens, " tokens"));
         }
-        Token made{std::string(name), DigestOfToken(token)};
+        Token made{std::string(name), DigestOfToken(token), line};
         for (const Token& other : tokens) {
           if (other.digest == made.digest && other.name != made.name) {
-            return absl::InvalidArgumentError(
-                absl::StrCat("'", made.name, "' has the same token as '", other.name, "'"));
+            return absl::InvalidArgumentError(absl::StrCat("the token is that of line ", other.line,
+                                                           " too, which has another name"));
           }
         }
         tokens.push_back(std::move(made));
         return absl::OkStatus();
       });
   if (!status.ok()) return status;
+  // Names are told in logs and answers.
+  for (const Token& named : tokens) {
+    if (named.name.size() < kShortestToken) continue;
+    const Digest digest = DigestOfToken(named.name);
+    for (const Token& other : tokens) {
+      if (other.digest != digest) continue;
+      return WrongLine(kTokens, path, named.line,
+                       absl::StrCat("the name is a token, that of line ", other.line));
+    }
+  }
   return tokens;
 }
 
 absl::StatusOr<std::vector<Rule>> ParseRules(const std::string& path, const std::string& content) {
   std::vector<Rule> rules;
   const absl::Status status = EachLine(
-      kRoles, path, content, [&](const std::vector<absl::string_view>& words) -> absl::Status {
+      kRoles, path, content, [&](int, const std::vector<absl::string_view>& words) -> absl::Status {
         if (words.size() != 2) {
           return absl::InvalidArgumentError(
               absl::StrCat("has ", words.size(), " words; must be IDENTITY ROLE[,ROLE]"));
@@ -141,18 +164,26 @@ absl::StatusOr<std::vector<Rule>> ParseRules(const std::string& path, const std:
         uint32_t uid = 0;
         const bool patterned =
             kind == "token" || kind == "uri" || kind == "dns" || kind == "cn" || kind == "email";
-        if (who != "anonymous" && !(patterned && !value.empty()) &&
-            !(kind == "uid" && absl::SimpleAtoi(value, &uid))) {
+        // As it is compared: "uid:007" would be nobody's.
+        const bool numbered =
+            kind == "uid" && absl::SimpleAtoi(value, &uid) && absl::StrCat(uid) == value;
+        if (who != "anonymous" && !(patterned && !value.empty()) && !numbered) {
           return absl::InvalidArgumentError(
-              absl::StrCat("'", absl::CEscape(who),
-                           "' must be token:NAME, uri:PATTERN, dns:PATTERN, cn:PATTERN, "
+              absl::StrCat(Shown(who),
+                           " must be token:NAME, uri:PATTERN, dns:PATTERN, cn:PATTERN, "
                            "email:PATTERN, uid:NUMBER or anonymous"));
+        }
+        // A pattern ends at a NUL, for fnmatch; nobody's name has the others (see Identify).
+        if (!std::all_of(who.begin(), who.end(),
+                         [](unsigned char c) { return absl::ascii_isprint(c); })) {
+          return absl::InvalidArgumentError(absl::StrCat(
+              Shown(who), " has characters that no name has; names are printable ASCII"));
         }
         const std::optional<Roles> roles = ParseRoles(words[1]);
         if (!roles) {
           return absl::InvalidArgumentError(
-              absl::StrCat("'", absl::CEscape(words[1]),
-                           "' must be read-only, operator, trainer or all, or several with "
+              absl::StrCat(Shown(words[1]),
+                           " must be read-only, operator, trainer or all, or several with "
                            "commas between"));
         }
         rules.push_back({std::string(who), *roles});

@@ -1,9 +1,6 @@
 // What reads files that others wrote: the daemon's checkpoints, the command line's arrays and
 // configs.
-#include <fcntl.h>
 #include <openssl/evp.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <array>
 #include <cstdlib>
@@ -20,6 +17,7 @@
 #include "lamina/transformer/config.h"
 #include "nlohmann/json.hpp"
 #include "tests/fuzz/daemon.h"
+#include "tests/fuzz/memory_file.h"
 #include "tests/fuzz/target.h"
 
 namespace lamina::fuzz {
@@ -32,22 +30,6 @@ void WriteFile(const std::string& path, absl::string_view bytes) {
   file << bytes;
   if (!file.flush()) Broken("the rig can write a file");
 }
-
-// A file in memory that holds the input, by a path.
-class MemoryFile {
- public:
-  explicit MemoryFile(absl::string_view bytes) : descriptor_(memfd_create("input", MFD_CLOEXEC)) {
-    if (write(descriptor_, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()))
-      Broken("the rig can write a file");
-  }
-  ~MemoryFile() { close(descriptor_); }
-  MemoryFile(const MemoryFile&) = delete;
-  MemoryFile& operator=(const MemoryFile&) = delete;
-  std::string path() const { return absl::StrCat("/proc/self/fd/", descriptor_); }
-
- private:
-  const int descriptor_;
-};
 
 // A safetensors file whose header is as long as its first bytes say: up to its last brace where
 // they do not fit it.

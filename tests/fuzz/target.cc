@@ -9,7 +9,8 @@ namespace lamina::fuzz {
 const std::vector<Target>& Targets() {
   static const auto* const targets = [] {
     auto* all = new std::vector<Target>;
-    for (std::vector<Target> some : {MessageTargets(), BrokerTargets(), FileTargets()})
+    for (std::vector<Target> some :
+         {MessageTargets(), BrokerTargets(), FileTargets(), AccessTargets()})
       for (Target& target : some) all->push_back(std::move(target));
     return all;
   }();

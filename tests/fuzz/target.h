@@ -32,6 +32,7 @@ const std::vector<Target>& Targets();
 std::vector<Target> MessageTargets();  // message_targets.cc: every RPC, and sequences of them
 std::vector<Target> BrokerTargets();   // broker_target.cc
 std::vector<Target> FileTargets();     // file_targets.cc
+std::vector<Target> AccessTargets();   // access_targets.cc: the files that decide about access
 
 // Says which promise was broken, and aborts.
 [[noreturn]] void Broken(absl::string_view promise);

@@ -89,7 +89,12 @@ TEST_F(AccessTest, HostileTokenFiles) {
       {absl::StrCat("alice ", std::string(4097, 'x')), ":1: the token must be"},
       {absl::StrCat("alice ", std::string(15, 'x')), ":1: the token must be"},
       {absl::StrCat("\xef\xbb\xbf", good), ":1: the name must be"},  // a byte order mark
-      {absl::StrCat(good, "bob ", kToken), ":2: 'bob' has the same token as 'alice'"},
+      {absl::StrCat(good, "bob ", kToken), ":2: the token is that of line 1 too"},
+      // Names are told, and must be no secrets, whichever line comes first.
+      {absl::StrCat(good, kToken, " ", kOther), ":2: the name is a token, that of line 1"},
+      {absl::StrCat(kToken, " ", kOther, "\n", good), ":1: the name is a token, that of line 2"},
+      {absl::StrCat(kToken, " ", kToken), ":1: the name is a token, that of line 1"},
+      {absl::StrCat(kToken, " ", kOther, "\nbob ", kOther, "\n", kToken), ":2: the token is that"},
       {std::string(4000, '\0'), ":1: the token must be"},
       {std::string((size_t{1} << 20) + 1, '#'), "larger"},
   };
@@ -115,7 +120,11 @@ TEST_F(AccessTest, HostileRoleFiles) {
   const std::string zero(1, '\0');
   const std::vector<std::pair<std::string, std::string>> refused = {
       {absl::StrCat("token:alice all", zero), "'all\\000' must be read-only"},
-      {absl::StrCat("token:alice", zero, " nothing"), "must be read-only"},
+      // The pattern would end at the NUL: another name than the line's.
+      {absl::StrCat("token:alice", zero, "x all"), "'token:alice\\000x' has characters"},
+      {"cn:J\xc3\xbcrgen all", "'cn:J\\303\\274rgen' has characters that no name has"},
+      {"uid:007 all", "'uid:007' must be token:NAME"},  // nobody is called so
+      {"uid:+7 all", "'uid:+7' must be token:NAME"},
       {"token:alice all,", "must be read-only"},
       {"token:alice ,all", "must be read-only"},
       {"token:alice ALL", "must be read-only"},
@@ -138,6 +147,10 @@ TEST_F(AccessTest, HostileRoleFiles) {
     EXPECT_THAT(std::string(access.status().message()), HasSubstr(words));
     // What is repeated of the file can neither end a line of the log nor a string of C.
     EXPECT_TRUE(absl::c_all_of(access.status().message(), absl::ascii_isprint)) << words;
+  }
+  for (const std::string& line :
+       {std::string(100'000, 'x') + " all", "cn:x " + std::string(100'000, '\x1b')}) {
+    EXPECT_LT(Open("", line).status().message().size(), 1000u);
   }
   // Patterns that fnmatch reads in its own way match what they say, or nothing.
   for (const char* pattern :
