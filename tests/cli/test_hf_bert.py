@@ -1,8 +1,12 @@
 """checkpoint import and export: pretrained BERT encoders in and out, in files made here byte by byte."""
 
+import errno
 import json
+import os
 import struct
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -187,6 +191,23 @@ def test_master_weights_are_exact_and_come_back(daemon, imported, tmp_path, dtyp
         assert data == source(array).tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_matrices_that_are_read_in_several_pieces(daemon, imported, tmp_path, dtype):
+    """A piece has 64 KiB; here matrices have three and a bit in 16 bits, and twice that in fp32."""
+    hidden, intermediate = 160, 650
+    shapes = dict.fromkeys(("attn_qw", "attn_kw", "attn_vw", "attn_ow"), (hidden, hidden))
+    shapes |= {"inter_w": (intermediate, hidden), "inter_b": (intermediate,), "output_w": (hidden, intermediate)}
+    random = np.random.default_rng(7)
+    tensors = {f"encoder.layer.0.{name}": random.standard_normal(shapes.get(ours, (hidden,))).astype(np.float32)
+               for ours, name in NAMES.items()}
+    folder = write_model(tmp_path / "m", tensors, dtype, others=False, hidden_size=hidden, intermediate_size=intermediate,
+                         num_hidden_layers=1)
+    imported(folder, "--name", "pieces")
+    out = tmp_path / "out"
+    daemon.json("checkpoint", "export", "pieces", out, "--base", folder)
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 def test_export_alone_can_be_imported(daemon, imported, x, tmp_path):
     tensors = random_encoder()
     imported(write_model(tmp_path / "m", tensors), "--name", "first")
@@ -301,6 +322,55 @@ def test_files_that_are_wrong(daemon, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no model.safetensors" in daemon.error("checkpoint", "import", tmp_path / "empty", code=2)["message"]
     assert "--format" in daemon.error("checkpoint", "import", folder, "--format", "onnx", code=2)["message"]
+    assert daemon.json("stack", "list") == before
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(daemon, imported, tmp_path):
+    """A config.json that is a pipe holds the command between its look at the tensors' header and their reading."""
+    folder = write_model(tmp_path / "m", random_encoder())
+    model, config = folder / "model.safetensors", folder / "config.json"
+    good, content = model.read_bytes(), config.read_text()
+    size = struct.unpack("<Q", good[:8])[0]
+    offsets = {name: entry["data_offsets"] for name, entry in json.loads(good[8:8 + size]).items() if name != "__metadata__"}
+    name = next(name for name in offsets if "layer.1.output.dense.weight" in name)
+    begin, end = (8 + size + offset for offset in offsets[name])
+    imported(folder, "--name", "whole")
+    before = daemon.json("stack", "list")
+
+    def cut_while(*arguments):
+        """The command's error when the file loses its end in the middle of that tensor."""
+        model.write_bytes(good)
+        config.unlink()
+        os.mkfifo(config)
+        error = []
+        command = threading.Thread(target=lambda: error.append(daemon.error(*arguments, code=1)))
+        command.start()
+        give_up = time.monotonic() + 30
+        while True:
+            try:
+                pipe = os.open(config, os.O_WRONLY | os.O_NONBLOCK)  # fails while nobody reads
+                break
+            except OSError as nobody:
+                assert nobody.errno == errno.ENXIO and command.is_alive() and time.monotonic() < give_up
+                time.sleep(0.01)
+        os.truncate(model, begin + 5)
+        os.write(pipe, content.encode())
+        os.close(pipe)
+        command.join()
+        config.unlink()
+        config.write_text(content)
+        return error[0]
+
+    words = (f"'{model}': was cut short while it was read: tensor '{name}' is at bytes [{begin}, {end}), "
+             f"and the file ends at byte {begin + 5} now")
+    error = cut_while("checkpoint", "import", folder, "--name", "half")
+    assert error["code"] == "ABORTED" and error["message"] == words + "; the stack 'half' is deleted again"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "config.json").write_text(content)  # else it would be read twice, to be copied
+    error = cut_while("checkpoint", "export", "whole", copy, "--base", folder)
+    assert error["code"] == "ABORTED" and error["message"] == words
+    assert [path.name for path in copy.iterdir()] == ["config.json"]
     assert daemon.json("stack", "list") == before
 
 

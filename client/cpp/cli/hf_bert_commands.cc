@@ -37,27 +37,48 @@ std::string BaseName(std::string path) {
   return path.substr(path.rfind('/') + 1);
 }
 
-// The elements as fp32, exactly; without a copy where they are that and lie aligned.
-absl::StatusOr<Tensor> AsFloats(const HfBertMatch& match) {
-  const std::span<const std::byte> data = match.found.file->Data(*match.found.tensor);
-  const DType dtype = FloatingType(*match.found.tensor).value();
-  if (dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(data.data()) % sizeof(float) == 0) {
-    // The library reads values that it is to set.
-    return Tensor::Wrap(const_cast<std::byte*>(data.data()), dtype, match.shape);
+// Of a file, when it is read in pieces: what stays in a core's own cache.
+constexpr size_t kPieceBytes = size_t{1} << 16;
+
+// Calls `take` (absl::Status(offset, piece)) for one piece after another of a file's bytes
+// [begin, end), with the offset from `begin`.
+template <typename Take>
+absl::Status InPieces(const SafetensorsFile& file, uint64_t begin, uint64_t end, Take take) {
+  std::vector<std::byte> buffer(std::min<uint64_t>(kPieceBytes, end - begin));
+  for (uint64_t at = begin; at < end; at += buffer.size()) {
+    const std::span piece = std::span(buffer).first(std::min<uint64_t>(buffer.size(), end - at));
+    if (absl::Status status = file.ReadAt(at, piece); !status.ok()) return status;
+    if (absl::Status status = take(at - begin, piece); !status.ok()) return status;
   }
+  return absl::OkStatus();
+}
+
+// The elements as fp32, exactly.
+absl::StatusOr<Tensor> AsFloats(const HfBertMatch& match) {
+  const SafetensorsFile& file = *match.found.file;
+  const uint64_t begin = file.data_offset() + match.found.tensor->begin;
   absl::StatusOr<Tensor> tensor = Tensor::Allocate(DType::kFloat32, match.shape);
   if (!tensor.ok()) return tensor;
+  const std::span<float> floats = tensor->floats();
+  const DType dtype = FloatingType(*match.found.tensor).value();
   if (dtype == DType::kFloat32) {
-    std::memcpy(tensor->data(), data.data(), data.size());
+    const absl::Status status = file.ReadAt(begin, std::as_writable_bytes(floats));
+    if (!status.ok()) return status;
     return tensor;
   }
-  const std::span<float> floats = tensor->floats();
-  for (size_t i = 0; i < floats.size(); ++i) {
-    uint16_t half = 0;
-    std::memcpy(&half, data.data() + i * sizeof(half), sizeof(half));
-    floats[i] = dtype == DType::kFloat16 ? client::internal::FloatFromFloat16(half)
-                                         : client::internal::FloatFromBFloat16(half);
-  }
+  const absl::Status status =
+      InPieces(file, begin, begin + match.found.tensor->bytes(),
+               [&](uint64_t offset, std::span<const std::byte> piece) {
+                 float* to = floats.data() + offset / sizeof(uint16_t);
+                 for (size_t at = 0; at < piece.size(); at += sizeof(uint16_t)) {
+                   uint16_t half = 0;
+                   std::memcpy(&half, piece.data() + at, sizeof(half));
+                   *to++ = dtype == DType::kFloat16 ? client::internal::FloatFromFloat16(half)
+                                                    : client::internal::FloatFromBFloat16(half);
+                 }
+                 return absl::OkStatus();
+               });
+  if (!status.ok()) return status;
   return tensor;
 }
 
@@ -210,10 +231,12 @@ absl::StatusOr<Export> CopyOfBase(const HfBertFiles& base, const ExportOptions& 
     absl::StatusOr<NewFile> to = NewFile::Create(
         file_path.empty() ? absl::StrCat(folder, "/", BaseName(from.path())) : file_path);
     if (!to.ok()) return to.status();
-    const std::span<const std::byte> bytes = from.bytes();
-    absl::Status status = to->WriteAt(0, bytes.data(), bytes.size());
+    absl::Status status =
+        InPieces(from, 0, from.size(), [&to](uint64_t offset, std::span<const std::byte> piece) {
+          return to->WriteAt(offset, piece.data(), piece.size());
+        });
     if (!status.ok()) return status;
-    made.targets.push_back({.file = *std::move(to), .bytes = bytes.size()});
+    made.targets.push_back({.file = *std::move(to), .bytes = from.size()});
   }
   if (!base.index_path().empty()) {
     const absl::StatusOr<std::string> index = ReadFile(base.index_path(), kMaxSafetensorsHeader);

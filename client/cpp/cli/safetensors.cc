@@ -1,11 +1,11 @@
 #include "cli/safetensors.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <limits>
@@ -266,45 +266,40 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
   const auto bad = [&path](const auto&... what) {
     return absl::InvalidArgumentError(absl::StrCat("'", path, "': ", what...));
   };
-  // Not blocking: opening a FIFO would wait for somebody to write to it.
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return bad(std::strerror(errno));
-  struct stat status {};
-  if (fstat(fd, &status) != 0) {
-    const int error = errno;
-    close(fd);
-    return bad(std::strerror(error));
-  }
-  const auto size = static_cast<uint64_t>(status.st_size);
-  if (!S_ISREG(status.st_mode) || size < kLengthBytes) {
-    close(fd);
-    return S_ISREG(status.st_mode) ? bad("has ", size, " bytes; a .safetensors file has at least 8")
-                                   : bad("is not a regular file");
-  }
   SafetensorsFile file;
-  void* mapped = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
-  const int error = errno;
-  close(fd);
-  if (mapped == MAP_FAILED) return bad("mapping it: ", std::strerror(error));
   file.path_ = path;
-  file.data_ = static_cast<const std::byte*>(mapped);
-  file.size_ = size;
+  // Not blocking: opening a FIFO would wait for somebody to write to it.
+  file.fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (file.fd_ < 0) return bad(std::strerror(errno));
+  struct stat status {};
+  if (fstat(file.fd_, &status) != 0) return bad(std::strerror(errno));
+  if (!S_ISREG(status.st_mode)) return bad("is not a regular file");
+  file.size_ = static_cast<uint64_t>(status.st_size);
+  if (file.size_ < kLengthBytes) {
+    return bad("has ", file.size_, " bytes; a .safetensors file has at least 8");
+  }
 
+  std::array<std::byte, kLengthBytes> length{};
+  if (absl::Status read = file.ReadAt(0, length); !read.ok()) return read;
   uint64_t header_bytes = 0;
   for (size_t i = 0; i < kLengthBytes; ++i) {
-    header_bytes |= static_cast<uint64_t>(file.data_[i]) << (8 * i);
+    header_bytes |= static_cast<uint64_t>(length[i]) << (8 * i);
   }
   if (header_bytes > kMaxSafetensorsHeader) {
     return bad("its header would have ", header_bytes, " bytes; at most ", kMaxSafetensorsHeader,
                " are allowed");
   }
-  if (header_bytes > size - kLengthBytes) {
-    return bad("ends within its header: that has ", header_bytes, " bytes, the file ", size);
+  if (header_bytes > file.size_ - kLengthBytes) {
+    return bad("ends within its header: that has ", header_bytes, " bytes, the file ", file.size_);
   }
   file.data_offset_ = kLengthBytes + header_bytes;
-  const absl::string_view json(reinterpret_cast<const char*>(file.data_) + kLengthBytes,
-                               header_bytes);
-  absl::StatusOr<SafetensorsHeader> header = ParseSafetensorsHeader(json, size - file.data_offset_);
+  std::string json(header_bytes, '\0');
+  if (absl::Status read = file.ReadAt(kLengthBytes, std::as_writable_bytes(std::span(json)));
+      !read.ok()) {
+    return read;
+  }
+  absl::StatusOr<SafetensorsHeader> header =
+      ParseSafetensorsHeader(json, file.size_ - file.data_offset_);
   if (!header.ok()) return bad(header.status().message());
   file.header_ = *std::move(header);
   return file;
@@ -315,18 +310,44 @@ SafetensorsFile::SafetensorsFile(SafetensorsFile&& other) noexcept { *this = std
 SafetensorsFile& SafetensorsFile::operator=(SafetensorsFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(header_, other.header_);
-  std::swap(data_, other.data_);
+  std::swap(fd_, other.fd_);
   std::swap(size_, other.size_);
   std::swap(data_offset_, other.data_offset_);
   return *this;
 }
 
 SafetensorsFile::~SafetensorsFile() {
-  if (data_ != nullptr) munmap(const_cast<std::byte*>(data_), size_);
+  if (fd_ >= 0) close(fd_);
 }
 
-std::span<const std::byte> SafetensorsFile::Data(const SafetensorsTensor& tensor) const {
-  return bytes().subspan(data_offset_ + tensor.begin, tensor.bytes());
+absl::Status SafetensorsFile::ReadAt(uint64_t offset, std::span<std::byte> to) const {
+  while (!to.empty()) {
+    const ssize_t n = pread(fd_, to.data(), to.size(), static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) {
+      return absl::InternalError(absl::StrCat("reading '", path_, "': ", std::strerror(errno)));
+    }
+    if (n == 0) return CutShort(offset);
+    offset += static_cast<uint64_t>(n);
+    to = to.subspan(static_cast<size_t>(n));
+  }
+  return absl::OkStatus();
+}
+
+// There is no byte at `offset` any more.
+absl::Status SafetensorsFile::CutShort(uint64_t offset) const {
+  struct stat status {};
+  // Unless somebody has made it longer again.
+  const uint64_t end =
+      fstat(fd_, &status) == 0 ? std::min(offset, static_cast<uint64_t>(status.st_size)) : offset;
+  std::string lost = absl::StrCat("it had ", size_, " bytes");
+  for (const auto& [name, tensor] : header_.tensors) {
+    const uint64_t begins = data_offset_ + tensor.begin, ends = data_offset_ + tensor.end;
+    if (offset < begins || offset >= ends) continue;
+    lost = absl::StrCat("tensor ", Quoted(name), " is at bytes [", begins, ", ", ends, ")");
+  }
+  return absl::AbortedError(absl::StrCat("'", path_, "': was cut short while it was read: ", lost,
+                                         ", and the file ends at byte ", end, " now"));
 }
 
 const char* SafetensorsName(client::DType dtype) {

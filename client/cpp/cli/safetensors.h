@@ -42,11 +42,12 @@ struct SafetensorsHeader {
 absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::string_view json,
                                                          uint64_t data_bytes);
 
-// A file, mapped: elements are read where they are. Another process that cuts the file short while
-// it is mapped ends this one (SIGBUS), as with any mapping.
+// An open file. Nothing of it is mapped: who cuts it short while it is read ends the reading and
+// not the process. A file that takes its name meanwhile is not looked at.
 class SafetensorsFile {
  public:
-  // INVALID_ARGUMENT, naming the file: it cannot be read, or is not what the format says.
+  // INVALID_ARGUMENT, naming the file: it cannot be opened, or is not what the format says. Else as
+  // ReadAt.
   static absl::StatusOr<SafetensorsFile> Open(const std::string& path);
   SafetensorsFile(SafetensorsFile&& other) noexcept;
   SafetensorsFile& operator=(SafetensorsFile&& other) noexcept;
@@ -54,17 +55,20 @@ class SafetensorsFile {
 
   const std::string& path() const { return path_; }
   const SafetensorsHeader& header() const { return header_; }
-  // Elements of a tensor of this file; no alignment is promised.
-  std::span<const std::byte> Data(const SafetensorsTensor& tensor) const;
-  std::span<const std::byte> bytes() const { return {data_, size_}; }  // the whole file
+  uint64_t size() const { return size_; }                // bytes of the whole file, when opened
   uint64_t data_offset() const { return data_offset_; }  // where the elements begin in it
+
+  // Fills `to` with the file's bytes from `offset`, which lie within the size. ABORTED, naming the
+  // file and the tensor: it has become shorter than that. INTERNAL: the system's reason.
+  absl::Status ReadAt(uint64_t offset, std::span<std::byte> to) const;
 
  private:
   SafetensorsFile() = default;
+  absl::Status CutShort(uint64_t offset) const;
   std::string path_;
   SafetensorsHeader header_;
-  const std::byte* data_ = nullptr;
-  size_t size_ = 0;
+  int fd_ = -1;
+  uint64_t size_ = 0;
   uint64_t data_offset_ = 0;
 };
 

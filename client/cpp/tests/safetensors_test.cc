@@ -5,10 +5,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdio>
-#include <cstring>
 #include <fstream>
 #include <random>
+#include <span>
 
 #include "absl/strings/str_cat.h"
 
@@ -42,6 +43,11 @@ std::string Wrong(const std::string& header, uint64_t data_bytes) {
   return std::string(parsed.status().message());
 }
 
+template <typename Values>
+std::span<std::byte> AsBytes(Values* values) {
+  return std::as_writable_bytes(std::span(*values));
+}
+
 class SafetensorsOpen : public ::testing::Test {
  protected:
   std::string Path() const {
@@ -66,19 +72,19 @@ TEST_F(SafetensorsOpen, ReadsTensorsAndMetadata) {
       Tensor("a", "BF16", "[]", "[0,2]"), ",", Tensor("none", "I64", "[3,0]", "[2,2]"), "}   ");
   auto opened = Open(File(header, std::string("\x80\x3f\0\0\x80\x3f\0\0\0\xc0", 10)));
   ASSERT_TRUE(opened.ok()) << opened.status();
-  const SafetensorsFile file = std::move(*opened);  // a move keeps the mapping
+  const SafetensorsFile file = std::move(*opened);  // a move keeps it open
   EXPECT_EQ(file.header().metadata.at("format"), "pt");
   ASSERT_EQ(file.header().tensors.size(), 3u);
   const SafetensorsTensor& b = file.header().tensors.at("b");
   EXPECT_EQ(b.dtype, "F32");
   EXPECT_THAT(b.shape, ElementsAre(2, 1));
-  float values[2];
-  ASSERT_EQ(file.Data(b).size(), sizeof(values));
-  std::memcpy(values, file.Data(b).data(), sizeof(values));
+  std::array<float, 2> values{};
+  ASSERT_EQ(b.bytes(), sizeof(values));
+  ASSERT_TRUE(file.ReadAt(file.data_offset() + b.begin, AsBytes(&values)).ok());
   EXPECT_THAT(values, ElementsAre(1.0f, -2.0f));
   EXPECT_EQ(file.data_offset(), 8 + header.size());
   EXPECT_TRUE(file.header().tensors.at("a").shape.empty());
-  EXPECT_EQ(file.Data(file.header().tensors.at("none")).size(), 0u);
+  EXPECT_EQ(file.header().tensors.at("none").bytes(), 0u);
 }
 
 TEST_F(SafetensorsOpen, ReadsWhatItWrites) {
@@ -109,6 +115,41 @@ TEST_F(SafetensorsOpen, RefusesFilesThatAreCutOrLie) {
   EXPECT_THAT(Error(File(header, "123456789")), HasSubstr("end at byte 8 of 9"));
   EXPECT_TRUE(Open(File(header, "12345678")).ok());
   EXPECT_TRUE(Open(File("{}", "")).ok());
+}
+
+// Somebody cuts the file short after it was found good: whoever reads on is told where it ends.
+TEST_F(SafetensorsOpen, FilesThatAreCutShortWhileTheyAreRead) {
+  const std::string header = absl::StrCat("{", Tensor("a", "U8", "[8]", "[0,8]"), ",",
+                                          Tensor("b", "U8", "[8]", "[8,16]"), "}");
+  const std::string path = Path();
+  const uint64_t start = 8 + header.size();
+  const auto file = Open(File(header, "01234567abcdefgh"));
+  ASSERT_TRUE(file.ok()) << file.status();
+  std::array<char, 8> bytes{};
+  const auto error = [&](uint64_t offset) {
+    const absl::Status status = file->ReadAt(offset, AsBytes(&bytes));
+    EXPECT_EQ(status.code(), absl::StatusCode::kAborted);
+    return std::string(status.message());
+  };
+  ASSERT_EQ(truncate(path.c_str(), static_cast<off_t>(start + 11)), 0);
+  EXPECT_TRUE(file->ReadAt(start, AsBytes(&bytes)).ok());
+  EXPECT_EQ(std::string(bytes.data(), bytes.size()), "01234567");
+  EXPECT_EQ(error(start + 8),
+            absl::StrCat("'", path, "': was cut short while it was read: tensor 'b' is at bytes [",
+                         start + 8, ", ", start + 16, "), and the file ends at byte ", start + 11,
+                         " now"));
+  // The tensor that is read is named, not the one that the file ends in.
+  ASSERT_EQ(truncate(path.c_str(), static_cast<off_t>(start + 2)), 0);
+  EXPECT_THAT(error(start + 8), AllOf(HasSubstr("tensor 'b'"),
+                                      HasSubstr(absl::StrCat("ends at byte ", start + 2, " now"))));
+  EXPECT_THAT(error(start), HasSubstr("tensor 'a'"));
+  ASSERT_EQ(truncate(path.c_str(), 0), 0);
+  EXPECT_THAT(error(0), AllOf(HasSubstr(absl::StrCat("it had ", start + 16, " bytes")),
+                              HasSubstr("ends at byte 0 now")));
+  // Another file of that name is another file.
+  ASSERT_EQ(std::remove(path.c_str()), 0);
+  ASSERT_TRUE(Open(File(header, "01234567abcdefgh")).ok());
+  EXPECT_THAT(error(start), HasSubstr("tensor 'a'"));
 }
 
 TEST_F(SafetensorsOpen, RefusesWhatIsNoFile) {
