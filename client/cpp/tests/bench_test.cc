@@ -1,8 +1,10 @@
 // What lamina bench computes by itself: quantiles, sums of samples, when steps are to begin.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <random>
 #include <thread>
 #include <vector>
 
@@ -15,14 +17,22 @@ namespace {
 
 using Clock = Schedule::Clock;
 
+double Quantile(const std::vector<double>& values, double share) {
+  Distribution distribution;
+  for (const double value : values) distribution.Add(value);
+  return distribution.Quantile(share);
+}
+
 TEST(Bench, QuantilesAreTheSmallestThatAShareDoesNotExceed) {
   EXPECT_EQ(Quantile({}, 0.5), 0);
   EXPECT_EQ(Quantile({7}, 0), 7);
   EXPECT_EQ(Quantile({7}, 0.999), 7);
-  EXPECT_EQ(Quantile({1, 2}, 0.5), 1);
-  EXPECT_EQ(Quantile({1, 2, 3}, 0.5), 2);
+  EXPECT_EQ(Quantile({2, 1}, 0.5), 1);
+  EXPECT_EQ(Quantile({1, 3, 2}, 0.5), 2);
+  EXPECT_EQ(Quantile({-1, 0, -3, 5e-324, -2}, 0.4), -2);
+  EXPECT_EQ(Quantile({-1, 0, -3, -2}, 1), 0);
   std::vector<double> thousand(1000);
-  std::iota(thousand.begin(), thousand.end(), 1.0);
+  std::iota(thousand.begin(), thousand.end(), 1.0);  // each with a bucket of its own
   EXPECT_EQ(Quantile(thousand, 0), 1);
   EXPECT_EQ(Quantile(thousand, 0.5), 500);
   EXPECT_EQ(Quantile(thousand, 0.9), 900);
@@ -31,6 +41,37 @@ TEST(Bench, QuantilesAreTheSmallestThatAShareDoesNotExceed) {
   EXPECT_EQ(Quantile(thousand, 1), 1000);
   thousand.push_back(1001);
   EXPECT_EQ(Quantile(thousand, 0.999), 1000);
+}
+
+// Latencies around 1 ms and a few of up to seconds, a part of them merged, beside all of them
+// sorted.
+TEST(Bench, QuantilesOfManyValuesAreNearAndTakeLittleMemory) {
+  std::mt19937_64 random(5);
+  std::lognormal_distribution<double> usual(std::log(1e-3), 0.3), late(std::log(0.1), 1);
+  std::vector<double> values;
+  Distribution one, other;
+  for (int i = 0; i < 400'000; ++i) {
+    values.push_back(i % 500 == 0 ? late(random) : usual(random));
+    (i % 3 == 0 ? one : other).Add(values.back());
+  }
+  one.Merge(other);
+  std::sort(values.begin(), values.end());
+  EXPECT_EQ(one.count(), 400'000);
+  EXPECT_EQ(one.Quantile(0), values.front());
+  EXPECT_EQ(one.Quantile(1), values.back());
+  for (const double share : {0.001, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999}) {
+    const double exact =
+        values[static_cast<size_t>(std::ceil(share * static_cast<double>(values.size()) - 1e-9)) -
+               1];
+    EXPECT_GE(one.Quantile(share), exact);
+    EXPECT_LT(one.Quantile(share), exact * (1 + 1.0 / Distribution::kBucketsPerOctave));
+  }
+  // No more than the octaves between the ends have.
+  const double octaves = std::log2(values.back() / values.front()) + 1;
+  EXPECT_LT(static_cast<double>(one.buckets()), octaves * Distribution::kBucketsPerOctave);
+  const size_t before = one.buckets();
+  for (const double value : values) one.Add(value);
+  EXPECT_EQ(one.buckets(), before);
 }
 
 TEST(Bench, SamplesMerge) {
