@@ -45,8 +45,8 @@ uint32_t Alignment(const void* p) {
 }
 
 // Up to how many tokens share an algorithm with `tokens`: the next multiple of a 32nd of the power
-// of two below, and of 8. The library takes up to 0.1 ms to choose one, for each of a layer's
-// products, and packed batches bring other numbers of tokens with each step.
+// of two below, and of 8. To choose one takes longer than to launch it, and packed batches, which
+// bring another number of tokens with each step, would choose one for each of a layer's products.
 int64_t RoundedTokens(int64_t tokens) {
   int64_t step = 8;
   while (step * 64 < tokens) step *= 2;
