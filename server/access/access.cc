@@ -171,7 +171,7 @@ absl::StatusOr<std::vector<Rule>> ParseRules(const std::string& path, const std:
           return absl::InvalidArgumentError(
               absl::StrCat(Shown(who),
                            " must be token:NAME, uri:PATTERN, dns:PATTERN, cn:PATTERN, "
-                           "email:PATTERN, uid:NUMBER or anonymous"));
+                           "email:PATTERN, uid:NUMBER without leading zeros, or anonymous"));
         }
         // A pattern ends at a NUL, for fnmatch; nobody's name has the others (see Identify).
         if (!std::all_of(who.begin(), who.end(),
